@@ -1,0 +1,13 @@
+"""fastsam: fused sharpness-aware minimization for PyTorch."""
+
+from pathlib import Path
+
+_root = Path(__file__).resolve().parent.parent
+if (_root / "kernels" / "climb.py").exists():  # a checkout: kernels/ lies beside fastsam/
+    __path__.append(str(_root))
+
+from .batchnorm import freeze_bn_stats  # noqa: E402
+from .optimizer import ASAM, SAM, FriendlySAM, PhaseError  # noqa: E402
+from .version import __version__  # noqa: E402
+
+__all__ = ["ASAM", "SAM", "FriendlySAM", "PhaseError", "__version__", "freeze_bn_stats"]

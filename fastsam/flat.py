@@ -1,0 +1,244 @@
+"""The flat parameter space: one padded 1-D space for all parameters of one device and dtype.
+
+Every parameter owns a slot that starts at a multiple of PAD elements; the saved weights, the
+moving average m and the momentum buffer v are flat buffers over the slots, and, where that is
+safe, the parameters themselves become views of one flat weight buffer. Gradients stay where
+autograd left them and are read through a table of addresses.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+PAD = 16  # elements: 16-byte alignment for the narrowest dtype, with room
+PARTIALS = 1024  # partial sums of one norm; also the most programs a kernel is launched with
+GUARD = 1e-12  # keeps rho / norm finite at norm 0, as in the public SAM classes
+
+
+class Hyper(NamedTuple):
+    """One parameter group's hyper-parameters: the columns of the device table, in order."""
+
+    rho: Tensor
+    sigma: Tensor
+    lmbda: Tensor
+    lr: Tensor
+    momentum: Tensor
+    dampening: Tensor
+    weight_decay: Tensor
+    nesterov: Tensor
+
+
+CONTROL = ("norm", "ok", "inv_scale1", "inv_scale2", "found_inf")
+COUNTERS = ("skipped", "climb_ticket", "step_ticket")
+
+
+@dataclass(eq=False)
+class Slot:
+    """One parameter w, its group, its part of the flat buffers, and this step's gradients.
+
+    g1 is the first-pass gradient (None: this slot does not climb), g2 the second-pass one (None:
+    the base optimizer leaves it alone). a and b define ASAM's scaling T = a |w| + b.
+    """
+
+    w: Tensor
+    group: int
+    offset: int
+    a: float
+    b: float
+    backup: Tensor
+    m: Tensor | None
+    v: Tensor | None
+    m_steps: Tensor
+    v_steps: Tensor
+    g1: Tensor | None = None
+    g2: Tensor | None = None
+
+
+def is_dense(t: Tensor) -> bool:
+    """Whether t's elements fill one stretch of memory without gaps or overlaps."""
+    expected = 1
+    for stride, size in sorted(zip(t.stride(), t.shape, strict=True)):
+        if size > 1 and stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def same_layout(t: Tensor, u: Tensor) -> bool:
+    """Whether walking both memories in order meets the same elements in the same order."""
+    return t.shape == u.shape and all(
+        s == r for s, r, n in zip(t.stride(), u.stride(), t.shape, strict=True) if n > 1)
+
+
+def is_packable(p: Tensor) -> bool:
+    """Whether p may become a view of a flat buffer without anyone else noticing."""
+    storage = p.untyped_storage()
+    return (type(p) in (torch.nn.Parameter, Tensor) and is_dense(p) and not p.is_shared()
+            and p.storage_offset() == 0 and storage.nbytes() == p.numel() * p.element_size())
+
+
+class Space:
+    """All parameters of one device and dtype as one padded 1-D space.
+
+    Args:
+        params: the parameters, leaf tensors of one device and one floating dtype.
+        groups: each parameter's index in the optimizer's param_groups.
+        scalings: each parameter's (a, b) of ASAM's T = a |w| + b; (0, 1) is SAM.
+        ema: None (SAM), "algorithm1" or "official" (Friendly-SAM).
+
+    State (m, v) and arithmetic are float32, or float64 for float64 parameters.
+    """
+
+    def __init__(self, params: list[Tensor], groups: list[int],
+                 scalings: list[tuple[float, float]], ema: str | None):
+        first = params[0]
+        self.device, self.dtype, self.ema = first.device, first.dtype, ema
+        self.acc = torch.float64 if self.dtype == torch.float64 else torch.float32
+        self.adaptive = any(a for a, _ in scalings)
+        self.momentum = False
+        offsets, self.size = [], 0
+        for p in params:
+            offsets.append(self.size)
+            self.size += -(-p.numel() // PAD) * PAD
+
+        self.backup = self._zeros(self.size, self.dtype)
+        self.m = self._zeros(self.size) if ema else None
+        self.v = None
+        self.steps = self._zeros((2, len(params)), torch.int32)
+        self.partials, self.radii = self._zeros(PARTIALS), self._zeros(PARTIALS)
+        self.control_buffer = self._zeros(len(CONTROL))
+        self.counters = self._zeros(len(COUNTERS), torch.int32)
+        self.control = SimpleNamespace(
+            **dict(zip(CONTROL, self.control_buffer.unbind(), strict=True)),
+            **dict(zip(COUNTERS, self.counters.unbind(), strict=True)))
+        self.control.inv_scale1.fill_(1)
+        self.control.inv_scale2.fill_(1)
+        self.hyper, self._hyper_values = None, None
+        self._tables: dict[str, tuple[list, Tensor]] = {}
+        self._set: set[str] = set()  # controls that are not at their neutral value
+
+        self.slots = [
+            Slot(p, group, offset, a, b, self._view(self.backup, p, offset),
+                 self._view(self.m, p, offset) if ema else None, None,
+                 self.steps[0, i], self.steps[1, i])
+            for i, (p, group, offset, (a, b)) in enumerate(
+                zip(params, groups, offsets, scalings, strict=True))]
+        self.flat_w = self._pack()
+
+    def _zeros(self, size, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.zeros(size, dtype=dtype or self.acc, device=self.device)
+
+    def _view(self, flat: Tensor, p: Tensor, offset: int) -> Tensor:
+        stride = p.stride() if is_dense(p) else torch.empty(p.shape, device="meta").stride()
+        return flat.as_strided(p.shape, stride, offset)
+
+    def _pack(self) -> Tensor | None:
+        """Turn the parameters into views, with their own strides, of one flat buffer; or leave
+        them all where they are when one of them shares its memory or does not own all of it."""
+        unique = len({s.w.data_ptr() for s in self.slots}) == len(self.slots)
+        if not unique or not all(is_packable(s.w) for s in self.slots):
+            return None
+        flat = self._zeros(self.size, self.dtype)
+        for s in self.slots:
+            s.w.data = self._view(flat, s.w, s.offset).copy_(s.w.detach())
+        return flat
+
+    def climbing(self) -> Iterator[Slot]:
+        """The slots that have a first-pass gradient."""
+        return (s for s in self.slots if s.g1 is not None)
+
+    def set_hyper(self, rows: list[tuple]) -> None:
+        """Bring the groups' hyper-parameters to the device: one copy, only when one changed.
+
+        Args:
+            rows: one tuple per group in the order of `Hyper`; a value is a number, or a 0-dim
+                tensor, which is copied on the device.
+        """
+        if self.hyper is None or len(rows) != len(self.hyper):
+            self.hyper, self._hyper_values = self._zeros((len(rows), len(Hyper._fields))), None
+            self.hyper_rows = [Hyper(*row.unbind()) for row in self.hyper]
+        numbers = [[0.0 if isinstance(x, Tensor) else float(x) for x in row] for row in rows]
+        if numbers != self._hyper_values:
+            self._upload(numbers, self.hyper)
+            self._hyper_values = numbers
+        for row, target in zip(rows, self.hyper_rows, strict=True):
+            for value, cell in zip(row, target, strict=True):
+                if isinstance(value, Tensor):
+                    cell.copy_(value, non_blocking=True)
+
+    def set_control(self, name: str, value: Tensor | None) -> None:
+        """Copy a device value into `control.name`; None puts it back to neutral."""
+        if value is not None:
+            getattr(self.control, name).copy_(value, non_blocking=True)
+            self._set.add(name)
+        elif name in self._set:
+            getattr(self.control, name).fill_(name != "found_inf")
+            self._set.discard(name)
+
+    def allocate_momentum(self) -> None:
+        """Give every slot its momentum buffer v."""
+        self.momentum, self.v = True, self._zeros(self.size)
+        for s in self.slots:
+            s.v = self._view(self.v, s.w, s.offset)
+
+    def read_gradient(self, slot: Slot) -> Tensor | None:
+        """The parameter's gradient, laid out like the parameter.
+
+        Raises:
+            ValueError: a sparse gradient.
+        """
+        g = slot.w.grad
+        if g is None:
+            return None
+        if g.layout is not torch.strided:
+            raise ValueError(f"a gradient of shape {tuple(g.shape)} has layout {g.layout}: use "
+                             "dense gradients (sparse=False in torch.nn.Embedding)")
+        if g.dtype == slot.w.dtype and same_layout(g, slot.w):
+            return g.detach()
+        return torch.empty_like(slot.w, memory_format=torch.preserve_format).copy_(g)
+
+    # What the kernels read: tables on the device, uploaded again only when their content changed.
+
+    def addresses(self, name: str) -> Tensor:
+        """The memory addresses of every slot's `name` (w, g1 or g2), int64 (slots,); 0 = none."""
+        tensors = [getattr(s, name) for s in self.slots]
+        return self._table(name, [0 if t is None else t.data_ptr() for t in tensors], torch.int64)
+
+    def layout(self) -> Tensor:
+        """Each slot's (offset, numel, group), int64 (slots, 3)."""
+        return self._table(
+            "layout", [[s.offset, s.w.numel(), s.group] for s in self.slots], torch.int64)
+
+    def scalings(self) -> Tensor:
+        """Each slot's (a, b) of T = a |w| + b, (slots, 2)."""
+        return self._table("scalings", [[s.a, s.b] for s in self.slots], self.acc)
+
+    def blocks(self, block: int) -> Tensor:
+        """(slot, index within the slot) of every stretch of `block` elements, int32 (blocks, 2)."""
+        key = f"blocks{block}"
+        if key not in self._tables:
+            counts = torch.tensor([-(-s.w.numel() // block) for s in self.slots])
+            slot = torch.repeat_interleave(torch.arange(len(counts)), counts)
+            start = torch.repeat_interleave(counts.cumsum(0) - counts, counts)
+            index = torch.arange(len(slot)) - start
+            table = torch.stack([slot, index], 1).to(torch.int32).to(self.device)
+            self._tables[key] = ([], table)
+        return self._tables[key][1]
+
+    def _table(self, name: str, values: list, dtype: torch.dtype) -> Tensor:
+        known = self._tables.get(name)
+        if known is None:
+            known = ([], torch.empty(torch.tensor(values).shape, dtype=dtype, device=self.device))
+        if known[0] != values:
+            self._upload(values, known[1])
+            self._tables[name] = (values, known[1])
+        return known[1]
+
+    def _upload(self, values: list, target: Tensor) -> None:
+        pinned = self.device.type == "cuda"
+        target.copy_(torch.tensor(values, dtype=target.dtype, pin_memory=pinned),
+                     non_blocking=True)

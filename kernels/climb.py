@@ -1,0 +1,117 @@
+"""K2: the moving average, and the climb along the scaled direction."""
+
+import triton
+import triton.language as tl
+
+from .common import (
+    BLOCK,
+    CLIMB_TICKET,
+    EMA,
+    HYPER,
+    INV_SCALE1,
+    LMBDA,
+    NO_EMA,
+    NORM,
+    OFFICIAL,
+    OK,
+    OPTIONS,
+    PARTIALS,
+    RHO,
+    SIGMA,
+    TYPES,
+    is_last_program,
+    locate,
+    pointer,
+    wide_pointer,
+)
+from .norm import direction
+
+
+@triton.jit
+def move(w_ptr, g_ptr, backup, m, flat, offs, mask, a, b, inv_scale, sigma, lmbda, scale, ok,
+         is_first, MODE: tl.constexpr, ADAPTIVE: tl.constexpr):
+    """Save w, store w + scale T^2 d and the new m; (w' - w)^2 as stored."""
+    w_in = tl.load(w_ptr + offs, mask, 0)
+    w = w_in.to(tl.float32)
+    g = tl.load(g_ptr + offs, mask, 0).to(tl.float32) * inv_scale
+    old_m = g
+    if MODE != NO_EMA:
+        old_m = tl.load(m + flat + offs, mask, 0)
+    d, new_m = direction(g, old_m, sigma, lmbda, MODE)
+    if MODE == OFFICIAL:
+        new_m = tl.where(is_first, g, new_m)
+    if ADAPTIVE:
+        T = a * tl.abs(w) + b
+        d = T * T * d
+    moved = (w + tl.where(ok, scale * d, 0.0)).to(w_in.dtype)
+    tl.store(backup + flat + offs, w_in, mask)
+    tl.store(w_ptr + offs, moved, mask)
+    if MODE != NO_EMA:
+        tl.store(m + flat + offs, tl.where(ok, new_m, old_m), mask)
+    e = moved.to(tl.float32) - w
+    return e * e
+
+
+@triton.jit
+def sum_partials(partials, n_partials, PARTIALS: tl.constexpr):
+    """All partial sums in a fixed order: every program gets the same bits."""
+    total = tl.zeros((PARTIALS,), tl.float32)
+    for i in range(0, n_partials, PARTIALS):
+        total += tl.load(partials + i + tl.arange(0, PARTIALS))
+    return tl.sum(total)
+
+
+@triton.jit
+def climb_kernel(w_table, g_table, backup, m, partials, radii, blocks, layout, scalings, hyper,
+                 control, counters, m_steps, n_blocks, n_slots, n_partials, guard,
+                 MODE: tl.constexpr, ADAPTIVE: tl.constexpr, TYPE: tl.constexpr,
+                 BLOCK: tl.constexpr, PARTIALS: tl.constexpr):
+    """w -> w + rho T^2 d / ||T d|| with w saved and m updated. Reads g, m, w; writes m, saved w,
+    w, the partial sums of the realised radius, and control's norm and ok."""
+    norm = tl.sqrt_rn(sum_partials(partials, n_partials, PARTIALS))
+    ok = norm < float("inf")  # false for NaN too
+    inv_scale = tl.load(control + INV_SCALE1)
+    if tl.program_id(0) == 0:
+        tl.store(control + NORM, norm)
+        tl.store(control + OK, ok.to(tl.float32))
+    total = tl.zeros((BLOCK,), tl.float32)
+    for block in range(tl.program_id(0), n_blocks, tl.num_programs(0)):
+        slot, start, flat, length, group = locate(block, blocks, layout, BLOCK)
+        g = tl.load(g_table + slot)
+        if g != 0:
+            w = tl.load(w_table + slot)
+            a, b = tl.load(scalings + 2 * slot), tl.load(scalings + 2 * slot + 1)
+            scale = tl.div_rn(tl.load(hyper + group * HYPER + RHO), norm + guard)
+            sigma = tl.load(hyper + group * HYPER + SIGMA)
+            lmbda = tl.load(hyper + group * HYPER + LMBDA)
+            is_first = tl.load(m_steps + slot) == 0
+            offs = tl.arange(0, BLOCK)
+            if (length >= BLOCK) & ((w | g) % 16 == 0):
+                total += move(wide_pointer(w, TYPE) + start, wide_pointer(g, TYPE) + start,
+                              backup, m, flat, offs, None, a, b, inv_scale, sigma, lmbda,
+                              scale, ok, is_first, MODE, ADAPTIVE)
+            else:
+                total += move(pointer(w, TYPE) + start, pointer(g, TYPE) + start,
+                              backup, m, flat, offs, offs < length, a, b, inv_scale,
+                              sigma, lmbda, scale, ok, is_first, MODE, ADAPTIVE)
+    tl.store(radii + tl.program_id(0), tl.sum(total))
+    if is_last_program(counters + CLIMB_TICKET):
+        for i in range(0, n_slots, 128):
+            slots = i + tl.arange(0, 128)
+            mask = slots < n_slots
+            count = tl.load(m_steps + slots, mask, 0)
+            climbed = (tl.load(g_table + slots, mask, 0) != 0).to(tl.int32) * ok.to(tl.int32)
+            tl.store(m_steps + slots, count + climbed, mask)
+
+
+def climb(space, partials) -> None:
+    """w -> w + rho T^2 d / ||T d||, with w saved and m updated; `partials` of every space."""
+    blocks = space.blocks(BLOCK)
+    climb_kernel[(max(1, min(len(blocks), PARTIALS)),)](
+        w_table=space.addresses("w"), g_table=space.addresses("g1"), backup=space.backup,
+        m=space.m, partials=partials, radii=space.radii, blocks=blocks, layout=space.layout(),
+        scalings=space.scalings(), hyper=space.hyper, control=space.control_buffer,
+        counters=space.counters, m_steps=space.steps[0], n_blocks=len(blocks),
+        n_slots=len(space.slots), n_partials=len(partials), guard=1e-12, MODE=EMA[space.ema],
+        ADAPTIVE=space.adaptive, TYPE=TYPES[space.dtype], BLOCK=BLOCK, PARTIALS=PARTIALS,
+        **OPTIONS)

@@ -1,0 +1,76 @@
+"""What the three kernels share: sizes, table columns, and how a block finds its memory.
+
+A kernel runs as at most PARTIALS programs; each walks blocks p, p + programs, ... of BLOCK
+elements. A block belongs to one slot. Its gradient and weight are reached through an int64 table
+of addresses (0: none); the flat buffers (saved w, m, v) by the slot's offset.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+BLOCK = 2048
+WARPS = 4
+PARTIALS = 1024
+# Off, so that a product and a sum round twice, as in plain PyTorch; the kernels wait for memory.
+OPTIONS = {"num_warps": WARPS, "enable_fp_fusion": False}
+TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+# columns of the hyper-parameter table, fastsam.flat.Hyper
+RHO, SIGMA, LMBDA, LR = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
+MOMENTUM, DAMPENING = tl.constexpr(4), tl.constexpr(5)
+WEIGHT_DECAY, NESTEROV, HYPER = tl.constexpr(6), tl.constexpr(7), tl.constexpr(8)
+# cells of the control buffer and of the counters, fastsam.flat.CONTROL and COUNTERS
+NORM, OK, INV_SCALE1, INV_SCALE2 = (
+    tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3))
+FOUND_INF = tl.constexpr(4)
+SKIPPED, CLIMB_TICKET, STEP_TICKET = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+# which m Friendly-SAM projects with: none (SAM), the new one, or the one of the step before
+NO_EMA, ALGORITHM1, OFFICIAL = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+EMA = {None: 0, "algorithm1": 1, "official": 2}
+
+
+@triton.jit
+def locate(block, blocks, layout, BLOCK: tl.constexpr):
+    """The block's slot, its start in the slot and in the flat space, its length, its group."""
+    slot = tl.load(blocks + 2 * block)
+    start = tl.load(blocks + 2 * block + 1).to(tl.int64) * BLOCK
+    offset = tl.multiple_of(tl.load(layout + 3 * slot), 16)
+    length = tl.load(layout + 3 * slot + 1) - start
+    group = tl.load(layout + 3 * slot + 2)
+    return slot, start, offset + start, length, group
+
+
+@triton.jit
+def pointer(address, TYPE: tl.constexpr):
+    return address.to(tl.pointer_type(TYPE))
+
+
+@triton.jit
+def wide_pointer(address, TYPE: tl.constexpr):
+    """A pointer that the compiler may load from in wide pieces; only for address % 16 == 0.
+
+    For 16-bit types the hint is 8: 64-bit loads beside 128-bit float32 ones keep every thread's
+    elements the same, so nothing passes through shared memory. The hint must follow the cast.
+    """
+    return tl.multiple_of(address.to(tl.pointer_type(TYPE)),
+                          16 if TYPE.primitive_bitwidth == 32 else 8)
+
+
+@triton.jit
+def is_last_program(ticket):
+    """Whether every other program has come this far: the last one may change what they read."""
+    tl.debug_barrier()
+    arrived = tl.atomic_add(ticket, 1, sem="acq_rel")
+    last = arrived == tl.num_programs(0) - 1
+    if last:
+        tl.store(ticket, 0)
+    return last
+
+
+@triton.jit
+def _probe():
+    pass
+
+
+INTERPRETED = not isinstance(_probe, triton.runtime.jit.JITFunction)
