@@ -22,6 +22,7 @@ from .common import (
     is_last_program,
     locate,
     pointer,
+    read,
     wide_pointer,
 )
 from .norm import direction
@@ -31,12 +32,12 @@ from .norm import direction
 def move(w_ptr, g_ptr, backup, m, flat, offs, mask, a, b, inv_scale, sigma, lmbda, scale, ok,
          is_first, MODE: tl.constexpr, ADAPTIVE: tl.constexpr):
     """Save w, store w + scale T^2 d and the new m; (w' - w)^2 as stored."""
-    w_in = tl.load(w_ptr + offs, mask, 0)
+    w_in = read(w_ptr + offs, mask)
     w = w_in.to(tl.float32)
-    g = tl.load(g_ptr + offs, mask, 0).to(tl.float32) * inv_scale
+    g = read(g_ptr + offs, mask).to(tl.float32) * inv_scale
     old_m = g
     if MODE != NO_EMA:
-        old_m = tl.load(m + flat + offs, mask, 0)
+        old_m = read(m + flat + offs, mask)
     d, new_m = direction(g, old_m, sigma, lmbda, MODE)
     if MODE == OFFICIAL:
         new_m = tl.where(is_first, g, new_m)

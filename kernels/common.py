@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-BLOCK = 2048
+BLOCK = 1024
 WARPS = 4
 PARTIALS = 1024
 # Off, so that a product and a sum round twice, as in plain PyTorch; the kernels wait for memory.
@@ -55,6 +55,16 @@ def wide_pointer(address, TYPE: tl.constexpr):
     """
     return tl.multiple_of(address.to(tl.pointer_type(TYPE)),
                           16 if TYPE.primitive_bitwidth == 32 else 8)
+
+
+@triton.jit
+def read(pointers, mask):
+    """The elements at `pointers`, 0 where the mask (None: no mask) is off."""
+    if mask is None:
+        values = tl.load(pointers)
+    else:
+        values = tl.load(pointers, mask, 0)
+    return values
 
 
 @triton.jit

@@ -17,6 +17,7 @@ from .common import (
     TYPES,
     locate,
     pointer,
+    read,
     wide_pointer,
 )
 
@@ -36,14 +37,14 @@ def direction(g, m, sigma, lmbda, MODE: tl.constexpr):
 def squares(w_ptr, g_ptr, m, flat, offs, mask, a, b, inv_scale, sigma, lmbda,
             MODE: tl.constexpr, ADAPTIVE: tl.constexpr):
     """(T d)^2 of one block, T = a |w| + b."""
-    g = tl.load(g_ptr + offs, mask, 0).to(tl.float32) * inv_scale
+    g = read(g_ptr + offs, mask).to(tl.float32) * inv_scale
     old_m = g
     if MODE != NO_EMA:
-        old_m = tl.load(m + flat + offs, mask, 0)
+        old_m = read(m + flat + offs, mask)
     d, _ = direction(g, old_m, sigma, lmbda, MODE)
     if ADAPTIVE:
-        w = tl.load(w_ptr + offs, mask, 0).to(tl.float32)
-        d = tl.where(mask if mask is not None else True, (a * tl.abs(w) + b) * d, 0)
+        w = read(w_ptr + offs, mask).to(tl.float32)
+        d = (a * tl.abs(w) + b) * d
     return d * d
 
 

@@ -22,6 +22,7 @@ from .common import (
     is_last_program,
     locate,
     pointer,
+    read,
     wide_pointer,
 )
 
@@ -30,12 +31,12 @@ from .common import (
 def update(source_ptr, w_ptr, g_ptr, v, flat, offs, mask, inv_scale, lr, momentum, dampening,
            weight_decay, nesterov, is_first, ok, HAS_MOMENTUM: tl.constexpr):
     """torch.optim.SGD's update of one block, from the w at source_ptr to the one at w_ptr."""
-    w_in = tl.load(source_ptr + offs, mask, 0)
+    w_in = read(source_ptr + offs, mask)
     w = w_in.to(tl.float32)
-    g = tl.load(g_ptr + offs, mask, 0).to(tl.float32) * inv_scale
+    g = read(g_ptr + offs, mask).to(tl.float32) * inv_scale
     g = g + weight_decay * w
     if HAS_MOMENTUM:
-        old_v = tl.load(v + flat + offs, mask, 0)
+        old_v = read(v + flat + offs, mask)
         new_v = tl.where(is_first, g, momentum * old_v + (1 - dampening) * g)
         has_momentum = momentum != 0
         tl.store(v + flat + offs, tl.where(ok & has_momentum, new_v, old_v), mask)
