@@ -122,6 +122,7 @@ class SAM(Optimizer):
         for rows in kinds.values():
             params, indices, scalings = zip(*rows, strict=True)
             self._spaces.append(Space(list(params), list(indices), list(scalings), self._ema))
+        self._bring_hyper()
         self._link_state()
 
     def _link_state(self) -> None:
@@ -282,7 +283,7 @@ class SAM(Optimizer):
         for device, found_inf in state["found_inf_per_device"].items():
             for space in self._spaces:
                 if space.device == device:
-                    found_inf.maximum_((space.control.ok == 0).to(found_inf.dtype))
+                    found_inf.logical_or_(space.control.ok == 0)
 
     @torch.no_grad()
     def restore(self) -> None:
