@@ -1,0 +1,90 @@
+"""Checkpoints: plain tensors and numbers, written atomically, loaded without running code."""
+
+import pickle
+import zipfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from bench.config import Config
+from bench.data import Data
+from bench.models import build_model
+from bench.record import replacing
+
+FORMAT = "fastsam-bench-1"
+
+
+def save_checkpoint(path: Path, config: Config, data: Data, model: nn.Module, **more: Any) -> None:
+    """Write the model with all that rebuilds it: config, classes, channels, data fingerprint.
+
+    more: entries to keep beside it, such as the optimizer's state_dict.
+    """
+    checkpoint = {
+        "format": FORMAT,
+        "config": asdict(config),
+        "classes": data.classes,
+        "channels": data.channels,
+        "fingerprint": data.fingerprint,
+        "model": model.state_dict(),
+        **more,
+    }
+    with replacing(path) as tmp:
+        torch.save(checkpoint, tmp)
+
+
+def load_checkpoint(path: Path, device: str = "cpu") -> dict[str, Any]:
+    """Return what save_checkpoint wrote. Raises ValueError when the file is something else."""
+    if not path.is_file():
+        raise ValueError(f"no checkpoint at {str(path)!r}; give a last.pt or best.pt of a run")
+    unreadable = (
+        f"{str(path)!r} is not a readable checkpoint; give a last.pt or best.pt that "
+        "`python -m bench train` wrote"
+    )
+    if not zipfile.is_zipfile(path):  # the container of torch.save
+        raise ValueError(unreadable)
+    try:
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError) as e:
+        raise ValueError(unreadable) from e
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
+        raise ValueError(
+            f"{str(path)!r} is a checkpoint of another program; give a last.pt or best.pt that "
+            "`python -m bench train` wrote"
+        )
+    return checkpoint
+
+
+def load_weights(model: nn.Module, checkpoint: dict[str, Any], path: Path) -> None:
+    """Copy the checkpoint's weights into the model, or raise ValueError if they do not fit."""
+    try:
+        model.load_state_dict(checkpoint["model"])
+    except RuntimeError as e:
+        config = checkpoint["config"]
+        raise ValueError(
+            f"{str(path)!r} holds the weights of another model than its config's "
+            f"{config['model']} of width {config['width']}; use the checkpoint of that run"
+        ) from e
+
+
+def rebuild(checkpoint: dict[str, Any], path: Path, device: str = "cpu") -> nn.Module:
+    """Return the checkpoint's model in eval mode."""
+    config, channels = checkpoint["config"], checkpoint["channels"]
+    placeholder = [1.0] * channels  # mean and std are among the weights
+    model = build_model(
+        config["model"], config["width"], channels, len(checkpoint["classes"]),
+        placeholder, placeholder,
+    )  # fmt: skip
+    load_weights(model, checkpoint, path)
+    return model.to(device).eval()
+
+
+def load_model(path: str | Path, device: str = "cpu") -> nn.Module:
+    """Return the trained model of a checkpoint: (B, C, H, W) in [0, 1] -> (B, classes) logits.
+
+    Architecture, classes and normalisation come from the file; nothing else is needed. Raises
+    ValueError when the file is missing or is no checkpoint of `python -m bench train`.
+    """
+    return rebuild(load_checkpoint(Path(path), device), Path(path), device)

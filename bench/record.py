@@ -1,0 +1,103 @@
+"""What a run leaves behind: atomic files, and the stamp of the machine and versions behind them."""
+
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary path that becomes `path` when the block ends, and never exists half."""
+    tmp = path.with_name(f".{path.name}.tmp")
+    try:
+        yield tmp
+        with open(tmp, "rb") as f:
+            os.fsync(f.fileno())
+        os.replace(tmp, path)
+    finally:
+        tmp.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` to `path` atomically."""
+    with replacing(path) as tmp:
+        tmp.write_text(text)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON, atomically."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_jsonl(path: Path, rows: list[dict]) -> None:
+    """Write one JSON object a line, atomically."""
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def append_jsonl(path: Path, rows: list[dict]) -> None:
+    """Append to a JSONL file the rows that it does not hold yet; a crash leaves the old file."""
+    old = path.read_text().splitlines() if path.exists() else []
+    new = [line for line in map(json.dumps, rows) if line not in old]
+    write_text(path, "".join(line + "\n" for line in old + new))
+
+
+def git_hash() -> str | None:
+    """Return HEAD's hash, with '-dirty' when tracked files differ; None outside a git checkout."""
+
+    def git(*args: str) -> str:
+        return subprocess.run(
+            ["git", *args], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "HEAD") + ("-dirty" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def package_version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def stamp(device: str) -> dict[str, Any]:
+    """Return versions, git hash, UTC time, and the name of the device that a run used."""
+    import fastsam
+
+    packages = ("torch", "torchvision", "triton", "numpy")
+    on_cuda = torch.device(device).type == "cuda"
+    return {
+        "versions": {
+            "python": platform.python_version(),
+            "fastsam": fastsam.__version__,
+            **{name: package_version(name) for name in packages},
+        },
+        "git": git_hash(),
+        "device": torch.cuda.get_device_name(device) if on_cuda else f"cpu: {cpu_name()}",
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }

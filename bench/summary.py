@@ -1,0 +1,76 @@
+"""A finished run's summary: accuracy of the last and of the best checkpoint, cost, provenance."""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.checkpoint import load_checkpoint, rebuild
+from bench.config import Config, Evaluation
+from bench.evaluate import evaluate
+from bench.record import stamp, write_json
+from bench.train import Run, train
+
+
+def finished(config: Config, evaluation: Evaluation, out: Path) -> dict[str, Any] | None:
+    """Return the summary in `out` if it is of this config and evaluation, else None."""
+    path = out / "summary.json"
+    if not path.exists():
+        return None
+    summary = json.loads(path.read_text())
+    wanted = json.loads(json.dumps({"config": asdict(config), "evaluation": asdict(evaluation)}))
+    return summary if all(summary[k] == v for k, v in wanted.items()) else None
+
+
+def summarise(run: Run, evaluation: Evaluation, out: Path) -> dict[str, Any]:
+    """Evaluate last.pt and best.pt of a finished run on the test set, once if they are equal."""
+    device = str(run.device)
+    test = run.data.test.to(run.device)
+    best_epoch = load_checkpoint(out / "best.pt", device)["epoch"]
+    results = {}
+    for name in ("last", "best"):
+        if name == "best" and best_epoch == run.config.epochs - 1:
+            results[name] = results["last"]
+            continue
+        path = out / f"{name}.pt"
+        model = rebuild(load_checkpoint(path, device), path, device)
+        if run.config.channels_last:
+            model = model.to(memory_format=torch.channels_last)
+        results[name] = evaluate(model, test, evaluation)
+    seconds = sum(row["seconds"] for row in run.history)
+    last = results["last"]
+    return {
+        "method": run.config.method,
+        "natural": last["natural"],
+        "robust": last["robust"],
+        "best": {**{k: results["best"][k] for k in ("natural", "robust")}, "epoch": best_epoch},
+        "images_per_second": len(run.data.train) * len(run.history) / seconds,
+        "train_seconds": seconds,
+        "train_images": len(run.data.train),
+        "test_images": last["images"],
+        "attacks": last["attacks"],
+        "config": asdict(run.config),
+        "evaluation": asdict(evaluation),
+        **stamp(device),
+    }
+
+
+def train_and_evaluate(
+    config: Config,
+    evaluation: Evaluation,
+    out: Path,
+    download: bool = False,
+    after_epoch: Callable[[dict[str, Any]], None] = lambda row: None,
+) -> dict[str, Any]:
+    """Return the summary of a run, training and evaluating what of it is not yet in `out`."""
+    if (summary := finished(config, evaluation, out)) is not None:
+        for _ in range(config.epochs):
+            after_epoch({})
+        return summary
+    run = train(config, out, download, after_epoch)
+    summary = summarise(run, evaluation, out)
+    write_json(out / "summary.json", summary)
+    return summary
