@@ -40,8 +40,9 @@ COUNTERS = ("skipped", "climb_ticket", "step_ticket")
 class Slot:
     """One parameter w, its group, its part of the flat buffers, and this step's gradients.
 
-    g1 is the first-pass gradient (None: this slot does not climb), g2 the second-pass one (None:
-    the base optimizer leaves it alone). a and b define ASAM's scaling T = a |w| + b.
+    g1 is the first-pass gradient (None: this slot does not climb) and is let go after the climb,
+    which `climbed` remembers; g2 is the second-pass one (None: the base optimizer leaves the slot
+    alone). a and b define ASAM's scaling T = a |w| + b.
     """
 
     w: Tensor
@@ -54,6 +55,7 @@ class Slot:
     v: Tensor | None
     m_steps: Tensor
     v_steps: Tensor
+    climbed: bool = False
     g1: Tensor | None = None
     g2: Tensor | None = None
 
@@ -63,7 +65,7 @@ def is_dense(t: Tensor) -> bool:
     expected = 1
     for stride, size in sorted(zip(t.stride(), t.shape, strict=True)):
         if size > 1 and stride != expected:
-            return False
+            return t.numel() == 0
         expected *= size
     return True
 
@@ -76,9 +78,9 @@ def same_layout(t: Tensor, u: Tensor) -> bool:
 
 def is_packable(p: Tensor) -> bool:
     """Whether p may become a view of a flat buffer without anyone else noticing."""
-    storage = p.untyped_storage()
-    return (type(p) in (torch.nn.Parameter, Tensor) and is_dense(p) and not p.is_shared()
-            and p.storage_offset() == 0 and storage.nbytes() == p.numel() * p.element_size())
+    shared = p.device.type == "cpu" and p.is_shared()  # between processes; true of all of CUDA
+    whole = p.storage_offset() == 0 and p.untyped_storage().nbytes() == p.nbytes
+    return type(p) in (torch.nn.Parameter, Tensor) and is_dense(p) and whole and not shared
 
 
 class Space:
@@ -139,8 +141,8 @@ class Space:
     def _pack(self) -> Tensor | None:
         """Turn the parameters into views, with their own strides, of one flat buffer; or leave
         them all where they are when one of them shares its memory or does not own all of it."""
-        unique = len({s.w.data_ptr() for s in self.slots}) == len(self.slots)
-        if not unique or not all(is_packable(s.w) for s in self.slots):
+        starts = [s.w.data_ptr() for s in self.slots if s.w.numel()]
+        if len(set(starts)) < len(starts) or not all(is_packable(s.w) for s in self.slots):
             return None
         flat = self._zeros(self.size, self.dtype)
         for s in self.slots:
@@ -150,6 +152,30 @@ class Space:
     def climbing(self) -> Iterator[Slot]:
         """The slots that have a first-pass gradient."""
         return (s for s in self.slots if s.g1 is not None)
+
+    def check_slots(self) -> bool:
+        """Follow parameters whose memory someone replaced since (`p.data = ...`, `model.to(...)`).
+
+        Returns:
+            Whether a slot's state was laid out anew.
+
+        Raises:
+            RuntimeError: a parameter has another device, dtype or shape than at construction.
+        """
+        changed = False
+        for s in self.slots:
+            if (s.w.device, s.w.dtype, s.w.shape) != (self.device, self.dtype, s.backup.shape):
+                raise RuntimeError(
+                    f"a parameter of shape {tuple(s.backup.shape)}, {self.dtype} on {self.device}, "
+                    f"is now {tuple(s.w.shape)}, {s.w.dtype} on {s.w.device}: build the optimizer "
+                    "after the model has its final device and dtype")
+            if is_dense(s.w) and not same_layout(s.w, s.backup):
+                for name, flat in (("backup", self.backup), ("m", self.m), ("v", self.v)):
+                    if flat is not None:  # the same values in the parameter's new order
+                        values = getattr(s, name).clone()
+                        setattr(s, name, self._view(flat, s.w, s.offset).copy_(values))
+                changed = True
+        return changed
 
     def set_hyper(self, rows: list[tuple]) -> None:
         """Bring the groups' hyper-parameters to the device: one copy, only when one changed.
@@ -185,7 +211,8 @@ class Space:
         for s in self.slots:
             s.v = self._view(self.v, s.w, s.offset)
 
-    def read_gradient(self, slot: Slot) -> Tensor | None:
+    @staticmethod
+    def read_gradient(slot: Slot) -> Tensor | None:
         """The parameter's gradient, laid out like the parameter.
 
         Raises:
@@ -198,15 +225,19 @@ class Space:
             raise ValueError(f"a gradient of shape {tuple(g.shape)} has layout {g.layout}: use "
                              "dense gradients (sparse=False in torch.nn.Embedding)")
         if g.dtype == slot.w.dtype and same_layout(g, slot.w):
-            return g.detach()
+            return g
         return torch.empty_like(slot.w, memory_format=torch.preserve_format).copy_(g)
 
     # What the kernels read: tables on the device, uploaded again only when their content changed.
 
     def addresses(self, name: str) -> Tensor:
-        """The memory addresses of every slot's `name` (w, g1 or g2), int64 (slots,); 0 = none."""
+        """The memory addresses of every slot's `name` (w, g1 or g2), int64 (slots,); 0: none."""
         tensors = [getattr(s, name) for s in self.slots]
         return self._table(name, [0 if t is None else t.data_ptr() for t in tensors], torch.int64)
+
+    def climbed(self) -> Tensor:
+        """Not 0 for every slot that climbed: g1's addresses as the climb left them, (slots,)."""
+        return self._tables["g1"][1]
 
     def layout(self) -> Tensor:
         """Each slot's (offset, numel, group), int64 (slots, 3)."""

@@ -1,13 +1,15 @@
 """The torch optimizer front: parameter groups, the two-phase step, closures and state."""
 
 from collections.abc import Callable, Iterable
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 from torch.optim import SGD, Optimizer
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .dispatch import resolve
-from .flat import Hyper, Space, is_dense
+from .flat import Hyper, Slot, Space, is_dense
 
 OWN_KEYS = ("ema", "ema_steps")
 
@@ -112,10 +114,10 @@ class SAM(Optimizer):
             group = self.param_groups[i]
             names = group.get("param_names") or [None] * len(group["params"])
             for p, name in zip(group["params"], names, strict=True):
-                if p.is_complex():
-                    raise ValueError(f"a parameter of shape {tuple(p.shape)} is {p.dtype}: "
-                                     "SAM takes real parameters (use torch.view_as_real)")
+                refuse_unusable(p)
                 kinds.setdefault((p.device, p.dtype), []).append((p, i, scaling(group, p, name)))
+        refuse_shared([x.w for s in self._spaces for x in s.slots]
+                      + [p for rows in kinds.values() for p, _, _ in rows])
         known = [(s.device, s.dtype, all(is_dense(x.w) for x in s.slots)) for s in self._spaces]
         new = [(*kind, all(is_dense(p) for p, _, _ in rows)) for kind, rows in kinds.items()]
         self._backend, self._report = resolve(self._requested_backend, known + new)
@@ -163,23 +165,28 @@ class SAM(Optimizer):
             ValueError: a sparse gradient.
         """
         self._need_phase(False, "first_step")
-        gradients = [(slot, space.read_gradient(slot) if self._climbs(slot) else None)
-                     for space in self._spaces for slot in space.slots]
+        gradients = self._gradients()
         self._bring_hyper()
         for slot, g in gradients:
-            slot.g1 = g
+            slot.g1 = g if self.param_groups[slot.group].get("perturb", True) else None
         for space in self._spaces:
             space.set_control("inv_scale1", inverse_scale(scaler))
             self._backend.norm(space)
         self._perturbed, self._scaler = True, scaler
         for space in self._spaces:
             self._backend.climb(space, self._all_partials(space.device))
-        self._announce(slot.w for space in self._spaces for slot in space.climbing())
+        for slot, _ in gradients:
+            slot.climbed, slot.g1 = slot.g1 is not None, None
+        self._announce(slot.w for slot, _ in gradients if slot.climbed)
         if zero_grad:
             self.zero_grad()
 
-    def _climbs(self, slot) -> bool:
-        return self.param_groups[slot.group].get("perturb", True)
+    def _gradients(self) -> list[tuple[Slot, Tensor | None]]:
+        """Every slot with its gradient; whatever can be refused is, before anything changes."""
+        if any([space.check_slots() for space in self._spaces]):
+            self._link_state()
+        return [(slot, space.read_gradient(slot))
+                for space in self._spaces for slot in space.slots]
 
     def _all_partials(self, device: torch.device) -> Tensor:
         """The partial sums of every space: with them the norm is global."""
@@ -248,8 +255,7 @@ class SAM(Optimizer):
         if not self._fused:
             self._foreign_step(grad_scale, found_inf)
             return
-        gradients = [(slot, space.read_gradient(slot))
-                     for space in self._spaces for slot in space.slots]
+        gradients = self._gradients()
         self._bring_hyper()
         for slot, g in gradients:
             slot.g2 = g
@@ -257,8 +263,8 @@ class SAM(Optimizer):
             space.set_control("inv_scale2", None if grad_scale is None else 1 / grad_scale)
             space.set_control("found_inf", found_inf)
             self._backend.step(space, self._perturbed)
-        self._leave_phase([s.w for space in self._spaces for s in space.slots
-                           if s.g1 is not None or s.g2 is not None])
+        self._leave_phase([slot.w for slot, _ in gradients
+                           if slot.climbed or slot.g2 is not None])
 
     def _foreign_step(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         """Restore and let the base optimizer step. Whether the step is a skip is read on the
@@ -290,7 +296,7 @@ class SAM(Optimizer):
         """Go back to w, bit for bit, without an update. Does nothing when not perturbed."""
         if not self._perturbed:
             return
-        moved = [slot for space in self._spaces for slot in space.climbing()]
+        moved = [slot for space in self._spaces for slot in space.slots if slot.climbed]
         for slot in moved:
             slot.w.copy_(slot.backup)
         self._leave_phase([slot.w for slot in moved])
@@ -299,7 +305,7 @@ class SAM(Optimizer):
         self._perturbed, self._scaler = False, None
         for space in self._spaces:
             for slot in space.slots:
-                slot.g1 = slot.g2 = None
+                slot.climbed, slot.g1, slot.g2 = False, None, None
         self._announce(changed)
 
     def _need_phase(self, perturbed: bool, call: str) -> None:
@@ -503,6 +509,26 @@ def check_group(group: dict, ema: str | None) -> None:
         raise ValueError(f"sigma={sigma} is out of range: use a finite number, such as 1.0")
     if not isinstance(lmbda, Tensor) and not 0 <= lmbda < 1:
         raise ValueError(f"lmbda={lmbda} is out of range: use a factor in [0, 1), such as 0.9")
+
+
+def refuse_unusable(p: Tensor) -> None:
+    """Refuse parameters that have no plain memory of real numbers."""
+    if not p.is_floating_point():
+        raise ValueError(f"a parameter of shape {tuple(p.shape)} is {p.dtype}: "
+                         "SAM takes real floating-point parameters (see torch.view_as_real)")
+    if p.layout is not torch.strided or is_traceable_wrapper_subclass(p):
+        raise ValueError(f"a parameter of shape {tuple(p.shape)} is a {type(p).__name__} with "
+                         f"layout {p.layout}: SAM takes plain dense tensors, not sharded ones yet")
+
+
+def refuse_shared(params: list[Tensor]) -> None:
+    """Refuse two parameters over the same memory: saving the second would save the first moved."""
+    stretches = sorted((p.data_ptr(), p.data_ptr() + p.nbytes, p.device) for p in params
+                       if p.numel() and is_dense(p))
+    for (_, end, device), (start, _, other) in pairwise(stretches):
+        if start < end and device == other:
+            raise ValueError("two parameters share memory: tie weights by using one Parameter "
+                             "twice in the model, not two over the same tensor")
 
 
 def refuse_unfused(groups: list[dict]) -> None:

@@ -108,7 +108,7 @@ def step(space: Space, perturbed: bool) -> None:
     c = space.control
     ok = (c.found_inf == 0) & (c.ok != 0) if perturbed else c.found_inf == 0
     for slot in space.slots:
-        w = slot.backup if perturbed and slot.g1 is not None else slot.w
+        w = slot.backup if perturbed and slot.climbed else slot.w
         if slot.g2 is None:
             slot.w.copy_(w)
             continue

@@ -35,7 +35,7 @@ def locate(block, blocks, layout, BLOCK: tl.constexpr):
     """The block's slot, its start in the slot and in the flat space, its length, its group."""
     slot = tl.load(blocks + 2 * block)
     start = tl.load(blocks + 2 * block + 1).to(tl.int64) * BLOCK
-    offset = tl.multiple_of(tl.load(layout + 3 * slot), 16)
+    offset = tl.multiple_of(tl.load(layout + 3 * slot), 4)  # what wide_pointer says of 16 bits
     length = tl.load(layout + 3 * slot + 1) - start
     group = tl.load(layout + 3 * slot + 2)
     return slot, start, offset + start, length, group

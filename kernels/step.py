@@ -46,13 +46,13 @@ def update(source_ptr, w_ptr, g_ptr, v, flat, offs, mask, inv_scale, lr, momentu
 
 
 @triton.jit
-def step_kernel(w_table, g1_table, g2_table, backup, v, blocks, layout, hyper, control, counters,
-                v_steps, n_blocks, n_slots, HAS_MOMENTUM: tl.constexpr, PERTURBED: tl.constexpr,
-                TYPE: tl.constexpr, BLOCK: tl.constexpr):
+def step_kernel(w_table, climbed_table, g2_table, backup, v, blocks, layout, hyper, control,
+                counters, v_steps, n_blocks, n_slots, HAS_MOMENTUM: tl.constexpr,
+                PERTURBED: tl.constexpr, TYPE: tl.constexpr, BLOCK: tl.constexpr):
     """w = SGD(saved w, g2); where there is no g2, w = saved w. Reads saved w, v, g2; writes v, w.
 
-    Where nothing was saved (no g1, or a plain step), w itself is the start. After a climb that
-    was not ok, or with found_inf, every block only returns, and the skip is counted.
+    Where nothing was saved (it did not climb, or a plain step), w itself is the start. After a
+    climb that was not ok, or with found_inf, every block only returns, and the skip is counted.
     """
     inv_scale = tl.load(control + INV_SCALE2)
     ok = tl.load(control + FOUND_INF) == 0
@@ -64,7 +64,7 @@ def step_kernel(w_table, g1_table, g2_table, backup, v, blocks, layout, hyper, c
         g = tl.load(g2_table + slot)
         saved = False
         if PERTURBED:
-            saved = tl.load(g1_table + slot) != 0
+            saved = tl.load(climbed_table + slot) != 0
         offs = tl.arange(0, BLOCK)
         if g != 0:
             row = hyper + group * HYPER
@@ -103,7 +103,7 @@ def step(space, perturbed: bool) -> None:
     """SGD from the saved w (from w itself where nothing was saved) with g2."""
     blocks = space.blocks(BLOCK)
     step_kernel[(max(1, min(len(blocks), PARTIALS)),)](
-        w_table=space.addresses("w"), g1_table=space.addresses("g1"),
+        w_table=space.addresses("w"), climbed_table=space.climbed() if perturbed else None,
         g2_table=space.addresses("g2"), backup=space.backup, v=space.v, blocks=blocks,
         layout=space.layout(), hyper=space.hyper, control=space.control_buffer,
         counters=space.counters, v_steps=space.steps[1], n_blocks=len(blocks),

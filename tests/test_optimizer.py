@@ -4,6 +4,7 @@ import copy
 import io
 import pickle
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -23,32 +24,29 @@ CLASSES = {
     "fsam-official": (FriendlySAM, dict(rho=0.1, sigma=0.7, lmbda=0.6, convention="official")),
     "fasam": (FriendlySAM, dict(rho=1.2, sigma=0.7, lmbda=0.6, adaptive=True)),
 }
-BACKENDS = ["reference", "triton"]
+# Every class on the reference; on the kernels, which test_kernels.py covers, one of each mode.
+CASES = ([(variant, "reference") for variant in CLASSES]
+         + [(variant, "triton") for variant in ("sam", "fasam", "fsam-official")])
 
 
-@pytest.fixture(params=BACKENDS)
-def backend(request):
-    return request.param
-
-
-@pytest.fixture(params=CLASSES)
-def variant(request):
-    return request.param
+def pytest_generate_tests(metafunc):
+    if {"variant", "backend"} <= set(metafunc.fixturenames):
+        metafunc.parametrize("variant, backend", CASES)
+    elif "backend" in metafunc.fixturenames:
+        metafunc.parametrize("backend", ["reference", "triton"])
 
 
 class Net(nn.Module):
-    """Convolution, BatchNorm and two linear layers: every kind of parameter, 10 tensors."""
+    """Convolution, BatchNorm and a linear layer: every kind of parameter, few tensors."""
 
     def __init__(self):
         super().__init__()
-        self.conv = nn.Conv2d(3, 6, 3, padding=1)
-        self.bn = nn.BatchNorm2d(6)
-        self.hidden = nn.Linear(6 * 16, 20)
-        self.head = nn.Linear(20, 4)
+        self.conv = nn.Conv2d(3, 8, 3, padding=1, bias=False)
+        self.bn = nn.BatchNorm2d(8)
+        self.head = nn.Linear(8 * 16, 4)
 
     def forward(self, x):
-        x = self.bn(self.conv(x)).relu()
-        return self.head(self.hidden(x.flatten(1)).relu())
+        return self.head(self.bn(self.conv(x)).relu().flatten(1))
 
 
 def network(device) -> Net:
@@ -412,7 +410,7 @@ def test_a_group_added_in_mid_training_trains(variant, backend, device):
 def test_perturb_false_neither_climbs_nor_counts(backend, device):
     net = network(device)
     groups = [dict(params=net.head.parameters(), perturb=False),
-              dict(params=[*net.conv.parameters(), *net.hidden.parameters()])]
+              dict(params=[*net.conv.parameters(), *net.bn.parameters()])]
     opt = SAM(groups, torch.optim.SGD, rho=0.1, lr=0.1, backend=backend)
     backward(net, 0, device)
     norm = torch.stack([p.grad.norm() for p in groups[1]["params"]]).norm()
@@ -433,6 +431,23 @@ def test_last_radius_is_what_bfloat16_left_of_it(device):
     opt.first_step()
     realised = (w.detach().float() - before).norm()
     assert opt.last_radius == pytest.approx(float(realised), rel=1e-5)
+
+
+def test_the_first_gradient_is_let_go_after_the_climb(backend, device):
+    net = network(device)
+    opt = build(net, "fsam", backend)
+    backward(net, 0, device)
+    gradients = [weakref.ref(p.grad) for p in net.parameters()]
+    opt.first_step(zero_grad=True)
+    assert [ref() for ref in gradients] == [None] * len(gradients)
+
+
+def test_a_parameter_that_changed_its_dtype_is_refused(backend, device):
+    net = network(device)
+    opt = build(net, "sam", backend)
+    net.double()
+    with pytest.raises(RuntimeError, match="build the optimizer after"):
+        opt.first_step()
 
 
 # ---- invariant 6: saving and loading

@@ -1,0 +1,140 @@
+"""Compile every kernel variant ahead of time, without a GPU, and print what came out.
+
+One JSON object per line and variant: the bytes that one thread loads and stores in vector
+instructions, registers, stack, shared-memory loads and atomics. Runs without TRITON_INTERPRET.
+
+    python tests/aot_compile.py                  every variant for every target
+    python tests/aot_compile.py --without-hints  a few, with the alignment hints taken out
+"""
+
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from itertools import product
+from pathlib import Path
+
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+# by import_module: as attributes of the package, these names are the launchers
+common, norm, climb, step = (
+    importlib.import_module(f"fastsam.kernels.{name}")
+    for name in ("common", "norm", "climb", "step"))
+
+KERNELS = {"norm": norm.norm_kernel, "climb": climb.climb_kernel, "step": step.step_kernel}
+CONSTANTS = {
+    "norm": [dict(MODE=m, ADAPTIVE=a) for m, a in product((0, 1, 2), (False, True))],
+    "climb": [dict(MODE=m, ADAPTIVE=a) for m, a in product((0, 1, 2), (False, True))],
+    "step": [dict(HAS_MOMENTUM=h, PERTURBED=p) for h, p in product((False, True), repeat=2)],
+}
+TYPES = {"fp32": tl.float32, "bf16": tl.bfloat16, "fp16": tl.float16}
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+TYPES_OF = {"sm_80": ("fp32", "bf16"), "sm_90": ("fp32", "bf16", "fp16"),
+            "sm_100": ("fp32", "bf16"), "gfx942": ("fp32", "bf16")}
+INTEGERS = {"blocks": "*i32", "counters": "*i32", "m_steps": "*i32", "v_steps": "*i32",
+            "layout": "*i64", "guard": "fp32"}
+
+
+def signature(kernel, element: str, constants: dict) -> dict[str, str]:
+    types = {}
+    for name in kernel.arg_names:
+        if name in constants:
+            types[name] = "constexpr"
+        elif name in INTEGERS:
+            types[name] = INTEGERS[name]
+        elif name.endswith("_table"):
+            types[name] = "*i64"
+        elif name.startswith("n_"):
+            types[name] = "i32"
+        else:
+            types[name] = f"*{element}" if name == "backup" else "*fp32"
+    return types
+
+
+def compile_variant(name: str, constants: dict, element: str, target: str):
+    """The compiled kernel, every pointer argument 16-byte aligned as torch allocates it."""
+    kernel = KERNELS[name]
+    constants = {**constants, "TYPE": TYPES[element], "BLOCK": common.BLOCK}
+    if "PARTIALS" in kernel.arg_names:
+        constants["PARTIALS"] = common.PARTIALS
+    types = signature(kernel, element, constants)
+    index = {argument: (i,) for i, argument in enumerate(kernel.arg_names)}
+    aligned = {index[p.name]: [["tt.divisibility", 16]] for p in kernel.params
+               if types[p.name][0] == "*" and not p.do_not_specialize_on_alignment}
+    source = ASTSource(kernel, types, {index[k]: x for k, x in constants.items()}, aligned)
+    return triton.compile(source, target=TARGETS[target], options=dict(common.OPTIONS))
+
+
+def nvidia(compiled) -> dict:
+    ptx = compiled.asm["ptx"]
+    moved = {"ld": 0, "st": 0}
+    for way, count, bits in re.findall(
+            r"\b(ld|st)\.global\S*?\.v(\d)\.[buf](\d+)\b", ptx):
+        moved[way] += int(count) * int(bits) // 8
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder, "kernel.cubin")
+        cubin.write_bytes(compiled.asm["cubin"])
+        tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        usage = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True,
+                               check=True).stdout
+    registers, stack, local = map(int, re.search(
+        r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage).groups())
+    return dict(load_bytes=moved["ld"], store_bytes=moved["st"], registers=registers,
+                stack=stack + local, shared_loads=len(re.findall(r"\bld\.shared", ptx)),
+                atomics=re.findall(r"\b(?:atom|red)\.\S+", ptx))
+
+
+def amd(compiled) -> dict:
+    asm = compiled.asm["amdgcn"]
+    # buffer_ only: the scalar reads of the tables are global_load_dwordx2 as well
+    moved = {"load": 0, "store": 0}
+    for way, words in re.findall(r"\bbuffer_(load|store)_dwordx(\d)", asm):
+        moved[way] += 4 * int(words)
+    keys = ("private_segment_fixed_size", "sgpr_spill_count", "vgpr_spill_count")
+    return dict(load_bytes=moved["load"], store_bytes=moved["store"],
+                registers=int(re.search(r"\.vgpr_count:\s+(\d+)", asm)[1]),
+                stack=sum(int(re.search(rf"\.{key}:\s+(\d+)", asm)[1]) for key in keys),
+                shared_loads=len(re.findall(r"\bds_read\w*", asm)),
+                atomics=re.findall(r"\b\w+_atomic_\w+", asm))
+
+
+def row(job: tuple) -> dict:
+    name, constants, element, target = job
+    compiled = compile_variant(name, constants, element, target)
+    measure = amd if target.startswith("gfx") else nvidia
+    threads = TARGETS[target].warp_size * common.WARPS
+    return dict(kernel=name, constants=constants, type=element, target=target,
+                elements=common.BLOCK // threads, partials=common.PARTIALS // threads,
+                **measure(compiled))
+
+
+def main() -> None:
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        sys.exit("TRITON_INTERPRET=1 leaves nothing to compile: unset it")
+    if "--without-hints" in sys.argv:
+        for module in (norm, climb, step):
+            module.wide_pointer = common.pointer
+        jobs = [(name, constants[-1], "fp32", "sm_90") for name, constants in CONSTANTS.items()]
+        rows = map(row, jobs)
+    else:
+        jobs = [(name, constants, element, target) for name, variants in CONSTANTS.items()
+                for constants in variants for target in TARGETS for element in TYPES_OF[target]]
+        rows = ProcessPoolExecutor(2).map(row, jobs, chunksize=4)
+    for result in rows:
+        print(json.dumps(result), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""What the compiler makes of the kernels, per target: vector width, registers, spills, atomics.
+
+Compiled in a process of its own, because this one may run Triton's interpreter.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="the kernels need Triton")
+
+ROOT = Path(__file__).parent.parent
+ITEM = {"fp32": 4, "bf16": 2, "fp16": 2}
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+
+
+def compile_rows(*arguments: str) -> list[dict]:
+    env = {k: x for k, x in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, ROOT / "tests" / "aot_compile.py", *arguments],
+                          env={**env, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[dict]:
+    return compile_rows()
+
+
+def budget(row: dict) -> tuple[int, int]:
+    """The bytes that a thread must load and store in vector instructions: design's table of
+    streams. g, w and the saved w have the parameters' dtype; m, v and the partials are fp32."""
+    c, wide, narrow = row["constants"], 4 * row["elements"], ITEM[row["type"]] * row["elements"]
+    if row["kernel"] == "norm":
+        return narrow * (1 + c["ADAPTIVE"]) + wide * (c["MODE"] > 0), 0
+    if row["kernel"] == "climb":
+        m = wide * (c["MODE"] > 0)
+        return 2 * narrow + m + 4 * row["partials"], 2 * narrow + m
+    v = wide * c["HAS_MOMENTUM"]
+    return 2 * narrow + v, narrow + v
+
+
+def missed(row: dict) -> list[str]:
+    loads, stores = budget(row)
+    return [f"{what}: {row[key]} of {expected} bytes in vectors"
+            for what, key, expected in (("loads", "load_bytes", loads),
+                                        ("stores", "store_bytes", stores))
+            if row[key] < expected]
+
+
+def name(row: dict) -> str:
+    constants = ", ".join(f"{k}={x}" for k, x in row["constants"].items())
+    return f"{row['kernel']}({constants}) {row['type']} {row['target']}"
+
+
+def complaints(rows: list[dict], what) -> str:
+    return "\n".join(f"{name(row)}: {found}" for row in rows if (found := what(row)))
+
+
+def test_every_variant_is_compiled_for_every_target(rows):
+    counts = Counter((r["kernel"], r["target"], r["type"]) for r in rows)
+    for target in TARGETS:
+        for element in ("fp32", "bf16") + (("fp16",) if target == "sm_90" else ()):
+            assert counts["norm", target, element] == 6
+            assert counts["climb", target, element] == 6
+            assert counts["step", target, element] == 4
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_fast_path_moves_every_stream_in_vectors(rows, target):
+    found = complaints([r for r in rows if r["target"] == target], missed)
+    assert not found, found
+
+
+def test_the_vector_check_notices_missing_alignment_hints():
+    bare = compile_rows("--without-hints")
+    assert [r["kernel"] for r in bare] == ["norm", "climb", "step"]
+    assert all(missed(r) for r in bare)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_no_variant_spills_to_local_memory(rows, target):
+    """The stack frame tells: on sm_90 cuobjdump's LOCAL stays 0 even with STL and LDL in it."""
+    found = complaints([r for r in rows if r["target"] == target],
+                       lambda r: r["stack"] and f"{r['stack']} bytes of stack or spills")
+    assert not found, found
+
+
+def test_registers_stay_at_most_80_on_sm_90(rows):
+    found = complaints([r for r in rows if r["target"] == "sm_90"],
+                       lambda r: r["registers"] > 80 and f"{r['registers']} registers")
+    assert not found, found
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
+def test_16_bit_types_exchange_no_more_through_shared_memory_than_fp32(rows, target):
+    """Streams of different vector width give threads different elements, and a conversion."""
+    rows = [r for r in rows if r["target"] == target]
+    fp32 = {(r["kernel"], str(r["constants"])): r["shared_loads"]
+            for r in rows if r["type"] == "fp32"}
+
+    def more(row):
+        allowed = fp32[row["kernel"], str(row["constants"])]
+        return row["shared_loads"] > allowed and (
+            f"{row['shared_loads']} loads from shared memory, fp32 has {allowed}")
+
+    found = complaints(rows, more)
+    assert not found, found
+
+
+def test_the_only_atomic_is_the_integer_ticket(rows):
+    """Float atomics would add in another order every time. On gfx942 the ordering is a matter of
+    other instructions (buffer_wbl2, buffer_inv), so there only the count and the type."""
+    for row in rows:
+        kinds = [set(a.replace("_", ".").split(".")) for a in row["atomics"]]
+        assert len(kinds) == (row["kernel"] != "norm"), name(row)
+        for kind in kinds:
+            assert "add" in kind, name(row)
+            assert not kind & {"f16", "f16x2", "bf16x2", "f32", "f64", "pk"}, name(row)
+            assert "acq" in kind and "rel" in kind or row["target"] == "gfx942", name(row)

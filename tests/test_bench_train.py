@@ -1,0 +1,212 @@
+"""Training: resume after a kill, what a run leaves, and the parts of an epoch."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench.checkpoint import load_checkpoint, load_model, save_checkpoint
+from bench.config import resolve, resolve_evaluation
+from bench.data import augment
+from bench.evaluate import evaluate
+from bench.summary import train_and_evaluate
+from bench.train import attacked, forward_of, lr_at, set_up, train
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = {"width": 4, "epochs": 3, "batch_size": 256, "threads": 1}
+EVALUATION = resolve_evaluation("digits", {"linf": (8 / 255,), "l2": (128 / 255,), "steps": 2})
+
+
+def tiny(method, **options):
+    return resolve(method, "digits", TINY | options)
+
+
+def same(a, b):
+    """Bit-equality of nested state."""
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def state(path):
+    checkpoint = load_checkpoint(path)
+    return {k: v for k, v in checkpoint.items() if k != "history"}
+
+
+def learning(out):
+    """The rows of metrics without the times, which no two runs share."""
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in r.items() if k not in ("seconds", "images_per_second")} for r in rows]
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("method", ["sgd", "sam", "asam", "fsam", "fasam", "at-linf", "at-l2"])
+def test_stopping_after_any_epoch_changes_no_bit(method, tmp_path):
+    config = tiny(method, **({"attack_steps": 2} if method.startswith("at") else {}))
+    train(config, tmp_path / "whole")
+
+    def kill_after(epoch):
+        def after_epoch(row):
+            if row["epoch"] == epoch:
+                raise Killed
+
+        return after_epoch
+
+    for epoch in range(config.epochs - 1):
+        with pytest.raises(Killed):
+            train(config, tmp_path / "cut", after_epoch=kill_after(epoch))
+    train(config, tmp_path / "cut")
+    for name in ("last.pt", "best.pt"):
+        assert same(state(tmp_path / "whole" / name), state(tmp_path / "cut" / name))
+    assert learning(tmp_path / "whole") == learning(tmp_path / "cut")
+    assert len(learning(tmp_path / "cut")) == config.epochs
+
+
+def test_kill_at_random_moments_changes_no_bit(tmp_path):
+    options = ["--method", "fsam", "--width", "4", "--epochs", "12", "--threads", "1",
+               "--eval-linf", "8", "--eval-l2", "128", "--eval-steps", "1"]  # fmt: skip
+    command = [sys.executable, "-m", "bench", "train", *options, "--out"]
+    quiet = {"cwd": ROOT, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    subprocess.run([*command, tmp_path / "whole"], check=True, **quiet)
+    cut = tmp_path / "cut"
+    for _ in range(3):
+        process = subprocess.Popen([*command, cut], **quiet)
+        before = (cut / "last.pt").stat().st_mtime_ns if (cut / "last.pt").exists() else 0
+        while process.poll() is None:  # until it has trained past where it was
+            if (cut / "last.pt").exists() and (cut / "last.pt").stat().st_mtime_ns > before:
+                break
+            time.sleep(0.01)
+        time.sleep(random.uniform(0, 0.1))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        json.loads((cut / "config.json").read_text())
+        load_checkpoint(cut / "last.pt")
+    assert not (cut / "summary.json").exists(), "it finished before it was killed"
+    subprocess.run([*command, cut], check=True, **quiet)
+    for name in ("last.pt", "best.pt"):
+        assert same(state(tmp_path / "whole" / name), state(cut / name))
+    assert learning(tmp_path / "whole") == learning(cut)
+    assert sorted(os.listdir(cut)) == sorted(os.listdir(tmp_path / "whole"))
+
+
+def test_metrics_past_the_checkpoint_are_dropped(tmp_path):
+    config = tiny("sgd")
+    train(config, tmp_path)
+    with open(tmp_path / "metrics.jsonl", "a") as f:
+        f.write('{"epoch": 3, "half a row')
+    train(config, tmp_path)
+    assert [row["epoch"] for row in learning(tmp_path)] == [0, 1, 2]
+
+
+def test_another_config_is_refused_and_nothing_changes(tmp_path):
+    train(tiny("sgd"), tmp_path)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match=r"lr 0\.05 -> 0\.5"):
+        train(tiny("sgd", lr=0.5), tmp_path)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+def test_checkpoint_of_another_model_is_refused(tmp_path):
+    config = tiny("sgd")
+    run = set_up(replace(config, width=8))
+    save_checkpoint(tmp_path / "last.pt", config, run.data, run.model, optimizer={}, history=[])
+    with pytest.raises(ValueError, match="another model"):
+        train(config, tmp_path)
+    with pytest.raises(ValueError, match="another model"):
+        load_model(tmp_path / "last.pt")
+
+
+def test_a_run_directory_and_its_numbers(tmp_path):
+    config = tiny("sam", epochs=6)
+    summary = train_and_evaluate(config, EVALUATION, tmp_path)
+    names = ["best.pt", "config.json", "last.pt", "metrics.jsonl", "summary.json"]
+    assert sorted(os.listdir(tmp_path)) == names
+    assert json.loads((tmp_path / "summary.json").read_text()) == json.loads(json.dumps(summary))
+    run = set_up(config)
+    for name, result in (("last", summary), ("best", summary["best"])):
+        model = load_model(tmp_path / f"{name}.pt")
+        again = evaluate(model, run.data.test, EVALUATION)
+        assert again["natural"] == result["natural"] and again["robust"] == result["robust"]
+    rows = learning(tmp_path)
+    best = max(range(6), key=lambda i: (rows[i]["val_acc"], -i))
+    assert summary["best"]["epoch"] == best == load_checkpoint(tmp_path / "best.pt")["epoch"]
+    assert summary["natural"] > 0.3, "chance is 0.1"
+    assert summary["robust"]["linf"]["8/255"] <= summary["natural"]
+
+
+def test_model_of_a_checkpoint_is_ready_to_attack(tmp_path):
+    train(tiny("sgd", epochs=1), tmp_path)
+    model = load_model(tmp_path / "last.pt")
+    assert not model.training and model(torch.rand(2, 1, 8, 8)).shape == (2, 10)
+
+
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_training_attack_leaves_gradients_and_statistics_alone(mode):
+    run = set_up(tiny("at-linf", attack_bn=mode))
+    before = {k: v.clone() for k, v in run.model.state_dict().items()}
+    run.model.train()
+    x, y = run.data.train.batch(slice(0, 32))
+    x_adv = attacked(run, forward_of(run), x, y, torch.Generator().manual_seed(0))
+    assert not torch.equal(x, x_adv) and run.model.training
+    assert same(before, dict(run.model.state_dict()))
+    assert all(p.grad is None for p in run.model.parameters())
+
+
+def test_rho_zero_trains_as_sgd(tmp_path):
+    sgd, sam = (train(c, tmp_path / c.method) for c in (tiny("sgd"), tiny("sam", rho=0.0)))
+    for name, value in sgd.model.state_dict().items():
+        torch.testing.assert_close(sam.model.state_dict()[name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_seeds_differ_and_repeat(tmp_path):
+    a, b, c = (
+        train(tiny("sgd", seed=seed, epochs=1), tmp_path / name)
+        for seed, name in ((0, "a"), (0, "b"), (1, "c"))
+    )
+    assert same(dict(a.model.state_dict()), dict(b.model.state_dict()))
+    assert not same(dict(a.model.state_dict()), dict(c.model.state_dict()))
+
+
+def test_schedules():
+    piecewise = tiny("sgd", schedule="piecewise", epochs=100, lr=0.1)
+    rates = [lr_at(piecewise, e, 0, 10) for e in (0, 74, 75, 89, 90, 99)]
+    assert rates == pytest.approx([0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
+    cosine = tiny("sgd", schedule="cosine", epochs=200, lr=0.05)
+    assert lr_at(cosine, 0, 0, 391) == 0.05
+    assert lr_at(cosine, 100, 0, 391) == pytest.approx(0.025)
+    assert lr_at(cosine, 199, 0, 391) == pytest.approx(3.084e-6, rel=1e-3)  # F-SAM's log
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_augmentation_is_a_crop_of_the_reflected_image(flip):
+    images = torch.arange(2 * 200 * 36, dtype=torch.int32).view(200, 2, 6, 6)
+    out = augment(images, 2, flip, torch.Generator().manual_seed(0))
+    padded = torch.nn.functional.pad(images.float(), (2, 2, 2, 2), mode="reflect").int()
+    seen = set()
+    for image, big in zip(out, padded, strict=True):
+        crops = {
+            (y, x, f): c.flip(2) if f else c
+            for y in range(5)
+            for x in range(5)
+            for f in ([False, True] if flip else [False])
+            for c in [big[:, y : y + 6, x : x + 6]]
+        }
+        found = [key for key, crop in crops.items() if torch.equal(image, crop)]
+        assert found, "not a crop of the padded image"
+        seen.add(found[0])
+    assert len(seen) > (30 if flip else 20), "some crops never occur"

@@ -1,0 +1,113 @@
+"""What can be imported from where: without Triton, from a checkout, from a built wheel."""
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+NO_TRITON = "import sys\nsys.modules['triton'] = None\n"  # as if it were not installed
+
+
+def python(code: str, cwd: Path, *options: str, path: Path | None = None):
+    """Run code in a fresh interpreter that sees no GPU, and no more on its path than `path`."""
+    env = {k: x for k, x in os.environ.items() if k not in ("PYTHONPATH", "TRITON_INTERPRET")}
+    env["CUDA_VISIBLE_DEVICES"] = ""
+    if path is not None:
+        env["PYTHONPATH"] = str(path)
+    return subprocess.run([sys.executable, *options, "-c", code], cwd=cwd, env=env,
+                          capture_output=True, text=True)
+
+
+def succeeds(*args, **kwargs) -> str:
+    done = python(*args, **kwargs)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_import_needs_neither_triton_nor_a_gpu_and_training_works():
+    succeeds(NO_TRITON + """
+import torch
+import fastsam
+assert not torch.cuda.is_available()
+p = torch.nn.Parameter(torch.ones(3))
+opt = fastsam.FriendlySAM([p], torch.optim.SGD, lr=0.1)
+assert opt.backend_report()["backend"] == "reference"
+p.grad = torch.ones(3)
+opt.first_step()
+opt.second_step()
+assert torch.allclose(p, torch.full((3,), 0.9))
+assert not any(m.partition(".")[0] == "triton" and sys.modules[m] for m in sys.modules)
+""", ROOT)
+
+
+def test_asking_for_triton_without_it_says_why():
+    done = python(NO_TRITON + """
+import torch
+import fastsam
+fastsam.SAM([torch.nn.Parameter(torch.ones(3))], torch.optim.SGD, backend="triton")
+""", ROOT)
+    assert "ValueError: backend='triton' cannot run: Triton cannot be imported" in done.stderr
+
+
+def test_importing_fastsam_imports_no_triton_before_it_is_needed():
+    succeeds("import sys, fastsam\nassert 'fastsam.kernels' not in sys.modules", ROOT)
+
+
+def test_the_kernels_folder_is_no_package_of_its_own():
+    done = python("import kernels", ROOT)
+    assert done.returncode == 1
+    assert "ImportError" in done.stderr and "fastsam.kernels" in done.stderr
+
+
+def test_the_kernels_are_importable_from_anywhere(tmp_path):
+    pytest.importorskip("triton", reason="the kernels need Triton")
+    assert "fastsam.kernels" in succeeds(
+        "import fastsam.kernels as k\nprint(k.__name__)", tmp_path, path=ROOT)
+
+
+def test_the_installed_package_is_found_from_another_folder(tmp_path):
+    pytest.importorskip("triton", reason="the kernels need Triton")
+    succeeds("import fastsam, fastsam.kernels, fastsam.kernels.climb", tmp_path)
+    for name in ("kernels", "bench"):
+        done = python(f"import {name}", tmp_path)
+        assert f"No module named '{name}'" in done.stderr
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    """A wheel of a copy of the checkout: building in place leaves build/ behind."""
+    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    for folder in ("fastsam", "kernels", "bench", "tests"):
+        shutil.copytree(ROOT / folder, source / folder,
+                        ignore=shutil.ignore_patterns("__pycache__", "results"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    done = subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--quiet",
+         "--disable-pip-version-check", "-w", out, source], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return next(out.glob("*.whl"))
+
+
+def test_the_wheel_holds_fastsam_and_nothing_else_at_top_level(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {n.split("/")[0].split("-")[0] for n in names} == {"fastsam"}
+    held = {n for n in names if n.endswith(".py")}
+    assert held == {f"fastsam/{p.name}" for p in (ROOT / "fastsam").glob("*.py")} | {
+        f"fastsam/kernels/{p.name}" for p in (ROOT / "kernels").glob("*.py")}
+    assert "fastsam/py.typed" in names
+    assert any(n.endswith("licenses/LICENSE") for n in names)
+
+
+def test_the_wheel_works_without_the_checkout(wheel, tmp_path):
+    pytest.importorskip("triton", reason="the kernels need Triton")
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    where = succeeds("import fastsam, fastsam.kernels as k\nprint(fastsam.__file__, k.__file__)",
+                     tmp_path, path=tmp_path / "site").split()
+    assert where == [str(tmp_path / "site" / "fastsam" / "__init__.py"),
+                     str(tmp_path / "site" / "fastsam" / "kernels" / "__init__.py")]
