@@ -130,13 +130,14 @@ def run_train(options: dict[str, Any]) -> None:
     from bench.config import check_used, preset_of, resolve
     from bench.evaluate import report
     from bench.summary import train_and_evaluate
+    from bench.train import refuse_early
 
     check_used([options["method"]], options)
     config = resolve(options["method"], options["preset"], options)
     evaluation = evaluation_of(config.data, options)
     out = options["out"] or Path("runs", preset_of(options), config.name)
-    # delay: nothing is drawn before the first epoch, so a refusal is its one sentence alone
-    with tqdm(total=config.epochs, unit="epoch", desc=config.name, delay=1e-9) as bar:
+    refuse_early(config, out, options["download"])  # before the bar is drawn
+    with tqdm(total=config.epochs, unit="epoch", desc=config.name) as bar:
 
         def show(row: dict[str, Any]) -> None:
             bar.update()

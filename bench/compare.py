@@ -15,7 +15,7 @@ from bench.config import Config, Evaluation
 from bench.evaluate import NORM_NAMES
 from bench.record import append_jsonl, write_json, write_text
 from bench.summary import finished, train_and_evaluate
-from bench.train import load_state, set_up
+from bench.train import refuse_early
 
 _epochs_done: Any = None
 
@@ -124,14 +124,24 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in padded)
 
 
+def settings(config: dict[str, Any]) -> str:
+    """Return what one method was trained with and the others were not."""
+    own = {k: config[k] for k in ("rho", "sigma", "lmbda", "scale") if config[k] is not None}
+    if config["eps"] is not None:
+        own |= {k: eps_key(config[k]) for k in ("eps", "alpha")} | {"steps": config["attack_steps"]}
+    return ", ".join(f"{k} {v}" for k, v in own.items())
+
+
 def caption(rows: list[dict[str, Any]]) -> str:
     """Return what the table's numbers are: data, model, attacks, seeds, device."""
     config, evaluation = rows[0]["config"], rows[0]["evaluation"]
+    trained = "; ".join(f"{row['method']} {settings(row['config'])}".strip() for row in rows)
     radii = {norm: [eps_key(e) for e in evaluation[norm]] for norm in NORM_NAMES}
     return (
         f"Test accuracy in % on {rows[0]['test_images']} images of {config['data']}, "
         f"{config['model']} of width {config['width']}, {config['epochs']} epochs, last "
         f"checkpoint, seeds {', '.join(map(str, rows[0]['seeds']))}; {rows[0]['device']}.\n"
+        f"Methods: {trained}.\n"
         f"Attacks: PGD-{evaluation['steps']}, random start, 1 restart, model.eval(), images in "
         f"[0, 1]; l_inf {', '.join(radii['linf'])} with alpha eps/4, l2 {', '.join(radii['l2'])} "
         "with alpha eps/8.\nCost: training time per image, relative to the cheapest method."
@@ -154,12 +164,6 @@ def write_outputs(rows: list[dict[str, Any]], out: Path) -> list[Path]:
     return paths
 
 
-def refuse_early(configs: list[Config], out: Path, download: bool) -> None:
-    """Raise ValueError for whatever any run would refuse, before the first is trained."""
-    for config in configs:
-        load_state(set_up(config, download), out / config.name)
-
-
 def compare(
     by_seed: list[list[Config]],
     evaluation: Evaluation,
@@ -175,8 +179,9 @@ def compare(
     Raises ValueError for what set_up and load_state refuse, before anything is written.
     """
     configs = [config for of_seed in by_seed for config in of_seed]
-    unfinished = [c for c in configs if finished(c, evaluation, out / c.name) is None]
-    refuse_early(unfinished, out, download)
+    for config in configs:
+        if finished(config, evaluation, out / config.name) is None:
+            refuse_early(config, out / config.name, download)
     summaries = run_all(configs, evaluation, out, jobs)
     methods = [config.method for config in by_seed[0]]
     rows = [aggregate(m, [s for s in summaries if s["method"] == m]) for m in methods]

@@ -83,8 +83,11 @@ def cpu_name() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def stamp(device: str) -> dict[str, Any]:
-    """Return versions, git hash, UTC time, and the name of the device that a run used."""
+def stamp(device: str, git: str | None) -> dict[str, Any]:
+    """Return versions, git hash, UTC time, and the name of the device that a run used.
+
+    git: `git_hash()` from when the run started; the checkout may have moved on since.
+    """
     import fastsam
 
     packages = ("torch", "torchvision", "triton", "numpy")
@@ -95,7 +98,7 @@ def stamp(device: str) -> dict[str, Any]:
             "fastsam": fastsam.__version__,
             **{name: package_version(name) for name in packages},
         },
-        "git": git_hash(),
+        "git": git,
         "device": torch.cuda.get_device_name(device) if on_cuda else f"cpu: {cpu_name()}",
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),

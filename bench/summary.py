@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ import torch
 from bench.checkpoint import load_checkpoint, rebuild
 from bench.config import Config, Evaluation
 from bench.evaluate import evaluate
-from bench.record import stamp, write_json
+from bench.record import git_hash, stamp, write_json
 from bench.train import Run, train
 
 
@@ -25,8 +26,11 @@ def finished(config: Config, evaluation: Evaluation, out: Path) -> dict[str, Any
     return summary if all(summary[k] == v for k, v in wanted.items()) else None
 
 
-def summarise(run: Run, evaluation: Evaluation, out: Path) -> dict[str, Any]:
-    """Evaluate last.pt and best.pt of a finished run on the test set, once if they are equal."""
+def summarise(run: Run, evaluation: Evaluation, out: Path, git: str | None) -> dict[str, Any]:
+    """Evaluate last.pt and best.pt of a finished run on the test set, once if they are equal.
+
+    images_per_second is the median epoch's, so that a moment's interference does not count.
+    """
     device = str(run.device)
     test = run.data.test.to(run.device)
     best_epoch = load_checkpoint(out / "best.pt", device)["epoch"]
@@ -40,21 +44,20 @@ def summarise(run: Run, evaluation: Evaluation, out: Path) -> dict[str, Any]:
         if run.config.channels_last:
             model = model.to(memory_format=torch.channels_last)
         results[name] = evaluate(model, test, evaluation)
-    seconds = sum(row["seconds"] for row in run.history)
     last = results["last"]
     return {
         "method": run.config.method,
         "natural": last["natural"],
         "robust": last["robust"],
         "best": {**{k: results["best"][k] for k in ("natural", "robust")}, "epoch": best_epoch},
-        "images_per_second": len(run.data.train) * len(run.history) / seconds,
-        "train_seconds": seconds,
+        "images_per_second": median(row["images_per_second"] for row in run.history),
+        "train_seconds": sum(row["seconds"] for row in run.history),
         "train_images": len(run.data.train),
         "test_images": last["images"],
         "attacks": last["attacks"],
         "config": asdict(run.config),
         "evaluation": asdict(evaluation),
-        **stamp(device),
+        **stamp(device, git),
     }
 
 
@@ -70,7 +73,8 @@ def train_and_evaluate(
         for _ in range(config.epochs):
             after_epoch({})
         return summary
+    git = git_hash()
     run = train(config, out, download, after_epoch)
-    summary = summarise(run, evaluation, out)
+    summary = summarise(run, evaluation, out, git)
     write_json(out / "summary.json", summary)
     return summary

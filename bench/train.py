@@ -112,6 +112,11 @@ def load_state(run: Run, out: Path) -> int:
     return len(run.history)
 
 
+def refuse_early(config: Config, out: Path, download: bool = False) -> None:
+    """Raise the ValueError that train() would, without training or writing anything."""
+    load_state(set_up(config, download), out)
+
+
 def generator(run: Run, epoch: int, purpose: int) -> torch.Generator:
     """Return a generator of its own for (seed, epoch, purpose)."""
     seeds = np.random.SeedSequence([run.config.seed, epoch, purpose])

@@ -20,16 +20,17 @@ GUARD = 1e-12  # keeps rho / norm finite at norm 0, as in the public SAM classes
 
 
 class Hyper(NamedTuple):
-    """One parameter group's hyper-parameters: the columns of the device table, in order."""
+    """One parameter group's hyper-parameters: the columns of the device table, in order. A value
+    is a number, or a 0-dim tensor on any device."""
 
-    rho: Tensor
-    sigma: Tensor
-    lmbda: Tensor
-    lr: Tensor
-    momentum: Tensor
-    dampening: Tensor
-    weight_decay: Tensor
-    nesterov: Tensor
+    rho: float | Tensor
+    sigma: float | Tensor
+    lmbda: float | Tensor
+    lr: float | Tensor
+    momentum: float
+    dampening: float
+    weight_decay: float
+    nesterov: bool
 
 
 CONTROL = ("norm", "ok", "inv_scale1", "inv_scale2", "found_inf")
@@ -186,15 +187,19 @@ class Space:
         """
         if self.hyper is None or len(rows) != len(self.hyper):
             self.hyper, self._hyper_values = self._zeros((len(rows), len(Hyper._fields))), None
-            self.hyper_rows = [Hyper(*row.unbind()) for row in self.hyper]
         numbers = [[0.0 if isinstance(x, Tensor) else float(x) for x in row] for row in rows]
         if numbers != self._hyper_values:
             self._upload(numbers, self.hyper)
             self._hyper_values = numbers
-        for row, target in zip(rows, self.hyper_rows, strict=True):
+        self.rows = [Hyper(*row) for row in rows]
+        for row, target in zip(rows, self.hyper, strict=True):
             for value, cell in zip(row, target, strict=True):
                 if isinstance(value, Tensor):
                     cell.copy_(value, non_blocking=True)
+
+    def is_set(self, name: str) -> bool:
+        """Whether `control.name` holds a value of this step rather than its neutral one."""
+        return name in self._set
 
     def set_control(self, name: str, value: Tensor | None) -> None:
         """Copy a device value into `control.name`; None puts it back to neutral."""

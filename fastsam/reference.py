@@ -16,50 +16,54 @@ cast at the store. Nothing here reads a device value on the host.
 import torch
 from torch import Tensor
 
-from .flat import GUARD, Space
+from .flat import GUARD, Hyper, Slot, Space
 
 
-def ema(m: Tensor, g: Tensor, lmbda: Tensor) -> Tensor:
-    """The estimate of the full gradient (F-SAM eq. 14)."""
-    return lmbda * m + (1 - lmbda) * g
+def ema(m: Tensor, g: Tensor, lmbda: float, first: Tensor | None = None) -> Tensor:
+    """The estimate of the full gradient (F-SAM eq. 14). Where `first`, m, still 0, becomes g."""
+    share = 1 - lmbda if first is None else 1 - lmbda * (~first).to(g)
+    return lmbda * m + share * g
 
 
-def direction(g: Tensor, m: Tensor | None, sigma: Tensor) -> Tensor:
+def direction(g: Tensor, m: Tensor, sigma: float) -> Tensor:
     """The batch gradient without sigma times its full-gradient part (F-SAM eq. 12)."""
-    return g if m is None else g - sigma * m
+    return g - sigma * m
 
 
-def scaling(w: Tensor, a: float, b: float) -> Tensor | float:
-    """ASAM's T: |w| is (a, b) = (1, 0), |w| + eta is (1, eta), and SAM's 1 is (0, 1)."""
-    return a * w.abs() + b if a else b
+def scale(x: Tensor, w: Tensor, a: float, b: float) -> Tensor:
+    """T x with ASAM's T = a |w| + b: |w| is (1, 0), |w| + eta is (1, eta), SAM's 1 is (0, 1)."""
+    return (a * w.abs() + b) * x if a else x
 
 
-def sgd(w, g, v, first, lr, momentum, dampening, weight_decay, nesterov):
-    """torch.optim.SGD's update: the new weights and the new momentum buffer.
-
-    `first` is true where v does not exist yet: v then becomes g, undamped.
-    """
-    g = g + weight_decay * w
-    if v is None:
-        return w - lr * g, None
-    moved = torch.where(first, g, momentum * v + (1 - dampening) * g)
-    ahead = torch.where(nesterov != 0, g + momentum * moved, moved)
-    has_momentum = momentum != 0
-    return w - lr * torch.where(has_momentum, ahead, g), torch.where(has_momentum, moved, v)
+def sgd(w: Tensor, g: Tensor, v: Tensor | None, first: Tensor, h: Hyper,
+        ) -> tuple[Tensor, Tensor | None]:
+    """torch.optim.SGD's update: the new w and v. At the first step v, still 0, becomes g."""
+    if h.weight_decay:
+        g = g + h.weight_decay * w
+    if h.momentum:
+        share = 1 - h.dampening * (~first).to(g) if h.dampening else 1
+        v = h.momentum * v + share * g
+        g = g + h.momentum * v if h.nesterov else v
+    return w - h.lr * g, v
 
 
-def climb_direction(space: Space, slot) -> tuple[Tensor, Tensor | None]:
+def read(space: Space, g: Tensor, scale_name: str) -> Tensor:
+    """A gradient in the precision of the arithmetic, with the loss scale (if any) divided out."""
+    g = g.to(space.acc)
+    return g * getattr(space.control, scale_name) if space.is_set(scale_name) else g
+
+
+def climb_direction(space: Space, slot: Slot) -> tuple[Tensor, Tensor | None]:
     """d and the new m of one slot. The official code projects with the m of the step before and
     starts from m = g; Algorithm 1 updates m first and starts from m = 0."""
-    h = space.hyper_rows[slot.group]
-    g = slot.g1.to(space.acc) * space.control.inv_scale1
+    h = space.rows[slot.group]
+    g = read(space, slot.g1, "inv_scale1")
     if space.ema is None:
         return g, None
-    m = slot.m.to(space.acc)
-    updated = ema(m, g, h.lmbda)
     if space.ema == "algorithm1":
-        return direction(g, updated, h.sigma), updated
-    return direction(g, m, h.sigma), torch.where(slot.m_steps == 0, g, updated)
+        m = ema(slot.m, g, h.lmbda)
+        return direction(g, m, h.sigma), m
+    return direction(g, slot.m, h.sigma), ema(slot.m, g, h.lmbda, slot.m_steps == 0)
 
 
 def norm(space: Space) -> None:
@@ -67,8 +71,8 @@ def norm(space: Space) -> None:
     space.partials.zero_()
     for slot in space.climbing():
         d, _ = climb_direction(space, slot)
-        T = scaling(slot.w.to(space.acc), slot.a, slot.b)
-        space.partials[0] += (T * d).square().sum()
+        d = scale(d, slot.w.to(space.acc), slot.a, slot.b)
+        space.partials[0] += torch.linalg.vector_norm(d).square()
 
 
 def climb(space: Space, partials: Tensor) -> None:
@@ -80,23 +84,19 @@ def climb(space: Space, partials: Tensor) -> None:
     """
     total = partials.sum().sqrt()
     ok = total.isfinite()
-    moved = torch.zeros_like(total)
+    space.radii.zero_()
     for slot in space.climbing():
-        h = space.hyper_rows[slot.group]
-        w = slot.w.to(space.acc)
+        w = slot.backup.copy_(slot.w).to(space.acc)
         d, m = climb_direction(space, slot)
-        T = scaling(w, slot.a, slot.b)
-        e = torch.where(ok, h.rho / (total + GUARD) * (T * T * d), 0)
-        slot.backup.copy_(slot.w)
-        slot.w.copy_(w + e)
-        moved += (slot.w.to(space.acc) - slot.backup.to(space.acc)).square().sum()
+        d = scale(scale(d, w, slot.a, slot.b), w, slot.a, slot.b)
+        moved = w + space.rows[slot.group].rho / (total + GUARD) * d
+        slot.w.copy_(torch.where(ok, moved, w))
+        space.radii[0] += torch.linalg.vector_norm(slot.w.to(space.acc) - w).square()
         if m is not None:
             slot.m.copy_(torch.where(ok, m, slot.m))
             slot.m_steps += ok
     space.control.norm.copy_(total)
     space.control.ok.copy_(ok)
-    space.radii.zero_()
-    space.radii[0] = moved
 
 
 def step(space: Space, perturbed: bool) -> None:
@@ -108,17 +108,15 @@ def step(space: Space, perturbed: bool) -> None:
     c = space.control
     ok = (c.found_inf == 0) & (c.ok != 0) if perturbed else c.found_inf == 0
     for slot in space.slots:
-        w = slot.backup if perturbed and slot.climbed else slot.w
+        saved = slot.backup if perturbed and slot.climbed else slot.w
         if slot.g2 is None:
-            slot.w.copy_(w)
+            slot.w.copy_(saved)
             continue
-        h = space.hyper_rows[slot.group]
-        g = slot.g2.to(space.acc) * c.inv_scale2
-        v = slot.v.to(space.acc) if space.momentum else None
-        new_w, new_v = sgd(w.to(space.acc), g, v, slot.v_steps == 0, h.lr, h.momentum,
-                           h.dampening, h.weight_decay, h.nesterov)
-        slot.w.copy_(torch.where(ok, new_w.to(w.dtype), w))
-        if space.momentum:
-            slot.v.copy_(torch.where(ok, new_v.to(slot.v.dtype), slot.v))
-            slot.v_steps += ok & (h.momentum != 0)
+        h = space.rows[slot.group]
+        g = read(space, slot.g2, "inv_scale2")
+        w, v = sgd(saved.to(space.acc), g, slot.v, slot.v_steps == 0, h)
+        slot.w.copy_(torch.where(ok, w.to(saved.dtype), saved))
+        if h.momentum:
+            slot.v.copy_(torch.where(ok, v, slot.v))
+            slot.v_steps += ok
     c.skipped += ~ok
