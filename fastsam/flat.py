@@ -6,7 +6,7 @@ safe, the parameters themselves become views of one flat weight buffer. Gradient
 autograd left them and are read through a table of addresses.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -33,6 +33,7 @@ class Hyper(NamedTuple):
     nesterov: bool
 
 
+SHARES = ("1 - lmbda", "1 - dampening")  # more columns: exact only when taken before rounding
 CONTROL = ("norm", "ok", "inv_scale1", "inv_scale2", "found_inf")
 COUNTERS = ("skipped", "climb_ticket", "step_ticket")
 
@@ -47,15 +48,17 @@ class Slot:
     """
 
     w: Tensor
+    name: str | None
     group: int
     offset: int
-    a: float
-    b: float
-    backup: Tensor
-    m: Tensor | None
-    v: Tensor | None
-    m_steps: Tensor
-    v_steps: Tensor
+    a: float = 0.0
+    b: float = 1.0
+    backup: Tensor | None = None
+    m: Tensor | None = None
+    v: Tensor | None = None
+    m_steps: Tensor | None = None
+    v_steps: Tensor | None = None
+    dense: bool = True
     climbed: bool = False
     g1: Tensor | None = None
     g2: Tensor | None = None
@@ -88,49 +91,57 @@ class Space:
     """All parameters of one device and dtype as one padded 1-D space.
 
     Args:
-        params: the parameters, leaf tensors of one device and one floating dtype.
-        groups: each parameter's index in the optimizer's param_groups.
-        scalings: each parameter's (a, b) of ASAM's T = a |w| + b; (0, 1) is SAM.
+        params: (parameter, name or None, index in the optimizer's param_groups) of every leaf
+            tensor, of one device and one floating dtype.
         ema: None (SAM), "algorithm1" or "official" (Friendly-SAM).
 
     State (m, v) and arithmetic are float32, or float64 for float64 parameters.
     """
 
-    def __init__(self, params: list[Tensor], groups: list[int],
-                 scalings: list[tuple[float, float]], ema: str | None):
-        first = params[0]
+    guard = GUARD
+
+    def __init__(self, params: list[tuple[Tensor, str | None, int]], ema: str | None):
+        first = params[0][0]
         self.device, self.dtype, self.ema = first.device, first.dtype, ema
         self.acc = torch.float64 if self.dtype == torch.float64 else torch.float32
-        self.adaptive = any(a for a, _ in scalings)
-        self.momentum = False
-        offsets, self.size = [], 0
-        for p in params:
-            offsets.append(self.size)
+        self.adaptive = self.momentum = False
+        self.slots, self.size = [], 0
+        for p, name, group in params:
+            self.slots.append(Slot(p, name, group, self.size))
             self.size += -(-p.numel() // PAD) * PAD
 
         self.backup = self._zeros(self.size, self.dtype)
-        self.m = self._zeros(self.size) if ema else None
-        self.v = None
+        self.m, self.v = self._zeros(self.size) if ema else None, None
         self.steps = self._zeros((2, len(params)), torch.int32)
         self.partials, self.radii = self._zeros(PARTIALS), self._zeros(PARTIALS)
         self.control_buffer = self._zeros(len(CONTROL))
         self.counters = self._zeros(len(COUNTERS), torch.int32)
+        self._set: set[str] = set()  # controls that are not at their neutral value
+        self._attach()
+        self.control.inv_scale1.fill_(1)
+        self.control.inv_scale2.fill_(1)
+        self.flat_w = self._pack()
+
+    def _attach(self) -> None:
+        """Make the views into the buffers, and forget what was known of the device tables."""
         self.control = SimpleNamespace(
             **dict(zip(CONTROL, self.control_buffer.unbind(), strict=True)),
             **dict(zip(COUNTERS, self.counters.unbind(), strict=True)))
-        self.control.inv_scale1.fill_(1)
-        self.control.inv_scale2.fill_(1)
+        for s, m_steps, v_steps in zip(self.slots, *self.steps, strict=True):
+            s.m_steps, s.v_steps = m_steps, v_steps
+            self._lay_out(s)
         self.hyper, self._hyper_values = None, None
         self._tables: dict[str, tuple[list, Tensor]] = {}
-        self._set: set[str] = set()  # controls that are not at their neutral value
+        self._memory: list | None = None
 
-        self.slots = [
-            Slot(p, group, offset, a, b, self._view(self.backup, p, offset),
-                 self._view(self.m, p, offset) if ema else None, None,
-                 self.steps[0, i], self.steps[1, i])
-            for i, (p, group, offset, (a, b)) in enumerate(
-                zip(params, groups, offsets, scalings, strict=True))]
-        self.flat_w = self._pack()
+    def __getstate__(self) -> dict:
+        slots = [Slot(s.w, s.name, s.group, s.offset, s.a, s.b) for s in self.slots]
+        views = ("control", "hyper", "_hyper_values", "_tables", "_memory", "rows", "flat_w")
+        return {**{k: x for k, x in self.__dict__.items() if k not in views}, "slots": slots}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state, flat_w=None)  # the copied parameters may lie anywhere
+        self._attach()
 
     def _zeros(self, size, dtype: torch.dtype | None = None) -> Tensor:
         return torch.zeros(size, dtype=dtype or self.acc, device=self.device)
@@ -139,11 +150,17 @@ class Space:
         stride = p.stride() if is_dense(p) else torch.empty(p.shape, device="meta").stride()
         return flat.as_strided(p.shape, stride, offset)
 
+    def _lay_out(self, s: Slot) -> None:
+        """Give the slot its views, in the order of its parameter's memory."""
+        s.dense = is_dense(s.w)
+        s.backup = self._view(self.backup, s.w, s.offset)
+        s.m = None if self.m is None else self._view(self.m, s.w, s.offset)
+        s.v = None if self.v is None else self._view(self.v, s.w, s.offset)
+
     def _pack(self) -> Tensor | None:
         """Turn the parameters into views, with their own strides, of one flat buffer; or leave
-        them all where they are when one of them shares its memory or does not own all of it."""
-        starts = [s.w.data_ptr() for s in self.slots if s.w.numel()]
-        if len(set(starts)) < len(starts) or not all(is_packable(s.w) for s in self.slots):
+        them all where they are when one of them does not own all of its memory."""
+        if not all(is_packable(s.w) for s in self.slots):
             return None
         flat = self._zeros(self.size, self.dtype)
         for s in self.slots:
@@ -154,29 +171,35 @@ class Space:
         """The slots that have a first-pass gradient."""
         return (s for s in self.slots if s.g1 is not None)
 
-    def check_slots(self) -> bool:
-        """Follow parameters whose memory someone replaced since (`p.data = ...`, `model.to(...)`).
+    def follow_parameters(self) -> bool:
+        """Follow parameters whose memory someone replaced (`p.data = ...`, `model.to(...)`).
 
         Returns:
-            Whether a slot's state was laid out anew.
+            Whether any has been since the last call.
 
         Raises:
-            RuntimeError: a parameter has another device, dtype or shape than at construction.
+            RuntimeError: a parameter has another device, dtype or shape than at construction, or
+                its elements no longer fill one stretch of memory.
         """
-        changed = False
+        memory = [(s.w.data_ptr(), s.w.stride(), s.w.shape, s.w.dtype, s.w.device)
+                  for s in self.slots]
+        if memory == self._memory:
+            return False
         for s in self.slots:
-            if (s.w.device, s.w.dtype, s.w.shape) != (self.device, self.dtype, s.backup.shape):
+            was = (self.device, self.dtype, s.backup.shape, s.dense)
+            if (s.w.device, s.w.dtype, s.w.shape, is_dense(s.w)) != was:
                 raise RuntimeError(
                     f"a parameter of shape {tuple(s.backup.shape)}, {self.dtype} on {self.device}, "
-                    f"is now {tuple(s.w.shape)}, {s.w.dtype} on {s.w.device}: build the optimizer "
-                    "after the model has its final device and dtype")
+                    f"is now {tuple(s.w.shape)} of strides {s.w.stride()}, {s.w.dtype} on "
+                    f"{s.w.device}: build the optimizer after the model has its final form")
             if is_dense(s.w) and not same_layout(s.w, s.backup):
-                for name, flat in (("backup", self.backup), ("m", self.m), ("v", self.v)):
-                    if flat is not None:  # the same values in the parameter's new order
-                        values = getattr(s, name).clone()
-                        setattr(s, name, self._view(flat, s.w, s.offset).copy_(values))
-                changed = True
-        return changed
+                old = [None if t is None else t.clone() for t in (s.backup, s.m, s.v)]
+                self._lay_out(s)
+                for new, values in zip((s.backup, s.m, s.v), old, strict=True):
+                    if new is not None:  # the same values in the parameter's new order
+                        new.copy_(values)
+        self._memory = memory
+        return True
 
     def set_hyper(self, rows: list[tuple]) -> None:
         """Bring the groups' hyper-parameters to the device: one copy, only when one changed.
@@ -185,17 +208,25 @@ class Space:
             rows: one tuple per group in the order of `Hyper`; a value is a number, or a 0-dim
                 tensor, which is copied on the device.
         """
-        if self.hyper is None or len(rows) != len(self.hyper):
-            self.hyper, self._hyper_values = self._zeros((len(rows), len(Hyper._fields))), None
-        numbers = [[0.0 if isinstance(x, Tensor) else float(x) for x in row] for row in rows]
-        if numbers != self._hyper_values:
-            self._upload(numbers, self.hyper)
-            self._hyper_values = numbers
         self.rows = [Hyper(*row) for row in rows]
-        for row, target in zip(rows, self.hyper, strict=True):
-            for value, cell in zip(row, target, strict=True):
+        table = [[*h, 1 - h.lmbda, 1 - h.dampening] for h in self.rows]
+        if self.hyper is None or len(rows) != len(self.hyper):
+            self.hyper, self._hyper_values = self._zeros((len(rows), len(table[0]))), None
+        numbers = [[None if isinstance(x, Tensor) else float(x) for x in row] for row in table]
+        if numbers != self._hyper_values:
+            self._upload([[x or 0.0 for x in row] for row in numbers], self.hyper)
+            self._hyper_values = numbers
+        for i, row in enumerate(table):
+            for j, value in enumerate(row):
                 if isinstance(value, Tensor):
-                    cell.copy_(value, non_blocking=True)
+                    self.hyper[i, j].copy_(value, non_blocking=True)
+
+    def set_scalings(self, scalings: list[tuple[float, float]]) -> None:
+        """Set every slot's (a, b) of T = a |w| + b; (0, 1) is SAM."""
+        for s, (a, b) in zip(self.slots, scalings, strict=True):
+            s.a, s.b = a, b
+        self.adaptive = any(s.a for s in self.slots)
+        self._tables.pop("scalings", None)
 
     def is_set(self, name: str) -> bool:
         """Whether `control.name` holds a value of this step rather than its neutral one."""
@@ -214,7 +245,7 @@ class Space:
         """Give every slot its momentum buffer v."""
         self.momentum, self.v = True, self._zeros(self.size)
         for s in self.slots:
-            s.v = self._view(self.v, s.w, s.offset)
+            self._lay_out(s)
 
     @staticmethod
     def read_gradient(slot: Slot) -> Tensor | None:
@@ -229,7 +260,7 @@ class Space:
         if g.layout is not torch.strided:
             raise ValueError(f"a gradient of shape {tuple(g.shape)} has layout {g.layout}: use "
                              "dense gradients (sparse=False in torch.nn.Embedding)")
-        if g.dtype == slot.w.dtype and same_layout(g, slot.w):
+        if g.dtype == slot.w.dtype and (g.stride() == slot.w.stride() or same_layout(g, slot.w)):
             return g
         return torch.empty_like(slot.w, memory_format=torch.preserve_format).copy_(g)
 
@@ -238,7 +269,14 @@ class Space:
     def addresses(self, name: str) -> Tensor:
         """The memory addresses of every slot's `name` (w, g1 or g2), int64 (slots,); 0: none."""
         tensors = [getattr(s, name) for s in self.slots]
-        return self._table(name, [0 if t is None else t.data_ptr() for t in tensors], torch.int64)
+        values = [0 if t is None else t.data_ptr() for t in tensors]
+        known = self._tables.get(name)
+        if known is None:
+            known = ([], torch.empty(len(values), dtype=torch.int64, device=self.device))
+        if known[0] != values:
+            self._upload(values, known[1])
+            self._tables[name] = (values, known[1])
+        return known[1]
 
     def climbed(self) -> Tensor:
         """Not 0 for every slot that climbed: g1's addresses as the climb left them, (slots,)."""
@@ -246,33 +284,28 @@ class Space:
 
     def layout(self) -> Tensor:
         """Each slot's (offset, numel, group), int64 (slots, 3)."""
-        return self._table(
-            "layout", [[s.offset, s.w.numel(), s.group] for s in self.slots], torch.int64)
+        return self._constant("layout", lambda: torch.tensor(
+            [[s.offset, s.w.numel(), s.group] for s in self.slots]))
 
     def scalings(self) -> Tensor:
         """Each slot's (a, b) of T = a |w| + b, (slots, 2)."""
-        return self._table("scalings", [[s.a, s.b] for s in self.slots], self.acc)
+        return self._constant("scalings", lambda: torch.tensor(
+            [[s.a, s.b] for s in self.slots], dtype=self.acc))
 
     def blocks(self, block: int) -> Tensor:
         """(slot, index within the slot) of every stretch of `block` elements, int32 (blocks, 2)."""
-        key = f"blocks{block}"
-        if key not in self._tables:
+        def build() -> Tensor:
             counts = torch.tensor([-(-s.w.numel() // block) for s in self.slots])
             slot = torch.repeat_interleave(torch.arange(len(counts)), counts)
             start = torch.repeat_interleave(counts.cumsum(0) - counts, counts)
-            index = torch.arange(len(slot)) - start
-            table = torch.stack([slot, index], 1).to(torch.int32).to(self.device)
-            self._tables[key] = ([], table)
-        return self._tables[key][1]
+            return torch.stack([slot, torch.arange(len(slot)) - start], 1).to(torch.int32)
 
-    def _table(self, name: str, values: list, dtype: torch.dtype) -> Tensor:
-        known = self._tables.get(name)
-        if known is None:
-            known = ([], torch.empty(torch.tensor(values).shape, dtype=dtype, device=self.device))
-        if known[0] != values:
-            self._upload(values, known[1])
-            self._tables[name] = (values, known[1])
-        return known[1]
+        return self._constant(f"blocks{block}", build)
+
+    def _constant(self, name: str, build: Callable[[], Tensor]) -> Tensor:
+        if name not in self._tables:
+            self._tables[name] = ([], build().to(self.device))
+        return self._tables[name][1]
 
     def _upload(self, values: list, target: Tensor) -> None:
         pinned = self.device.type == "cuda"

@@ -1,17 +1,25 @@
 """The torch optimizer front: parameter groups, the two-phase step, closures and state."""
 
 from collections.abc import Callable, Iterable
-from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch.amp.grad_scaler import OptState
 from torch.optim import SGD, Optimizer
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from .checks import (
+    check_group,
+    check_state,
+    refuse_shared,
+    refuse_unfused,
+    refuse_unusable,
+    saved_ema,
+)
 from .dispatch import resolve
 from .flat import Hyper, Slot, Space, is_dense
 
-OWN_KEYS = ("ema", "ema_steps")
+# saved by this class or by the public SAM and F-SAM classes, and not by any base optimizer
+NOT_THE_BASES = ("ema", "ema_steps", "old_p", "momentum")
 
 
 class PhaseError(RuntimeError):
@@ -57,7 +65,11 @@ class SAM(Optimizer):
         if not (isinstance(kind, type) and issubclass(kind, Optimizer)):
             raise TypeError(f"base_optimizer={base_optimizer!r} is not an optimizer class: "
                             "pass the class, such as torch.optim.SGD, and its arguments by name")
+        if wrapped and (kwargs or params is not base_optimizer.param_groups):
+            raise TypeError(f"an existing {kind.__name__} has its parameters and arguments: "
+                            f"use {type(self).__name__}.wrap(optimizer, rho=...)")
         own = {**own, "perturb": True}
+        check_group(own, self._ema)
         self._requested_backend, self._backend, self._report = backend, None, {}
         self._spaces: list[Space] = []
         self._perturbed = False
@@ -75,6 +87,7 @@ class SAM(Optimizer):
             for p, state in base_optimizer.state.items():
                 self._load_slot(p, state)
             base_optimizer.state.clear()
+            self._link_state()
 
     @classmethod
     def wrap(cls, base_optimizer: Optimizer, *args, **kwargs) -> "SAM":
@@ -82,14 +95,14 @@ class SAM(Optimizer):
 
         Args:
             base_optimizer: the instance; its param_groups stay shared.
-            *args, **kwargs: rho and the other arguments of the class.
+            *args, **kwargs: rho and the other arguments of the class; a group's own rho wins.
         """
         return cls(base_optimizer.param_groups, base_optimizer, *args, **kwargs)
 
     # ---- parameters and their spaces
 
     def add_param_group(self, param_group: dict) -> None:
-        """Add a group, in mid-training too.
+        """Add a group, in mid-training too; it gets kernel launches of its own.
 
         Raises:
             PhaseError: while perturbed.
@@ -102,10 +115,14 @@ class SAM(Optimizer):
         self._need_phase(False, "add_param_group")
         merged = {**self.defaults, **param_group}
         check_group(merged, self._ema)
-        self.base_optimizer.add_param_group(merged)
         if self._fused:
-            refuse_unfused(self.param_groups[-1:])
-        self._add_spaces([len(self.param_groups) - 1])
+            refuse_unfused([merged])
+        self.base_optimizer.add_param_group(merged)
+        try:
+            self._add_spaces([len(self.param_groups) - 1])
+        except ValueError:
+            self.param_groups.pop()
+            raise
 
     def _add_spaces(self, group_indices: Iterable[int]) -> None:
         """Lay the groups' parameters out in one space per device and dtype."""
@@ -115,17 +132,21 @@ class SAM(Optimizer):
             names = group.get("param_names") or [None] * len(group["params"])
             for p, name in zip(group["params"], names, strict=True):
                 refuse_unusable(p)
-                kinds.setdefault((p.device, p.dtype), []).append((p, i, scaling(group, p, name)))
-        refuse_shared([x.w for s in self._spaces for x in s.slots]
+                kinds.setdefault((p.device, p.dtype), []).append((p, name, i))
+        refuse_shared([slot.w for slot in self._slots()]
                       + [p for rows in kinds.values() for p, _, _ in rows])
-        known = [(s.device, s.dtype, all(is_dense(x.w) for x in s.slots)) for s in self._spaces]
         new = [(*kind, all(is_dense(p) for p, _, _ in rows)) for kind, rows in kinds.items()]
-        self._backend, self._report = resolve(self._requested_backend, known + new)
-        for rows in kinds.values():
-            params, indices, scalings = zip(*rows, strict=True)
-            self._spaces.append(Space(list(params), list(indices), list(scalings), self._ema))
+        self._backend, self._report = resolve(self._requested_backend, self._kinds() + new)
+        self._spaces += [Space(rows, self._ema) for rows in kinds.values()]
+        self._scaled_by = None
         self._bring_hyper()
         self._link_state()
+
+    def _slots(self) -> list[Slot]:
+        return [slot for space in self._spaces for slot in space.slots]
+
+    def _kinds(self) -> list[tuple[torch.device, torch.dtype, bool]]:
+        return [(s.device, s.dtype, all(x.dense for x in s.slots)) for s in self._spaces]
 
     def _link_state(self) -> None:
         """Make `state[p]` show the slot's own tensors: m, v and how often each was updated."""
@@ -138,13 +159,20 @@ class SAM(Optimizer):
 
     def _bring_hyper(self) -> None:
         """Send the groups' current values (a scheduler may have changed them) to the device."""
-        rows = [tuple(g.get(name, 0) for name in Hyper._fields) for g in self.param_groups]
+        names = Hyper._fields if self._fused else ("rho", "sigma", "lmbda")
+        rows = [tuple(g.get(name, 0) if name in names else 0 for name in Hyper._fields)
+                for g in self.param_groups]
         momentum = self._fused and any(g["momentum"] != 0 for g in self.param_groups)
+        scaled_by = [(g["adaptive"], g.get("scale"), g.get("eta")) for g in self.param_groups]
         for space in self._spaces:
             space.set_hyper(rows)
             if momentum and not space.momentum:
                 space.allocate_momentum()
                 self._link_state()
+            if scaled_by != self._scaled_by:
+                space.set_scalings([scaling(self.param_groups[s.group], s.w, s.name)
+                                    for s in space.slots])
+        self._scaled_by = scaled_by
 
     # ---- the step
 
@@ -157,43 +185,52 @@ class SAM(Optimizer):
 
         Args:
             zero_grad: clear the gradients afterwards, as the second pass needs. Default False.
-            scaler: the `torch.amp.GradScaler` that scaled the loss, if any; its scale is divided
-                out on the device.
+            scaler: the `torch.amp.GradScaler` that scaled the loss, if any; the gradients are
+                still scaled, and the scale is divided out on the device. The second pass then
+                ends in `scaler.step(opt); scaler.update()`.
 
         Raises:
             PhaseError: called twice without a second step or `restore()`.
-            ValueError: a sparse gradient.
+            ValueError: a sparse gradient; a scaler that has scaled nothing or unscaled already.
+            RuntimeError: a parameter changed its device, dtype or shape.
+        Whatever is raised, the weights are as before.
         """
         self._need_phase(False, "first_step")
+        scaler = scaler if scaler is not None and scaler.is_enabled() else None
+        inverse = None if scaler is None else inverse_scale(scaler, self)
         gradients = self._gradients()
         self._bring_hyper()
         for slot, g in gradients:
             slot.g1 = g if self.param_groups[slot.group].get("perturb", True) else None
-        for space in self._spaces:
-            space.set_control("inv_scale1", inverse_scale(scaler))
-            self._backend.norm(space)
         self._perturbed, self._scaler = True, scaler
-        for space in self._spaces:
-            self._backend.climb(space, self._all_partials(space.device))
+        try:
+            for space in self._spaces:
+                space.set_control("inv_scale1", inverse)
+                self._backend.norm(space)
+            for space in self._spaces:
+                self._backend.climb(space, self._all_partials(space))
+        except BaseException:
+            self.restore()
+            raise
         for slot, _ in gradients:
-            slot.climbed, slot.g1 = slot.g1 is not None, None
+            slot.g1 = None
         self._announce(slot.w for slot, _ in gradients if slot.climbed)
         if zero_grad:
             self.zero_grad()
 
     def _gradients(self) -> list[tuple[Slot, Tensor | None]]:
         """Every slot with its gradient; whatever can be refused is, before anything changes."""
-        if any([space.check_slots() for space in self._spaces]):
+        if any([space.follow_parameters() for space in self._spaces]):
+            refuse_shared([slot.w for slot in self._slots()])
             self._link_state()
-        return [(slot, space.read_gradient(slot))
-                for space in self._spaces for slot in space.slots]
+        return [(slot, Space.read_gradient(slot)) for slot in self._slots()]
 
-    def _all_partials(self, device: torch.device) -> Tensor:
-        """The partial sums of every space: with them the norm is global."""
+    def _all_partials(self, space: Space) -> Tensor:
+        """The partial sums of every space, where and as `space` has its own: a global norm."""
         if len(self._spaces) == 1:
-            return self._spaces[0].partials
-        acc = next(s.acc for s in self._spaces if s.device == device)
-        return torch.cat([s.partials.to(device, acc, non_blocking=True) for s in self._spaces])
+            return space.partials
+        return torch.cat([s.partials.to(space.device, space.acc, non_blocking=True)
+                          for s in self._spaces])
 
     def _announce(self, changed: Iterable[Tensor]) -> None:
         """Tell autograd and autocast, which do not see the kernels' writes, of new weights."""
@@ -227,12 +264,15 @@ class SAM(Optimizer):
             The loss of the first call, or None without a closure.
 
         Raises:
-            PhaseError: a closure while perturbed.
+            PhaseError: a closure while perturbed, or through GradScaler.step.
         """
         if closure is None:
             self._base_step()
             return None
         self._need_phase(False, "step(closure)")
+        if getattr(self, "found_inf", None) is not None:
+            raise PhaseError("a GradScaler cannot see a closure's gradients: call first_step("
+                             "scaler=scaler), the second backward, then scaler.step(optimizer)")
         with torch.enable_grad():
             self.zero_grad()
             loss = closure()
@@ -251,6 +291,9 @@ class SAM(Optimizer):
         grad_scale = getattr(self, "grad_scale", None)  # set by torch.amp.GradScaler.step
         found_inf = getattr(self, "found_inf", None)
         if self._perturbed and self._scaler is not None:
+            if found_inf is None:
+                raise PhaseError("first_step had a scaler, so the second pass's gradients are "
+                                 "scaled too: call scaler.step(optimizer), not second_step()")
             self._report_overflow(self._scaler)
         if not self._fused:
             self._foreign_step(grad_scale, found_inf)
@@ -263,6 +306,7 @@ class SAM(Optimizer):
             space.set_control("inv_scale2", None if grad_scale is None else 1 / grad_scale)
             space.set_control("found_inf", found_inf)
             self._backend.step(space, self._perturbed)
+        self.base_optimizer._opt_called = True  # for a scheduler that was built around it
         self._leave_phase([slot.w for slot, _ in gradients
                            if slot.climbed or slot.g2 is not None])
 
@@ -296,16 +340,15 @@ class SAM(Optimizer):
         """Go back to w, bit for bit, without an update. Does nothing when not perturbed."""
         if not self._perturbed:
             return
-        moved = [slot for space in self._spaces for slot in space.slots if slot.climbed]
+        moved = [slot for slot in self._slots() if slot.climbed]
         for slot in moved:
             slot.w.copy_(slot.backup)
         self._leave_phase([slot.w for slot in moved])
 
     def _leave_phase(self, changed: list[Tensor]) -> None:
         self._perturbed, self._scaler = False, None
-        for space in self._spaces:
-            for slot in space.slots:
-                slot.climbed, slot.g1, slot.g2 = False, None, None
+        for slot in self._slots():
+            slot.climbed, slot.g1, slot.g2 = False, None, None
         self._announce(changed)
 
     def _need_phase(self, perturbed: bool, call: str) -> None:
@@ -326,7 +369,8 @@ class SAM(Optimizer):
 
     @property
     def skipped_steps(self) -> int:
-        """How many steps were skipped for a norm that was not finite. Waits for the device."""
+        """How many steps were skipped, for a norm that was not finite or because a GradScaler
+        found an overflow. Waits for the device."""
         return int(self._spaces[0].control.skipped)
 
     @property
@@ -377,34 +421,45 @@ class SAM(Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict) -> None:
-        """Take over a state: of this class, of torch's SGD, or of a public SAM class, whose
-        saved weights (`old_p`) are transient and left out.
+        """Take over a state: of this class, of torch's SGD, or of a public SAM or F-SAM class,
+        whose saved weights (`old_p`) are transient and left out. Group keys that it lacks, such
+        as rho in SGD's, stay as they are.
 
         Raises:
             PhaseError: while perturbed.
-            ValueError: groups or parameter counts differ.
+            ValueError: groups, parameter counts or shapes differ, or a value this class refuses;
+                nothing has changed then.
         """
         self._need_phase(False, "load_state_dict")
+        groups = [{**{k: x for k, x in mine.items() if k != "params"}, **theirs}
+                  for mine, theirs in zip(self.param_groups, state_dict["param_groups"],
+                                          strict=False)]
+        if len(groups) == len(state_dict["param_groups"]):  # else torch's own words, below
+            state_dict = {**state_dict, "param_groups": groups}
+        for group in groups:
+            check_group(group, self._ema)
+        if self._fused:
+            refuse_unfused(groups)
+        states = [state_dict["state"].get(i, {}) for g in groups for i in g["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        for p, state in zip(params, states, strict=False):
+            check_state(p, state)
         super().load_state_dict({**state_dict, "state": {}})
         self.base_optimizer.param_groups = self.param_groups
-        saved = [i for group in state_dict["param_groups"] for i in group["params"]]
-        params = [p for group in self.param_groups for p in group["params"]]
-        states = {i: state_dict["state"].get(i, {}) for i in saved}
-        for i, p in zip(saved, params, strict=True):
-            self._load_slot(p, states[i])
         if not self._fused:
-            rest = {i: {k: x for k, x in state.items() if k not in (*OWN_KEYS, "old_p")}
-                    for i, state in states.items()}
-            self.base_optimizer.load_state_dict({"param_groups": state_dict["param_groups"],
-                                                 "state": {i: x for i, x in rest.items() if x}})
+            theirs = {i: {k: x for k, x in state.items() if k not in NOT_THE_BASES}
+                      for i, state in state_dict["state"].items()}
+            self.base_optimizer.load_state_dict({**state_dict, "state": theirs})
             self.param_groups = self.base_optimizer.param_groups
+        for p, state in zip(params, states, strict=True):
+            self._load_slot(p, state)
         self._link_state()
 
     def _load_slot(self, p: Tensor, state: dict) -> None:
         """Copy a saved m and v into the slot of p; what is not in `state` starts anew."""
         space, slot = next((space, slot) for space in self._spaces for slot in space.slots
                            if slot.w is p)
-        m, v = state.get("ema"), state.get("momentum_buffer")
+        m, v = saved_ema(state), state.get("momentum_buffer")
         if self._fused and v is not None and space.v is None:
             space.allocate_momentum()
         for own, steps, value, key in ((slot.m, slot.m_steps, m, "ema_steps"),
@@ -426,9 +481,8 @@ class SAM(Optimizer):
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
         if "_spaces" in state:  # a copy or a pickle; without it, load_state_dict
-            kinds = [(s.device, s.dtype, all(is_dense(x.w) for x in s.slots))
-                     for s in self._spaces]
-            self._backend, self._report = resolve(self._requested_backend, kinds)
+            self._backend, self._report = resolve(self._requested_backend, self._kinds())
+            self._link_state()
 
 
 class ASAM(SAM):
@@ -497,49 +551,6 @@ class FriendlySAM(SAM):
         self._build(params, base_optimizer, own, backend, kwargs)
 
 
-def check_group(group: dict, ema: str | None) -> None:
-    """Refuse hyper-parameters of SAM's own that are out of range, by name and value."""
-    rho = group["rho"]
-    if not isinstance(rho, Tensor) and not 0 <= rho < float("inf"):
-        raise ValueError(f"rho={rho} is out of range: use a finite radius of at least 0")
-    if ema is None:
-        return
-    sigma, lmbda = group["sigma"], group["lmbda"]
-    if not isinstance(sigma, Tensor) and not -float("inf") < sigma < float("inf"):
-        raise ValueError(f"sigma={sigma} is out of range: use a finite number, such as 1.0")
-    if not isinstance(lmbda, Tensor) and not 0 <= lmbda < 1:
-        raise ValueError(f"lmbda={lmbda} is out of range: use a factor in [0, 1), such as 0.9")
-
-
-def refuse_unusable(p: Tensor) -> None:
-    """Refuse parameters that have no plain memory of real numbers."""
-    if not p.is_floating_point():
-        raise ValueError(f"a parameter of shape {tuple(p.shape)} is {p.dtype}: "
-                         "SAM takes real floating-point parameters (see torch.view_as_real)")
-    if p.layout is not torch.strided or is_traceable_wrapper_subclass(p):
-        raise ValueError(f"a parameter of shape {tuple(p.shape)} is a {type(p).__name__} with "
-                         f"layout {p.layout}: SAM takes plain dense tensors, not sharded ones yet")
-
-
-def refuse_shared(params: list[Tensor]) -> None:
-    """Refuse two parameters over the same memory: saving the second would save the first moved."""
-    stretches = sorted((p.data_ptr(), p.data_ptr() + p.nbytes, p.device) for p in params
-                       if p.numel() and is_dense(p))
-    for (_, end, device), (start, _, other) in pairwise(stretches):
-        if start < end and device == other:
-            raise ValueError("two parameters share memory: tie weights by using one Parameter "
-                             "twice in the model, not two over the same tensor")
-
-
-def refuse_unfused(groups: list[dict]) -> None:
-    """Refuse the options of torch.optim.SGD that the fused step does not have."""
-    for group in groups:
-        for name in ("maximize", "differentiable"):
-            if group.get(name):
-                raise ValueError(f"{name}=True is not supported by the fused SGD step: leave it "
-                                 "out, or pass a subclass of torch.optim.SGD to run its own step")
-
-
 def scaling(group: dict, p: Tensor, name: str | None) -> tuple[float, float]:
     """(a, b) of ASAM's T = a |w| + b for one parameter."""
     if not group["adaptive"]:
@@ -550,8 +561,12 @@ def scaling(group: dict, p: Tensor, name: str | None) -> tuple[float, float]:
     return (1.0, float(group["eta"])) if is_weight else (0.0, 1.0)
 
 
-def inverse_scale(scaler) -> Tensor | None:
-    """1 / the loss scale of a GradScaler, on its device; None without one or when disabled."""
-    if scaler is None or not scaler.is_enabled():
-        return None
+def inverse_scale(scaler, optimizer: SAM) -> Tensor:
+    """1 / the loss scale of an enabled GradScaler, on its device."""
+    if scaler._get_scale_async() is None:
+        raise ValueError("the scaler has not scaled a loss yet: call scaler.scale(loss).backward() "
+                         "before first_step(scaler=scaler)")
+    if scaler._per_optimizer_states[id(optimizer)]["stage"] is not OptState.READY:
+        raise ValueError("scaler.unscale_ before first_step would divide the scale out twice: "
+                         "leave it out; first_step(scaler=scaler) does it on the device")
     return 1 / scaler._get_scale_async()

@@ -87,6 +87,7 @@ def climb(space: Space, partials: Tensor) -> None:
     space.radii.zero_()
     for slot in space.climbing():
         w = slot.backup.copy_(slot.w).to(space.acc)
+        slot.climbed = True
         d, m = climb_direction(space, slot)
         d = scale(scale(d, w, slot.a, slot.b), w, slot.a, slot.b)
         moved = w + space.rows[slot.group].rho / (total + GUARD) * d

@@ -7,6 +7,7 @@ from .common import (
     BLOCK,
     CLIMB_TICKET,
     EMA,
+    EMA_SHARE,
     HYPER,
     INV_SCALE1,
     LMBDA,
@@ -29,8 +30,8 @@ from .norm import direction
 
 
 @triton.jit
-def move(w_ptr, g_ptr, backup, m, flat, offs, mask, a, b, inv_scale, sigma, lmbda, scale, ok,
-         is_first, MODE: tl.constexpr, ADAPTIVE: tl.constexpr):
+def move(w_ptr, g_ptr, backup, m, flat, offs, mask, a, b, inv_scale, sigma, lmbda, share,
+         scale, ok, is_first, MODE: tl.constexpr, ADAPTIVE: tl.constexpr):
     """Save w, store w + scale T^2 d and the new m; (w' - w)^2 as stored."""
     w_in = read(w_ptr + offs, mask)
     w = w_in.to(tl.float32)
@@ -38,7 +39,7 @@ def move(w_ptr, g_ptr, backup, m, flat, offs, mask, a, b, inv_scale, sigma, lmbd
     old_m = g
     if MODE != NO_EMA:
         old_m = read(m + flat + offs, mask)
-    d, new_m = direction(g, old_m, sigma, lmbda, MODE)
+    d, new_m = direction(g, old_m, sigma, lmbda, share, MODE)
     if MODE == OFFICIAL:
         new_m = tl.where(is_first, g, new_m)
     if ADAPTIVE:
@@ -85,16 +86,17 @@ def climb_kernel(w_table, g_table, backup, m, partials, radii, blocks, layout, s
             scale = tl.div_rn(tl.load(hyper + group * HYPER + RHO), norm + guard)
             sigma = tl.load(hyper + group * HYPER + SIGMA)
             lmbda = tl.load(hyper + group * HYPER + LMBDA)
+            share = tl.load(hyper + group * HYPER + EMA_SHARE)
             is_first = tl.load(m_steps + slot) == 0
             offs = tl.arange(0, BLOCK)
             if (length >= BLOCK) & ((w | g) % 16 == 0):
                 total += move(wide_pointer(w, TYPE) + start, wide_pointer(g, TYPE) + start,
-                              backup, m, flat, offs, None, a, b, inv_scale, sigma, lmbda,
+                              backup, m, flat, offs, None, a, b, inv_scale, sigma, lmbda, share,
                               scale, ok, is_first, MODE, ADAPTIVE)
             else:
                 total += move(pointer(w, TYPE) + start, pointer(g, TYPE) + start,
                               backup, m, flat, offs, offs < length, a, b, inv_scale,
-                              sigma, lmbda, scale, ok, is_first, MODE, ADAPTIVE)
+                              sigma, lmbda, share, scale, ok, is_first, MODE, ADAPTIVE)
     tl.store(radii + tl.program_id(0), tl.sum(total))
     if is_last_program(counters + CLIMB_TICKET):
         for i in range(0, n_slots, 128):
@@ -113,6 +115,8 @@ def climb(space, partials) -> None:
         m=space.m, partials=partials, radii=space.radii, blocks=blocks, layout=space.layout(),
         scalings=space.scalings(), hyper=space.hyper, control=space.control_buffer,
         counters=space.counters, m_steps=space.steps[0], n_blocks=len(blocks),
-        n_slots=len(space.slots), n_partials=len(partials), guard=1e-12, MODE=EMA[space.ema],
+        n_slots=len(space.slots), n_partials=len(partials), guard=space.guard, MODE=EMA[space.ema],
         ADAPTIVE=space.adaptive, TYPE=TYPES[space.dtype], BLOCK=BLOCK, PARTIALS=PARTIALS,
         **OPTIONS)
+    for slot in space.climbing():
+        slot.climbed = True

@@ -19,7 +19,9 @@ TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: 
 # columns of the hyper-parameter table, fastsam.flat.Hyper
 RHO, SIGMA, LMBDA, LR = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 MOMENTUM, DAMPENING = tl.constexpr(4), tl.constexpr(5)
-WEIGHT_DECAY, NESTEROV, HYPER = tl.constexpr(6), tl.constexpr(7), tl.constexpr(8)
+WEIGHT_DECAY, NESTEROV = tl.constexpr(6), tl.constexpr(7)
+EMA_SHARE, MOMENTUM_SHARE = tl.constexpr(8), tl.constexpr(9)  # 1 - lmbda and 1 - dampening
+HYPER = tl.constexpr(10)
 # cells of the control buffer and of the counters, fastsam.flat.CONTROL and COUNTERS
 NORM, OK, INV_SCALE1, INV_SCALE2 = (
     tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3))

@@ -7,6 +7,7 @@ from .common import (
     ALGORITHM1,
     BLOCK,
     EMA,
+    EMA_SHARE,
     HYPER,
     INV_SCALE1,
     LMBDA,
@@ -23,25 +24,28 @@ from .common import (
 
 
 @triton.jit
-def direction(g, m, sigma, lmbda, MODE: tl.constexpr):
-    """d = g - sigma m with the new m (Algorithm 1) or the m of the step before; and the new m."""
+def direction(g, m, sigma, lmbda, share, MODE: tl.constexpr):
+    """d = g - sigma m with the new m (Algorithm 1) or the m of the step before; and the new m.
+
+    share is 1 - lmbda, taken before either was rounded.
+    """
     new_m = m
     d = g
     if MODE != NO_EMA:
-        new_m = lmbda * m + (1 - lmbda) * g
+        new_m = lmbda * m + share * g
         d = g - sigma * (new_m if MODE == ALGORITHM1 else m)
     return d, new_m
 
 
 @triton.jit
-def squares(w_ptr, g_ptr, m, flat, offs, mask, a, b, inv_scale, sigma, lmbda,
+def squares(w_ptr, g_ptr, m, flat, offs, mask, a, b, inv_scale, sigma, lmbda, share,
             MODE: tl.constexpr, ADAPTIVE: tl.constexpr):
     """(T d)^2 of one block, T = a |w| + b."""
     g = read(g_ptr + offs, mask).to(tl.float32) * inv_scale
     old_m = g
     if MODE != NO_EMA:
         old_m = read(m + flat + offs, mask)
-    d, _ = direction(g, old_m, sigma, lmbda, MODE)
+    d, _ = direction(g, old_m, sigma, lmbda, share, MODE)
     if ADAPTIVE:
         w = read(w_ptr + offs, mask).to(tl.float32)
         d = (a * tl.abs(w) + b) * d
@@ -63,14 +67,15 @@ def norm_kernel(w_table, g_table, m, partials, blocks, layout, scalings, hyper, 
             a, b = tl.load(scalings + 2 * slot), tl.load(scalings + 2 * slot + 1)
             sigma = tl.load(hyper + group * HYPER + SIGMA)
             lmbda = tl.load(hyper + group * HYPER + LMBDA)
+            share = tl.load(hyper + group * HYPER + EMA_SHARE)
             offs = tl.arange(0, BLOCK)
             if (length >= BLOCK) & ((w | g) % 16 == 0):
                 total += squares(wide_pointer(w, TYPE) + start, wide_pointer(g, TYPE) + start,
-                                 m, flat, offs, None, a, b, inv_scale, sigma, lmbda,
+                                 m, flat, offs, None, a, b, inv_scale, sigma, lmbda, share,
                                  MODE, ADAPTIVE)
             else:
                 total += squares(pointer(w, TYPE) + start, pointer(g, TYPE) + start,
-                                 m, flat, offs, offs < length, a, b, inv_scale, sigma, lmbda,
+                                 m, flat, offs, offs < length, a, b, inv_scale, sigma, lmbda, share,
                                  MODE, ADAPTIVE)
     tl.store(partials + tl.program_id(0), tl.sum(total))
 

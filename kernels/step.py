@@ -5,12 +5,12 @@ import triton.language as tl
 
 from .common import (
     BLOCK,
-    DAMPENING,
     FOUND_INF,
     HYPER,
     INV_SCALE2,
     LR,
     MOMENTUM,
+    MOMENTUM_SHARE,
     NESTEROV,
     OK,
     OPTIONS,
@@ -28,7 +28,7 @@ from .common import (
 
 
 @triton.jit
-def update(source_ptr, w_ptr, g_ptr, v, flat, offs, mask, inv_scale, lr, momentum, dampening,
+def update(source_ptr, w_ptr, g_ptr, v, flat, offs, mask, inv_scale, lr, momentum, share,
            weight_decay, nesterov, is_first, ok, HAS_MOMENTUM: tl.constexpr):
     """torch.optim.SGD's update of one block, from the w at source_ptr to the one at w_ptr."""
     w_in = read(source_ptr + offs, mask)
@@ -37,7 +37,7 @@ def update(source_ptr, w_ptr, g_ptr, v, flat, offs, mask, inv_scale, lr, momentu
     g = g + weight_decay * w
     if HAS_MOMENTUM:
         old_v = read(v + flat + offs, mask)
-        new_v = tl.where(is_first, g, momentum * old_v + (1 - dampening) * g)
+        new_v = tl.where(is_first, g, momentum * old_v + share * g)
         has_momentum = momentum != 0
         tl.store(v + flat + offs, tl.where(ok & has_momentum, new_v, old_v), mask)
         ahead = tl.where(nesterov != 0, g + momentum * new_v, new_v)
@@ -69,7 +69,7 @@ def step_kernel(w_table, climbed_table, g2_table, backup, v, blocks, layout, hyp
         if g != 0:
             row = hyper + group * HYPER
             lr, momentum = tl.load(row + LR), tl.load(row + MOMENTUM)
-            dampening, nesterov = tl.load(row + DAMPENING), tl.load(row + NESTEROV)
+            share, nesterov = tl.load(row + MOMENTUM_SHARE), tl.load(row + NESTEROV)
             weight_decay = tl.load(row + WEIGHT_DECAY)
             is_first = tl.load(v_steps + slot) == 0
             wide = (length >= BLOCK) & ((w | g) % 16 == 0)
@@ -77,13 +77,13 @@ def step_kernel(w_table, climbed_table, g2_table, backup, v, blocks, layout, hyp
                 target = wide_pointer(w, TYPE) + start
                 update(backup + flat if PERTURBED else target, target,
                        wide_pointer(g, TYPE) + start, v, flat, offs, None, inv_scale, lr,
-                       momentum, dampening, weight_decay, nesterov, is_first, ok, HAS_MOMENTUM)
+                       momentum, share, weight_decay, nesterov, is_first, ok, HAS_MOMENTUM)
             else:
                 source = pointer(w, TYPE) + start
                 if saved:
                     source = backup + flat
                 update(source, pointer(w, TYPE) + start, pointer(g, TYPE) + start, v, flat, offs,
-                       offs < length, inv_scale, lr, momentum, dampening, weight_decay, nesterov,
+                       offs < length, inv_scale, lr, momentum, share, weight_decay, nesterov,
                        is_first, ok, HAS_MOMENTUM)
         elif saved:
             mask = offs < length

@@ -345,7 +345,7 @@ def test_tables_are_uploaded_again_only_when_an_address_changed(uploads, device)
         opt.second_step()
         return len(uploads)
 
-    assert step() == 5  # w, g1, g2, layout, scalings
+    assert step() == 3  # w, g1, g2
     assert step() == 0
     for p in params:
         p.grad.mul_(2)

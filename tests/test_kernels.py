@@ -150,7 +150,7 @@ def test_the_launchers_alone_give_norm_radius_and_control(device):
     """norm and climb as called, without the optimizer: partials, norm, ok and realised radius."""
     tensors = normals([BLOCK + 3, 40], 1, torch.float32, device)
     grads = normals([BLOCK + 3, 40], 2, torch.float32, device)
-    space = flat.Space(parameters(tensors), [0, 0], [(0.0, 1.0)] * 2, None)
+    space = flat.Space([(p, None, 0) for p in parameters(tensors)], None)
     space.set_hyper([(0.25, 1, 0.9, 0.1, 0, 0, 0, 0)])
     for slot, g in zip(space.slots, grads, strict=True):
         slot.g1 = g
@@ -466,9 +466,9 @@ def test_changed_hyper_parameters_are_used_at_once(device):
 
 
 def test_the_kernels_columns_are_the_flat_space_s():
-    assert [getattr(common, name.upper()).value for name in flat.Hyper._fields] == list(
-        range(len(flat.Hyper._fields)))
-    assert common.HYPER.value == len(flat.Hyper._fields)
+    columns = (*flat.Hyper._fields, "ema_share", "momentum_share")
+    assert [getattr(common, name.upper()).value for name in columns] == list(range(len(columns)))
+    assert common.HYPER.value == len(columns) == len(flat.Hyper._fields) + len(flat.SHARES)
     for names in (flat.CONTROL, flat.COUNTERS):
         assert [getattr(common, name.upper()).value for name in names] == list(range(len(names)))
 
@@ -477,7 +477,7 @@ def test_sizes_agree_between_the_kernels_and_the_flat_space():
     assert common.PARTIALS == flat.PARTIALS
     assert all(m.PARTIALS == flat.PARTIALS for m in LAUNCHERS)
     climb = inspect.getsource(LAUNCHERS[1])
-    assert f"guard={flat.GUARD:.0e}" in climb.replace("guard=GUARD", f"guard={flat.GUARD:.0e}")
+    assert "guard=space.guard" in climb and flat.Space.guard == flat.GUARD == 1e-12
     assert BLOCK % flat.PAD == 0
 
 

@@ -149,6 +149,29 @@ def test_an_exception_in_the_second_pass_restores(variant, backend, device):
     assert_bits(net, w)
 
 
+@pytest.mark.parametrize("which", [1, 2])
+def test_an_exception_inside_the_climb_restores(backend, device, which, monkeypatch):
+    w = [nn.Parameter(torch.randn(5, device=device)),
+         nn.Parameter(torch.randn(5, device=device, dtype=torch.bfloat16))]
+    opt = SAM(w, torch.optim.SGD, rho=0.3, lr=0.1, backend=backend)
+    before = [p.detach().clone() for p in w]
+    climb, calls = opt._backend.climb, []
+
+    def failing(*args):
+        calls.append(1)
+        if len(calls) == which:
+            raise torch.cuda.OutOfMemoryError("made up")
+        climb(*args)
+
+    monkeypatch.setattr(opt._backend, "climb", failing)
+    for p in w:
+        p.grad = torch.ones_like(p)
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        opt.first_step()
+    assert not opt.is_perturbed
+    assert all(torch.equal(p, q) for p, q in zip(w, before, strict=True))
+
+
 def test_second_step_starts_from_the_saved_weights(variant, backend, device):
     net = network(device)
     opt = build(net, variant, backend, lr=0.0)
@@ -356,6 +379,13 @@ def test_bad_arguments_are_refused_by_name_and_value():
             call()
     with pytest.raises(TypeError, match="not an optimizer class"):
         SAM(p, 0.1)
+    sgd = torch.optim.SGD(p, lr=0.1)
+    for call in (lambda: SAM(p, sgd), lambda: SAM.wrap(sgd, lr=0.5)):
+        with pytest.raises(TypeError, match="use SAM.wrap"):
+            call()
+    with pytest.raises(ValueError, match="rho=-1"):
+        SAM.wrap(sgd, rho=-1)
+    assert SAM.wrap(sgd, rho=0.1).param_groups[0]["rho"] == 0.1
     with pytest.raises(ValueError, match="rho=-1"):
         SAM([dict(params=p, rho=-1)], torch.optim.SGD, lr=0.1)
 
@@ -405,6 +435,71 @@ def test_a_group_added_in_mid_training_trains(variant, backend, device):
     moved = [n for (n, p), q in zip(net.named_parameters(), w, strict=True)
              if not torch.equal(p, q)]
     assert moved == ["conv.weight", "bn.weight", "head.weight"]
+
+
+@pytest.mark.parametrize("bad", [dict(rho=-1.0), dict(maximize=True), "shared"])
+def test_a_refused_group_leaves_the_optimizer_usable(backend, device, bad):
+    net, opt = trained("sam", backend, device)
+    if bad == "shared":
+        group = dict(params=[nn.Parameter(net.conv.weight.detach()[2:])])
+    else:
+        group = dict(params=[nn.Parameter(torch.ones(2, device=device))], **bad)
+    with pytest.raises(ValueError):
+        opt.add_param_group(group)
+    assert len(opt.param_groups) == 1
+    two_passes(net, opt, 3, device)
+    opt.load_state_dict(opt.state_dict())
+
+
+def test_hyper_parameters_may_change_their_kind(backend, device):
+    net, twin = network(device), network(device)
+    opt = build(net, "sam", backend, lr=torch.tensor(0.07))
+    other = build(twin, "sam", backend)
+    for i, (lr, adaptive) in enumerate([(None, False), (0.0, False), (0.03, True)]):
+        for n, o in ((net, opt), (twin, other)):
+            if lr is not None:
+                o.param_groups[0].update(lr=lr, adaptive=adaptive)
+            w = bits(n)
+            two_passes(n, o, i, device)
+        torch.testing.assert_close(bits(net), bits(twin), rtol=1e-6, atol=1e-7)
+        if lr == 0.0:
+            assert_bits(net, w)
+    fresh = build(network(device), "sam", backend, adaptive=True, lr=0.03)
+    backward(net, 9, device)
+    for p, q in zip(fresh.param_groups[0]["params"], net.parameters(), strict=True):
+        with torch.no_grad():
+            p.copy_(q)
+        p.grad = q.grad.clone()
+    opt.first_step()
+    fresh.first_step()
+    assert_bits(net, fresh.param_groups[0]["params"])
+
+
+def test_parameters_that_lost_their_form_are_refused(backend, device):
+    ps = [nn.Parameter(torch.randn(6, 8, device=device)) for _ in range(2)]
+    opt = SAM(ps, torch.optim.SGD, lr=0.1, backend=backend)
+    ps[0].data = torch.randn(6, 16, device=device)[:, ::2]
+    with pytest.raises(RuntimeError, match="final form"):
+        opt.first_step()
+    ps[0].data = ps[1].data
+    with pytest.raises(ValueError, match="share memory"):
+        opt.first_step()
+    assert not opt.is_perturbed
+
+
+def test_a_long_average_keeps_its_precision(backend, device):
+    w = nn.Parameter(torch.randn(64, device=device))
+    opt = FriendlySAM([w], torch.optim.SGD, rho=0.1, lmbda=0.9999, lr=0.1, backend=backend)
+    generator = torch.Generator().manual_seed(3)
+    m, plain = torch.zeros(64, dtype=torch.float64), torch.zeros(64)
+    for _ in range(4):
+        g = torch.randn(64, generator=generator)
+        m, plain = 0.9999 * m + (1 - 0.9999) * g, 0.9999 * plain + (1 - 0.9999) * g
+        w.grad = g.to(device)
+        opt.first_step()
+        opt.restore()
+    error = (opt.state[w]["ema"].cpu() - m).norm() / m.norm()
+    assert error <= 2 * (plain - m).norm() / m.norm() + 1e-7
 
 
 def test_perturb_false_neither_climbs_nor_counts(backend, device):
@@ -482,6 +577,71 @@ def test_save_load_continue_is_bit_equal(variant, backend, device, way):
         two_passes(net, opt, i, device)
         two_passes(twin, other, i, device)
         assert_bits(net, bits(twin))
+
+
+def test_a_pickled_optimizer_is_whole(backend, device):
+    """A schedule, a skip, a restore and its state, not only the next weights."""
+    net, opt = trained("fsam", backend, device)
+    twin, other = pickle.loads(pickle.dumps((net, opt)))
+    for n, o in ((net, opt), (twin, other)):
+        o.param_groups[0]["lr"] = 0.01
+        backward(n, 3, device)
+        n.head.bias.grad[0] = torch.nan
+        o.first_step()
+        o.second_step(zero_grad=True)
+        two_passes(n, o, 4, device)
+        backward(n, 5, device)
+        w = bits(n)
+        o.first_step()
+        o.restore()
+        assert_bits(n, w)
+        assert o.skipped_steps == 1
+    assert_bits(net, bits(twin))
+    for i, entry in opt.state_dict()["state"].items():
+        for name, value in entry.items():
+            assert torch.equal(value, other.state_dict()["state"][i][name]), name
+
+
+def test_a_state_of_another_model_changes_nothing(backend, device):
+    net, opt = trained("fsam", backend, device)
+    before = copy.deepcopy(opt.state_dict())
+    for key, value, match in (("ema", torch.ones(3), "does not fit"),
+                              ("momentum_buffer", torch.ones(1, 1), "does not fit")):
+        state = copy.deepcopy(before)
+        state["param_groups"][0]["lr"] = 9.0
+        state["state"][0][key] = value
+        with pytest.raises(ValueError, match=match):
+            opt.load_state_dict(state)
+    maximizing = torch.optim.SGD(network(device).parameters(), lr=9.0, maximize=True)
+    with pytest.raises(ValueError, match="maximize=True"):
+        opt.load_state_dict(maximizing.state_dict())
+    fewer = SAM([nn.Parameter(torch.ones(2))], torch.optim.SGD, lr=9.0)
+    with pytest.raises(ValueError, match="parameter group"):
+        opt.load_state_dict(fewer.state_dict())
+    after = opt.state_dict()
+    assert after["param_groups"] == before["param_groups"]
+    assert all(torch.equal(x, after["state"][i][k]) for i, entry in before["state"].items()
+               for k, x in entry.items())
+
+
+def test_group_keys_that_a_state_lacks_stay(device):
+    ps = [nn.Parameter(torch.ones(2)) for _ in range(2)]
+    opt = SAM([dict(params=[ps[0]], rho=0.3), dict(params=[ps[1]], perturb=False)],
+              torch.optim.SGD, lr=0.1)
+    plain = torch.optim.SGD([dict(params=[ps[0]]), dict(params=[ps[1]])], lr=0.5)
+    opt.load_state_dict(plain.state_dict())
+    assert [g["lr"] for g in opt.param_groups] == [0.5, 0.5]
+    assert opt.param_groups[0]["rho"] == 0.3 and opt.param_groups[1]["perturb"] is False
+
+
+def test_the_published_fsam_state_keeps_its_average(device):
+    net, opt = trained("fsam-official", "reference", device)
+    state = opt.state_dict()
+    published = {i: {"old_p": x["ema"], "momentum": x["ema"]} for i, x in state["state"].items()}
+    other = build(network(device), "fsam-official", "reference")
+    other.load_state_dict({**state, "state": published})
+    for i, entry in other.state_dict()["state"].items():
+        assert torch.equal(entry["ema"], state["state"][i]["ema"]) and entry["ema_steps"] == 1
 
 
 def test_a_torch_sgd_state_is_taken_over(backend, device):
@@ -595,3 +755,39 @@ def test_grad_scaler_is_divided_out_and_backs_off(variant, backend, device):
     scaler.update()
     assert_bits(net, w)
     assert opt.skipped_steps == 1 and scaler.get_scale() == 512.0
+
+
+def test_grad_scaler_misuse_is_refused(backend, device):
+    net = network(device)
+    opt = build(net, "fsam", backend)
+    w = bits(net)
+    scaler = torch.amp.GradScaler(device.type, init_scale=1024.0)
+    backward(net, 0, device)
+    with pytest.raises(ValueError, match="has not scaled a loss"):
+        opt.first_step(scaler=scaler)
+    scaler.scale(torch.zeros((), device=device))
+    scaler.unscale_(opt)
+    with pytest.raises(ValueError, match="twice"):
+        opt.first_step(scaler=scaler)
+    scaler.update()
+    opt.first_step(scaler=scaler)
+    with pytest.raises(PhaseError, match="scaler.step"):
+        opt.second_step()
+    opt.restore()
+    with pytest.raises(PhaseError, match="closure"):
+        scaler.step(opt, lambda: None)
+    assert_bits(net, w)
+
+
+def test_a_disabled_grad_scaler_does_nothing(backend, device):
+    net, twin = network(device), network(device)
+    opt, plain = build(net, "fsam", backend), build(twin, "fsam", backend)
+    scaler = torch.amp.GradScaler(device.type, enabled=False)
+    backward(net, 0, device)
+    opt.first_step(zero_grad=True, scaler=scaler)
+    scaler.scale(backward(net, 0, device))
+    scaler.step(opt)
+    for phase in (plain.first_step, plain.second_step):
+        backward(twin, 0, device)
+        phase(zero_grad=True)
+    assert_bits(net, bits(twin))
