@@ -21,6 +21,7 @@ from .common import (
     SIGMA,
     TYPES,
     is_last_program,
+    launching_on,
     locate,
     pointer,
     read,
@@ -110,13 +111,14 @@ def climb_kernel(w_table, g_table, backup, m, partials, radii, blocks, layout, s
 def climb(space, partials) -> None:
     """w -> w + rho T^2 d / ||T d||, with w saved and m updated; `partials` of every space."""
     blocks = space.blocks(BLOCK)
-    climb_kernel[(max(1, min(len(blocks), PARTIALS)),)](
-        w_table=space.addresses("w"), g_table=space.addresses("g1"), backup=space.backup,
-        m=space.m, partials=partials, radii=space.radii, blocks=blocks, layout=space.layout(),
-        scalings=space.scalings(), hyper=space.hyper, control=space.control_buffer,
-        counters=space.counters, m_steps=space.steps[0], n_blocks=len(blocks),
-        n_slots=len(space.slots), n_partials=len(partials), guard=space.guard, MODE=EMA[space.ema],
-        ADAPTIVE=space.adaptive, TYPE=TYPES[space.dtype], BLOCK=BLOCK, PARTIALS=PARTIALS,
-        **OPTIONS)
+    with launching_on(space):
+        climb_kernel[(max(1, min(len(blocks), PARTIALS)),)](
+            w_table=space.addresses("w"), g_table=space.addresses("g1"), backup=space.backup,
+            m=space.m, partials=partials, radii=space.radii, blocks=blocks, layout=space.layout(),
+            scalings=space.scalings(), hyper=space.hyper, control=space.control_buffer,
+            counters=space.counters, m_steps=space.steps[0], n_blocks=len(blocks),
+            n_slots=len(space.slots), n_partials=len(partials), guard=space.guard,
+            MODE=EMA[space.ema], ADAPTIVE=space.adaptive, TYPE=TYPES[space.dtype], BLOCK=BLOCK,
+            PARTIALS=PARTIALS, **OPTIONS)
     for slot in space.climbing():
         slot.climbed = True

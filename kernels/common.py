@@ -32,6 +32,11 @@ NO_EMA, ALGORITHM1, OFFICIAL = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 EMA = {None: 0, "algorithm1": 1, "official": 2}
 
 
+def launching_on(space) -> torch.cuda.device_of:
+    """A context in which kernels launch on the space's own GPU, whichever is current."""
+    return torch.cuda.device_of(space.partials)
+
+
 @triton.jit
 def locate(block, blocks, layout, BLOCK: tl.constexpr):
     """The block's slot, its start in the slot and in the flat space, its length, its group."""

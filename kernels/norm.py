@@ -16,6 +16,7 @@ from .common import (
     PARTIALS,
     SIGMA,
     TYPES,
+    launching_on,
     locate,
     pointer,
     read,
@@ -83,9 +84,10 @@ def norm_kernel(w_table, g_table, m, partials, blocks, layout, scalings, hyper, 
 def norm(space) -> None:
     """space.partials = the parts of ||T d||^2 over the slots that have a first-pass gradient."""
     blocks = space.blocks(BLOCK)
-    norm_kernel[(max(1, min(len(blocks), PARTIALS)),)](
-        w_table=space.addresses("w"), g_table=space.addresses("g1"), m=space.m,
-        partials=space.partials, blocks=blocks, layout=space.layout(),
-        scalings=space.scalings(), hyper=space.hyper, control=space.control_buffer,
-        n_blocks=len(blocks), MODE=EMA[space.ema], ADAPTIVE=space.adaptive,
-        TYPE=TYPES[space.dtype], BLOCK=BLOCK, **OPTIONS)
+    with launching_on(space):
+        norm_kernel[(max(1, min(len(blocks), PARTIALS)),)](
+            w_table=space.addresses("w"), g_table=space.addresses("g1"), m=space.m,
+            partials=space.partials, blocks=blocks, layout=space.layout(),
+            scalings=space.scalings(), hyper=space.hyper, control=space.control_buffer,
+            n_blocks=len(blocks), MODE=EMA[space.ema], ADAPTIVE=space.adaptive,
+            TYPE=TYPES[space.dtype], BLOCK=BLOCK, **OPTIONS)

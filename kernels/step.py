@@ -20,6 +20,7 @@ from .common import (
     TYPES,
     WEIGHT_DECAY,
     is_last_program,
+    launching_on,
     locate,
     pointer,
     read,
@@ -102,10 +103,11 @@ def step_kernel(w_table, climbed_table, g2_table, backup, v, blocks, layout, hyp
 def step(space, perturbed: bool) -> None:
     """SGD from the saved w (from w itself where nothing was saved) with g2."""
     blocks = space.blocks(BLOCK)
-    step_kernel[(max(1, min(len(blocks), PARTIALS)),)](
-        w_table=space.addresses("w"), climbed_table=space.climbed() if perturbed else None,
-        g2_table=space.addresses("g2"), backup=space.backup, v=space.v, blocks=blocks,
-        layout=space.layout(), hyper=space.hyper, control=space.control_buffer,
-        counters=space.counters, v_steps=space.steps[1], n_blocks=len(blocks),
-        n_slots=len(space.slots), HAS_MOMENTUM=space.momentum, PERTURBED=perturbed,
-        TYPE=TYPES[space.dtype], BLOCK=BLOCK, **OPTIONS)
+    with launching_on(space):
+        step_kernel[(max(1, min(len(blocks), PARTIALS)),)](
+            w_table=space.addresses("w"), climbed_table=space.climbed() if perturbed else None,
+            g2_table=space.addresses("g2"), backup=space.backup, v=space.v, blocks=blocks,
+            layout=space.layout(), hyper=space.hyper, control=space.control_buffer,
+            counters=space.counters, v_steps=space.steps[1], n_blocks=len(blocks),
+            n_slots=len(space.slots), HAS_MOMENTUM=space.momentum, PERTURBED=perturbed,
+            TYPE=TYPES[space.dtype], BLOCK=BLOCK, **OPTIONS)
