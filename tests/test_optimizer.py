@@ -163,7 +163,7 @@ def test_schedulers_work_without_warnings_and_hooks_fire_once(variant, backend, 
     opt.register_step_pre_hook(lambda *_: calls.append("pre"))
     opt.register_step_post_hook(lambda *_: calls.append("post"))
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         scheduler = torch.optim.lr_scheduler.StepLR(opt, 1, gamma=0.5)
         for i in range(2):
             two_passes(net, opt, i, device)
