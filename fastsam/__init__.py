@@ -7,7 +7,8 @@ if (_root / "kernels" / "climb.py").exists():  # a checkout: kernels/ lies besid
     __path__.append(str(_root))
 
 from .batchnorm import freeze_bn_stats  # noqa: E402
-from .optimizer import ASAM, SAM, FriendlySAM, PhaseError  # noqa: E402
+from .optimizer import SAM, PhaseError  # noqa: E402
+from .variants import ASAM, FriendlySAM  # noqa: E402
 from .version import __version__  # noqa: E402
 
 __all__ = ["ASAM", "SAM", "FriendlySAM", "PhaseError", "__version__", "freeze_bn_stats"]
