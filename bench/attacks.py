@@ -1,7 +1,8 @@
 """Projected gradient descent on [0, 1] images, its eps notation, and its configuration in words.
 
-PGD (Madry et al. 2018): delta <- Proj_eps(delta + alpha step(grad_delta loss)), from a random
+PGD (Madry et al. 2018): x_adv <- Proj_eps(x_adv + alpha step(grad loss(x_adv))), from a random
 start. The gradient is taken with respect to the input only, so no parameter's .grad is touched.
+On a GPU the step is one fused kernel (fastsam.kernels), elsewhere plain PyTorch.
 """
 
 import math
@@ -11,6 +12,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from fastsam.dispatch import why_not_triton
 
 LARGEST_LINF = 0.25
 
@@ -75,27 +78,44 @@ def l2_norm(delta: Tensor) -> Tensor:
 
 
 def random_start(x: Tensor, attack: Attack, generator: torch.Generator | None) -> Tensor:
-    """Return delta: uniform in the l_inf ball, or a random direction times eps U(0, 1) for l2."""
+    """Return x + delta, clamped to [0, 1]; delta is uniform in the l_inf ball, or for l2 a random
+    direction times eps U(0, 1)."""
     if attack.norm == "linf":
         delta = torch.empty_like(x).uniform_(-attack.eps, attack.eps, generator=generator)
     else:
         direction = torch.empty_like(x).normal_(generator=generator)
         radius = torch.rand(len(x), 1, 1, 1, device=x.device, generator=generator)
         delta = direction / l2_norm(direction) * (attack.eps * radius)
-    return (x + delta).clamp(0, 1) - x
+    return (x + delta).clamp(0, 1)
 
 
-def climb(x: Tensor, delta: Tensor, g: Tensor, attack: Attack) -> Tensor:
-    """Return delta after one ascent step, projected on the eps ball and then on [0, 1] images.
+def plain_climb(x_adv: Tensor, g: Tensor, x: Tensor, attack: Attack) -> Tensor:
+    """Return x_adv after one ascent step, projected on the eps ball and then on [0, 1] images.
 
     The box projection moves every coordinate of delta towards 0, so it never leaves the ball.
     """
+    delta = x_adv - x
     if attack.norm == "linf":
         delta = (delta + attack.alpha * g.sign()).clamp(-attack.eps, attack.eps)
     else:
         delta = delta + attack.alpha * g / l2_norm(g)
         delta = delta * (attack.eps / l2_norm(delta)).clamp_max(1)
-    return (x + delta).clamp(0, 1) - x
+    return (x + delta).clamp(0, 1)
+
+
+def fused_climb(x_adv: Tensor, g: Tensor, x: Tensor, attack: Attack) -> Tensor:
+    """Return x_adv after the same step, made in place by one kernel."""
+    from fastsam import kernels
+
+    if g.stride() != x.stride():  # a model that converts to channels_last returns g like that
+        g = torch.empty_like(x).copy_(g)
+    step = kernels.linf_step if attack.norm == "linf" else kernels.l2_step
+    step(x_adv, g, x, attack.eps, attack.alpha)
+    return x_adv
+
+
+def can_fuse(x: Tensor) -> bool:
+    return x.is_cuda and why_not_triton(x.device, x.dtype, dense=True) is None
 
 
 def pgd(
@@ -109,11 +129,13 @@ def pgd(
 
     forward: images in [0, 1] -> (B, classes) logits; the caller chooses its BatchNorm mode.
     x: (B, C, H, W) in [0, 1]. y: (B,) labels. generator: of x's device, for the random start.
+    Raises ValueError on a GPU for x that is neither contiguous nor channels_last.
     """
-    delta = random_start(x, attack, generator)
+    climb = fused_climb if can_fuse(x) else plain_climb
+    x_adv = random_start(x, attack, generator)
     for _ in range(attack.steps):
-        delta.requires_grad_(True)
-        loss = F.cross_entropy(forward(x + delta), y)
-        (g,) = torch.autograd.grad(loss, delta)
-        delta = climb(x, delta.detach(), g, attack)
-    return (x + delta).clamp(0, 1)
+        x_adv.requires_grad_(True)
+        loss = F.cross_entropy(forward(x_adv), y)
+        (g,) = torch.autograd.grad(loss, x_adv)
+        x_adv = climb(x_adv.detach(), g, x, attack)
+    return x_adv

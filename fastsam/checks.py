@@ -6,21 +6,36 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from .flat import is_dense
+from .distributed import is_sharded
+from .flat import is_dense, local
 
 
-def check_group(group: dict, ema: str | None) -> None:
+def check_group(group: dict) -> None:
     """Refuse hyper-parameters of SAM's own that are out of range, by name and value."""
     rho = group["rho"]
     if not isinstance(rho, Tensor) and not 0 <= rho < float("inf"):
         raise ValueError(f"rho={rho} is out of range: use a finite radius of at least 0")
-    if ema is None:
-        return
-    sigma, lmbda = group["sigma"], group["lmbda"]
+    eta = group.get("eta", 0)
+    if not 0 <= eta < float("inf"):
+        raise ValueError(f"eta={eta} is out of range: use a finite number of at least 0")
+    sigma, lmbda = group.get("sigma", 1), group.get("lmbda", 0)
     if not isinstance(sigma, Tensor) and not -float("inf") < sigma < float("inf"):
         raise ValueError(f"sigma={sigma} is out of range: use a finite number, such as 1.0")
     if not isinstance(lmbda, Tensor) and not 0 <= lmbda < 1:
         raise ValueError(f"lmbda={lmbda} is out of range: use a factor in [0, 1), such as 0.9")
+
+
+def check_options(interval: int, start: int, masters: bool, fused: str | None, base: type) -> None:
+    """Refuse options of the constructor that are out of range, by name and value."""
+    if interval < 1:
+        raise ValueError(f"interval={interval} is out of range: use 1 to climb at every step, "
+                         "k to climb at every k-th")
+    if start < 0:
+        raise ValueError(f"start={start} is out of range: use the number of plain steps before "
+                         "the first climb, at least 0")
+    if masters and not fused:
+        raise ValueError(f"master_weights=True needs a fused base optimizer, not {base.__name__}: "
+                         "use torch.optim.SGD, Adam or AdamW")
 
 
 def refuse_unusable(p: Tensor) -> None:
@@ -28,14 +43,17 @@ def refuse_unusable(p: Tensor) -> None:
     if not p.is_floating_point():
         raise ValueError(f"a parameter of shape {tuple(p.shape)} is {p.dtype}: "
                          "SAM takes real floating-point parameters (see torch.view_as_real)")
-    if p.device.type == "meta" or p.layout is not torch.strided or is_traceable_wrapper_subclass(p):
+    odd = is_traceable_wrapper_subclass(p) and not is_sharded(p)
+    if p.device.type == "meta" or p.layout is not torch.strided or odd:
         raise ValueError(f"a parameter of shape {tuple(p.shape)} is a {type(p).__name__} with "
-                         f"layout {p.layout} on {p.device}: SAM takes plain dense tensors, not "
-                         "sharded ones yet")
+                         f"layout {p.layout} on {p.device}: SAM takes plain dense tensors and "
+                         "DTensors")
 
 
 def refuse_shared(params: list[Tensor]) -> None:
     """Refuse two parameters over the same memory: saving the second would save the first moved."""
+    with torch.no_grad():
+        params = [local(p) for p in params]
     stretches = sorted((p.data_ptr(), p.data_ptr() + p.nbytes, p.device) for p in params
                        if p.numel() and is_dense(p))
     for (_, end, device), (start, _, other) in pairwise(stretches):
@@ -45,22 +63,15 @@ def refuse_shared(params: list[Tensor]) -> None:
 
 
 def refuse_unfused(groups: list[dict]) -> None:
-    """Refuse the options of torch.optim.SGD that the fused step does not have."""
+    """Refuse the options of torch's SGD, Adam and AdamW that the fused step does not have."""
     for group in groups:
-        for name in ("maximize", "differentiable"):
+        for name in ("maximize", "differentiable", "amsgrad"):
             if group.get(name):
-                raise ValueError(f"{name}=True is not supported by the fused SGD step: leave it "
-                                 "out, or pass a subclass of torch.optim.SGD to run its own step")
-
-
-def saved_ema(state: dict) -> Tensor | None:
-    """F-SAM's m in a saved state: of this class, or of the published code ("momentum")."""
-    return state.get("ema", state.get("momentum"))
-
-
-def check_state(p: Tensor, state: dict) -> None:
-    """Refuse a saved m or v that belongs to another parameter."""
-    for value in (saved_ema(state), state.get("momentum_buffer")):
-        if isinstance(value, Tensor) and value.shape != p.shape:
-            raise ValueError(f"a saved state of shape {tuple(value.shape)} does not fit the "
-                             f"parameter of shape {tuple(p.shape)}: load the state of this model")
+                raise ValueError(f"{name}=True is not supported by the fused step: leave it out, "
+                                 "or pass a subclass of the base optimizer to run its own step")
+        for name in ("momentum", "dampening", "betas", "eps"):
+            value = group.get(name)
+            for x in value if isinstance(value, (tuple, list)) else (value,):
+                if isinstance(x, Tensor):
+                    raise ValueError(f"{name} is a tensor: use a number (rho, sigma, lmbda, lr "
+                                     "and weight_decay may be tensors)")

@@ -1,21 +1,24 @@
 """The flat parameter space: one padded 1-D space for all parameters of one device and dtype.
 
 Every parameter owns a slot that starts at a multiple of PAD elements; the saved weights, the
-moving average m and the momentum buffer v are flat buffers over the slots, and, where that is
-safe, the parameters themselves become views of one flat weight buffer. Gradients stay where
+moving average m and the base optimizer's v and u are flat buffers over the slots, and, where that
+is safe, the parameters themselves become views of one flat weight buffer. Gradients stay where
 autograd left them and are read through a table of addresses.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 PAD = 16  # elements: 16-byte alignment for the narrowest dtype, with room
 PARTIALS = 1024  # partial sums of one norm; also the most programs a kernel is launched with
+NOWHERE = 16  # stands for the address of an empty tensor, which nobody reads
 GUARD = 1e-12  # keeps rho / norm finite at norm 0, as in the public SAM classes
 
 
@@ -29,24 +32,38 @@ class Hyper(NamedTuple):
     lr: float | Tensor
     momentum: float
     dampening: float
-    weight_decay: float
+    weight_decay: float | Tensor
     nesterov: bool
+    beta1: float
+    beta2: float
+    eps: float
+    decoupled: bool
+
+    def shares(self) -> list:
+        """More columns, exact only when taken before rounding: SHARES, in order."""
+        return [1 - self.lmbda, 1 - self.dampening, 1 - self.beta1, 1 - self.beta2,
+                *(math.log(beta) if beta else -math.inf for beta in (self.beta1, self.beta2))]
 
 
-SHARES = ("1 - lmbda", "1 - dampening")  # more columns: exact only when taken before rounding
+SHARES = ("1 - lmbda", "1 - dampening", "1 - beta1", "1 - beta2", "log beta1", "log beta2")
 CONTROL = ("norm", "ok", "inv_scale1", "inv_scale2", "found_inf")
+NEUTRAL = {"inv_scale1": 1, "inv_scale2": 1, "found_inf": 0}
 COUNTERS = ("skipped", "climb_ticket", "step_ticket")
 
 
 @dataclass(eq=False)
 class Slot:
-    """One parameter w, its group, its part of the flat buffers, and this step's gradients.
+    """One parameter, its memory w, its group, its part of the flat buffers, and this step's
+    gradients.
 
-    g1 is the first-pass gradient (None: this slot does not climb) and is let go after the climb,
-    which `climbed` remembers; g2 is the second-pass one (None: the base optimizer leaves the slot
-    alone). a and b define ASAM's scaling T = a |w| + b.
+    w is `param` itself, or this process's shard of it where it is a DTensor. g1 is the first-pass
+    gradient (None: this slot does not climb) and is let go after the climb, which `climbed`
+    remembers; g2 is the second-pass one (None: the base optimizer leaves the slot alone). a and b
+    define the scaling T: a |w| + b for ASAM, 1 / sqrt(1 + a g^2) for FisherSAM. v is SGD's
+    momentum or Adam's first moment, u Adam's second, v_steps how often they were updated.
     """
 
+    param: Tensor
     w: Tensor
     name: str | None
     group: int
@@ -56,12 +73,18 @@ class Slot:
     backup: Tensor | None = None
     m: Tensor | None = None
     v: Tensor | None = None
+    u: Tensor | None = None
     m_steps: Tensor | None = None
     v_steps: Tensor | None = None
     dense: bool = True
     climbed: bool = False
     g1: Tensor | None = None
     g2: Tensor | None = None
+
+
+def local(t: Tensor) -> Tensor:
+    """The memory of this process: t itself, or the shard that a DTensor has here."""
+    return t.to_local() if hasattr(t, "to_local") else t
 
 
 def is_dense(t: Tensor) -> bool:
@@ -88,39 +111,53 @@ def is_packable(p: Tensor) -> bool:
 
 
 class Space:
-    """All parameters of one device and dtype as one padded 1-D space.
+    """All parameters of one device, dtype and sharding as one padded 1-D space.
 
     Args:
         params: (parameter, name or None, index in the optimizer's param_groups) of every leaf
             tensor, of one device and one floating dtype.
-        ema: None (SAM), "algorithm1" or "official" (Friendly-SAM).
+        mode: where the climb's direction comes from: None (SAM), "algorithm1" or "official"
+            (Friendly-SAM), "full" or "noise" (a given full gradient).
+        base: the fused base optimizer, "sgd" or "adam"; None: it takes its own step.
+        masters: keep float32 weights for 16-bit parameters; the saved weights are those then.
+        shards: the process groups that the parameters are sharded over; none for plain ones.
+        pack: make the parameters views of one flat buffer where that is safe.
 
-    State (m, v) and arithmetic are float32, or float64 for float64 parameters.
+    State (m, v, u) and arithmetic are float32, or float64 for float64 parameters.
     """
 
     guard = GUARD
 
-    def __init__(self, params: list[tuple[Tensor, str | None, int]], ema: str | None):
+    @torch.no_grad()
+    def __init__(self, params: list[tuple[Tensor, str | None, int]], mode: str | None = None,
+                 base: str | None = "sgd", masters: bool = False, shards: tuple = (),
+                 pack: bool = True):
         first = params[0][0]
-        self.device, self.dtype, self.ema = first.device, first.dtype, ema
+        self.device, self.dtype, self.mode, self.base = first.device, first.dtype, mode, base
         self.acc = torch.float64 if self.dtype == torch.float64 else torch.float32
-        self.adaptive = self.momentum = False
+        self.masters, self.shards = masters and self.dtype.itemsize == 2, shards
+        self.scaling: str | None = None
         self.slots, self.size = [], 0
         for p, name, group in params:
-            self.slots.append(Slot(p, name, group, self.size))
-            self.size += -(-p.numel() // PAD) * PAD
+            w = local(p)
+            self.slots.append(Slot(p, w, name, group, self.size))
+            self.size += -(-w.numel() // PAD) * PAD
 
-        self.backup = self._zeros(self.size, self.dtype)
-        self.m, self.v = self._zeros(self.size) if ema else None, None
+        self.backup = self._zeros(self.size, self.acc if self.masters else self.dtype)
+        self.m, self.v, self.u = self._zeros(self.size) if mode else None, None, None
         self.steps = self._zeros((2, len(params)), torch.int32)
-        self.partials, self.radii = self._zeros(PARTIALS), self._zeros(PARTIALS)
+        self.partials, self.radii = self._zeros(PARTIALS), self._zeros((2, PARTIALS))
+        self.dots = self._zeros((3, PARTIALS))
         self.control_buffer = self._zeros(len(CONTROL))
         self.counters = self._zeros(len(COUNTERS), torch.int32)
         self._set: set[str] = set()  # controls that are not at their neutral value
         self._attach()
-        self.control.inv_scale1.fill_(1)
-        self.control.inv_scale2.fill_(1)
-        self.flat_w = self._pack()
+        for name, value in NEUTRAL.items():
+            getattr(self.control, name).fill_(value)
+        self.flat_w = self._pack() if pack else None
+        if self.masters:
+            for s in self.slots:
+                s.backup.copy_(s.w)
 
     def _attach(self) -> None:
         """Make the views into the buffers, and forget what was known of the device tables."""
@@ -135,7 +172,10 @@ class Space:
         self._memory: list | None = None
 
     def __getstate__(self) -> dict:
-        slots = [Slot(s.w, s.name, s.group, s.offset, s.a, s.b) for s in self.slots]
+        if self.shards:
+            raise TypeError("an optimizer of sharded parameters cannot be copied or pickled: "
+                            "use state_dict() or torch.distributed.checkpoint")
+        slots = [Slot(s.param, s.param, s.name, s.group, s.offset, s.a, s.b) for s in self.slots]
         views = ("control", "hyper", "_hyper_values", "_tables", "_memory", "rows", "flat_w")
         return {**{k: x for k, x in self.__dict__.items() if k not in views}, "slots": slots}
 
@@ -143,24 +183,36 @@ class Space:
         self.__dict__.update(state, flat_w=None)  # the copied parameters may lie anywhere
         self._attach()
 
+    def absorb(self, old: "Space") -> None:
+        """Take over the state of a space whose slots are the first ones of this."""
+        for mine, its in zip(self.slots, old.slots, strict=False):
+            for name in ("backup", "m", "v", "u"):
+                if getattr(its, name) is not None:
+                    getattr(mine, name).copy_(getattr(its, name))
+        self.steps[:, :len(old.slots)] = old.steps
+        self.counters.copy_(old.counters)
+        self.radii.copy_(old.radii)
+        self.control.norm.copy_(old.control.norm)
+
     def _zeros(self, size, dtype: torch.dtype | None = None) -> Tensor:
         return torch.zeros(size, dtype=dtype or self.acc, device=self.device)
 
-    def _view(self, flat: Tensor, p: Tensor, offset: int) -> Tensor:
+    def _view(self, flat: Tensor | None, p: Tensor, offset: int) -> Tensor | None:
+        if flat is None:
+            return None
         stride = p.stride() if is_dense(p) else torch.empty(p.shape, device="meta").stride()
         return flat.as_strided(p.shape, stride, offset)
 
     def _lay_out(self, s: Slot) -> None:
         """Give the slot its views, in the order of its parameter's memory."""
         s.dense = is_dense(s.w)
-        s.backup = self._view(self.backup, s.w, s.offset)
-        s.m = None if self.m is None else self._view(self.m, s.w, s.offset)
-        s.v = None if self.v is None else self._view(self.v, s.w, s.offset)
+        s.backup, s.m, s.v, s.u = (self._view(flat, s.w, s.offset)
+                                   for flat in (self.backup, self.m, self.v, self.u))
 
     def _pack(self) -> Tensor | None:
         """Turn the parameters into views, with their own strides, of one flat buffer; or leave
         them all where they are when one of them does not own all of its memory."""
-        if not all(is_packable(s.w) for s in self.slots):
+        if not all(is_packable(s.param) for s in self.slots):
             return None
         flat = self._zeros(self.size, self.dtype)
         for s in self.slots:
@@ -181,6 +233,8 @@ class Space:
             RuntimeError: a parameter has another device, dtype or shape than at construction, or
                 its elements no longer fill one stretch of memory.
         """
+        for s in self.slots:
+            s.w = local(s.param)
         memory = [(s.w.data_ptr(), s.w.stride(), s.w.shape, s.w.dtype, s.w.device)
                   for s in self.slots]
         if memory == self._memory:
@@ -193,9 +247,9 @@ class Space:
                     f"is now {tuple(s.w.shape)} of strides {s.w.stride()}, {s.w.dtype} on "
                     f"{s.w.device}: build the optimizer after the model has its final form")
             if is_dense(s.w) and not same_layout(s.w, s.backup):
-                old = [None if t is None else t.clone() for t in (s.backup, s.m, s.v)]
+                old = [None if t is None else t.clone() for t in (s.backup, s.m, s.v, s.u)]
                 self._lay_out(s)
-                for new, values in zip((s.backup, s.m, s.v), old, strict=True):
+                for new, values in zip((s.backup, s.m, s.v, s.u), old, strict=True):
                     if new is not None:  # the same values in the parameter's new order
                         new.copy_(values)
         self._memory = memory
@@ -209,7 +263,7 @@ class Space:
                 tensor, which is copied on the device.
         """
         self.rows = [Hyper(*row) for row in rows]
-        table = [[*h, 1 - h.lmbda, 1 - h.dampening] for h in self.rows]
+        table = [[*h, *h.shares()] for h in self.rows]
         if self.hyper is None or len(rows) != len(self.hyper):
             self.hyper, self._hyper_values = self._zeros((len(rows), len(table[0]))), None
         numbers = [[None if isinstance(x, Tensor) else float(x) for x in row] for row in table]
@@ -221,11 +275,21 @@ class Space:
                 if isinstance(value, Tensor):
                     self.hyper[i, j].copy_(value, non_blocking=True)
 
-    def set_scalings(self, scalings: list[tuple[float, float]]) -> None:
-        """Set every slot's (a, b) of T = a |w| + b; (0, 1) is SAM."""
+    def multiply_sigma(self, c: Tensor) -> None:
+        """Use sigma c, with c on the device, for sigma in every group until `set_hyper`'s next
+        call and this function's."""
+        self.rows = [row._replace(sigma=row.sigma * c) for row in self.rows]
+        self.hyper[:, Hyper._fields.index("sigma")] = torch.stack([r.sigma for r in self.rows])
+
+    def set_scalings(self, scalings: list[tuple[float, float]], kind: str) -> None:
+        """Set every slot's (a, b) of T; (0, 1) is SAM's T = 1.
+
+        Args:
+            kind: what T scales with, "weights" (ASAM) or "gradient" (FisherSAM).
+        """
         for s, (a, b) in zip(self.slots, scalings, strict=True):
             s.a, s.b = a, b
-        self.adaptive = any(s.a for s in self.slots)
+        self.scaling = kind if any(s.a for s in self.slots) else None
         self._tables.pop("scalings", None)
 
     def is_set(self, name: str) -> bool:
@@ -238,14 +302,21 @@ class Space:
             getattr(self.control, name).copy_(value, non_blocking=True)
             self._set.add(name)
         elif name in self._set:
-            getattr(self.control, name).fill_(name != "found_inf")
+            getattr(self.control, name).fill_(NEUTRAL[name])
             self._set.discard(name)
 
-    def allocate_momentum(self) -> None:
-        """Give every slot its momentum buffer v."""
-        self.momentum, self.v = True, self._zeros(self.size)
+    def allocate_base(self) -> None:
+        """Give every slot the fused base optimizer's buffers: v, and u for Adam."""
+        self.v = self._zeros(self.size)
+        self.u = self._zeros(self.size) if self.base == "adam" else None
         for s in self.slots:
             self._lay_out(s)
+
+    def sum_over_shards(self, partials: Tensor) -> Tensor:
+        """Partial sums of this process's shards -> those of the whole parameters."""
+        for group in self.shards:
+            dist.all_reduce(partials, group=group)
+        return partials
 
     @staticmethod
     def read_gradient(slot: Slot) -> Tensor | None:
@@ -254,9 +325,9 @@ class Space:
         Raises:
             ValueError: a sparse gradient.
         """
-        g = slot.w.grad
-        if g is None:
+        if slot.param.grad is None:
             return None
+        g = local(slot.param.grad)
         if g.layout is not torch.strided:
             raise ValueError(f"a gradient of shape {tuple(g.shape)} has layout {g.layout}: use "
                              "dense gradients (sparse=False in torch.nn.Embedding)")
@@ -267,9 +338,10 @@ class Space:
     # What the kernels read: tables on the device, uploaded again only when their content changed.
 
     def addresses(self, name: str) -> Tensor:
-        """The memory addresses of every slot's `name` (w, g1 or g2), int64 (slots,); 0: none."""
+        """The memory addresses of every slot's `name` (w, g1 or g2), int64 (slots,); 0: none.
+        An empty tensor has a gradient or not like any other, but no address: NOWHERE."""
         tensors = [getattr(s, name) for s in self.slots]
-        values = [0 if t is None else t.data_ptr() for t in tensors]
+        values = [0 if t is None else t.data_ptr() or NOWHERE for t in tensors]
         known = self._tables.get(name)
         if known is None:
             known = ([], torch.empty(len(values), dtype=torch.int64, device=self.device))
@@ -288,7 +360,7 @@ class Space:
             [[s.offset, s.w.numel(), s.group] for s in self.slots]))
 
     def scalings(self) -> Tensor:
-        """Each slot's (a, b) of T = a |w| + b, (slots, 2)."""
+        """Each slot's (a, b) of its scaling T, (slots, 2)."""
         return self._constant("scalings", lambda: torch.tensor(
             [[s.a, s.b] for s in self.slots], dtype=self.acc))
 

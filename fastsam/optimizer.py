@@ -1,25 +1,21 @@
 """The torch optimizer front: parameter groups, the two-phase step, closures and state."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
-from torch.amp.grad_scaler import OptState
-from torch.optim import SGD, Optimizer
+from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from .checks import (
-    check_group,
-    check_state,
-    refuse_shared,
-    refuse_unfused,
-    refuse_unusable,
-    saved_ema,
-)
+from . import distributed, saving
+from .amp import inverse_scale, report_overflow
+from .checks import check_group, check_options, refuse_shared, refuse_unfused, refuse_unusable
 from .dispatch import resolve
 from .flat import Hyper, Slot, Space, is_dense
+from .radius import RadiusWatch
+from .reference import projection
 
-# saved by this class or by the public SAM and F-SAM classes, and not by any base optimizer
-NOT_THE_BASES = ("ema", "ema_steps", "old_p", "momentum")
+FUSED = {SGD: "sgd", Adam: "adam", AdamW: "adam"}
 
 
 class PhaseError(RuntimeError):
@@ -33,8 +29,9 @@ class SAM(Optimizer):
     `second_step` returns to w and lets the base optimizer update it. The norm is one l2 norm over
     all parameters of all groups (biases and normalisation weights too, weight decay not).
 
-    `torch.optim.SGD` is fused into the kernels and never waits for the device; any other base
-    optimizer runs its own step after the weights are restored.
+    `torch.optim.SGD`, `Adam` and `AdamW` are fused into the kernels and never wait for the
+    device (their foreach, fused and capturable flags are taken and change nothing); any other
+    base optimizer runs its own step after the weights are restored.
 
     Args:
         params: parameters, groups, or named parameters, as for any torch optimizer. Group keys:
@@ -44,22 +41,35 @@ class SAM(Optimizer):
         rho: radius of the perturbation, in units of the weights; at least 0. Default 0.05.
         adaptive: ASAM's perturbation with T = |w| (see `ASAM`). Default False.
         backend: None chooses, "triton" or "reference" is obeyed or raises.
+        interval: climb at every interval-th step only; the others are plain steps of the base
+            optimizer, of one pass. `step(closure)` sees to it; a loop of its own asks
+            `climbs_next`. Default 1.
+        start: the number of plain steps before the first climb. Default 0.
+        master_weights: keep float32 weights for 16-bit parameters, from which each step starts
+            and which the model sees rounded. A weight that someone else writes into the model is
+            taken over. Default False.
         **kwargs: the base optimizer's arguments, such as lr, momentum and weight_decay.
 
     Raises:
         ValueError: a negative or non-finite rho, an empty parameter list, a complex parameter,
-            an unknown backend or one that cannot run here, a bad base-optimizer argument.
+            an unknown backend or one that cannot run here, an interval below 1, a negative start,
+            master_weights with a base that is not fused, a bad base-optimizer argument.
         TypeError: base_optimizer is not an optimizer class.
     """
 
-    _ema: str | None = None
+    _mode: str | None = None
+    _projection: str | None = None
+    _scales_with = "weights"
     _step_supports_amp_scaling = True
 
     def __init__(self, params: Iterable, base_optimizer: type[Optimizer], rho: float = 0.05,
-                 adaptive: bool = False, *, backend: str | None = None, **kwargs):
-        self._build(params, base_optimizer, dict(rho=rho, adaptive=adaptive), backend, kwargs)
+                 adaptive: bool = False, *, backend: str | None = None, interval: int = 1,
+                 start: int = 0, master_weights: bool = False, **kwargs):
+        self._build(params, base_optimizer, dict(rho=rho, adaptive=adaptive), backend=backend,
+                    interval=interval, start=start, master_weights=master_weights, **kwargs)
 
-    def _build(self, params, base_optimizer, own: dict, backend: str | None, kwargs: dict) -> None:
+    def _build(self, params, base_optimizer, own: dict, *, backend: str | None = None,
+               interval: int = 1, start: int = 0, master_weights: bool = False, **kwargs) -> None:
         wrapped = isinstance(base_optimizer, Optimizer)
         kind = type(base_optimizer) if wrapped else base_optimizer
         if not (isinstance(kind, type) and issubclass(kind, Optimizer)):
@@ -68,13 +78,17 @@ class SAM(Optimizer):
         if wrapped and (kwargs or params is not base_optimizer.param_groups):
             raise TypeError(f"an existing {kind.__name__} has its parameters and arguments: "
                             f"use {type(self).__name__}.wrap(optimizer, rho=...)")
-        own = {**own, "perturb": True}
-        check_group(own, self._ema)
+        own = {**own, "perturb": True, "sam_steps": 0}
+        check_group(own)
+        self._fused = FUSED.get(kind)
+        check_options(interval, start, master_weights, self._fused, kind)
         self._requested_backend, self._backend, self._report = backend, None, {}
+        self._interval, self._start, self._masters = interval, start, master_weights
         self._spaces: list[Space] = []
-        self._perturbed = False
-        self._fused = kind is SGD
-        self._scaler = None
+        self._perturbed, self._scaler, self._group = False, None, None
+        self._stash: dict[Tensor, Tensor] = {}
+        self._stash_ok: Tensor | None = None
+        self._watch = RadiusWatch()
         self.base_optimizer = None
         super().__init__(params, own)
         self.base_optimizer = base_optimizer if wrapped else kind(self.param_groups, **kwargs)
@@ -82,10 +96,12 @@ class SAM(Optimizer):
         self.defaults = {**self.base_optimizer.defaults, **own}
         if self._fused:
             refuse_unfused(self.param_groups)
+        else:  # the base's own state is what `state` shows; m is added when it is saved
+            self.state = self.base_optimizer.state
         self._add_spaces(range(len(self.param_groups)))
         if wrapped and self._fused:
             for p, state in base_optimizer.state.items():
-                self._load_slot(p, state)
+                saving.load_slot(*self._slot_of(p), state)
             base_optimizer.state.clear()
             self._link_state()
 
@@ -102,7 +118,7 @@ class SAM(Optimizer):
     # ---- parameters and their spaces
 
     def add_param_group(self, param_group: dict) -> None:
-        """Add a group, in mid-training too; it gets kernel launches of its own.
+        """Add a group, in mid-training too. It shares the kernel launches of the others.
 
         Raises:
             PhaseError: while perturbed.
@@ -110,11 +126,11 @@ class SAM(Optimizer):
         """
         if getattr(self, "base_optimizer", None) is None:  # called by torch's constructor
             super().add_param_group(param_group)
-            check_group(self.param_groups[-1], self._ema)
+            check_group(self.param_groups[-1])
             return
         self._need_phase(False, "add_param_group")
-        merged = {**self.defaults, **param_group}
-        check_group(merged, self._ema)
+        merged = {**self.defaults, **param_group, "sam_steps": self.param_groups[0]["sam_steps"]}
+        check_group(merged)
         if self._fused:
             refuse_unfused([merged])
         self.base_optimizer.add_param_group(merged)
@@ -125,54 +141,82 @@ class SAM(Optimizer):
             raise
 
     def _add_spaces(self, group_indices: Iterable[int]) -> None:
-        """Lay the groups' parameters out in one space per device and dtype."""
+        """Lay the groups' parameters out: one space per device, dtype and sharding."""
         kinds: dict[tuple, list] = {}
         for i in group_indices:
             group = self.param_groups[i]
             names = group.get("param_names") or [None] * len(group["params"])
             for p, name in zip(group["params"], names, strict=True):
                 refuse_unusable(p)
-                kinds.setdefault((p.device, p.dtype), []).append((p, name, i))
-        refuse_shared([slot.w for slot in self._slots()]
+                key = p.device, p.dtype, distributed.shards_of(p)
+                kinds.setdefault(key, []).append((p, name, i))
+        refuse_shared([slot.param for slot in self._slots()]
                       + [p for rows in kinds.values() for p, _, _ in rows])
-        new = [(*kind, all(is_dense(p) for p, _, _ in rows)) for kind, rows in kinds.items()]
+        new = [(*key[:2], all(is_dense(p) for p, _, _ in rows)) for key, rows in kinds.items()]
         self._backend, self._report = resolve(self._requested_backend, self._kinds() + new)
-        self._spaces += [Space(rows, self._ema) for rows in kinds.values()]
+        for key, rows in kinds.items():
+            self._add_space(key, rows)
         self._scaled_by = None
         self._bring_hyper()
         self._link_state()
 
+    def _add_space(self, key: tuple, rows: list) -> None:
+        """Make a space; of a kind that there is already, one with the old slots and the new."""
+        old = next((s for s in self._spaces if (s.device, s.dtype, s.shards) == key), None)
+        if old is not None:
+            rows = [(slot.param, slot.name, slot.group) for slot in old.slots] + rows
+        space = Space(rows, self._mode, self._fused, self._masters, key[2], pack=old is None)
+        if self._fused == "adam" or (old is not None and old.v is not None):
+            space.allocate_base()
+        if old is None:
+            self._spaces.append(space)
+        else:
+            space.absorb(old)
+            self._spaces[self._spaces.index(old)] = space
+
     def _slots(self) -> list[Slot]:
         return [slot for space in self._spaces for slot in space.slots]
+
+    def _slot_of(self, p: Tensor) -> tuple[Space, Slot]:
+        return next((space, slot) for space in self._spaces for slot in space.slots
+                    if slot.param is p)
 
     def _kinds(self) -> list[tuple[torch.device, torch.dtype, bool]]:
         return [(s.device, s.dtype, all(x.dense for x in s.slots)) for s in self._spaces]
 
     def _link_state(self) -> None:
-        """Make `state[p]` show the slot's own tensors: m, v and how often each was updated."""
-        for space in self._spaces:
-            for slot in space.slots:
-                if slot.m is not None:
-                    self.state[slot.w].update(ema=slot.m, ema_steps=slot.m_steps)
-                if slot.v is not None:
-                    self.state[slot.w].update(momentum_buffer=slot.v, momentum_steps=slot.v_steps)
+        """Make `state[p]` show the slot's own tensors, under torch's names for the base's."""
+        if self._fused:
+            for space in self._spaces:
+                for slot in space.slots:
+                    if entry := saving.entry(space, slot):
+                        self.state[slot.param].update(entry)
 
     def _bring_hyper(self) -> None:
         """Send the groups' current values (a scheduler may have changed them) to the device."""
-        names = Hyper._fields if self._fused else ("rho", "sigma", "lmbda")
-        rows = [tuple(g.get(name, 0) if name in names else 0 for name in Hyper._fields)
-                for g in self.param_groups]
-        momentum = self._fused and any(g["momentum"] != 0 for g in self.param_groups)
+        rows = [hyper_row(group, self._mode, self._fused) for group in self.param_groups]
+        momentum = self._fused == "sgd" and any(row.momentum for row in rows)
         scaled_by = [(g["adaptive"], g.get("scale"), g.get("eta")) for g in self.param_groups]
         for space in self._spaces:
             space.set_hyper(rows)
-            if momentum and not space.momentum:
-                space.allocate_momentum()
+            if momentum and space.v is None:
+                space.allocate_base()
                 self._link_state()
             if scaled_by != self._scaled_by:
-                space.set_scalings([scaling(self.param_groups[s.group], s.w, s.name)
-                                    for s in space.slots])
+                space.set_scalings([self._scaling(self.param_groups[s.group], s)
+                                    for s in space.slots], self._scales_with)
         self._scaled_by = scaled_by
+
+    def _scaling(self, group: dict, slot: Slot) -> tuple[float, float]:
+        """(a, b) of T = a |w| + b for one parameter; FisherSAM's a is its eta."""
+        if not group["adaptive"]:
+            return 0.0, 1.0
+        if self._scales_with == "gradient":
+            return float(group["eta"]), 1.0
+        if group.get("scale", "all") == "all":
+            return 1.0, 0.0
+        is_weight = "weight" in slot.name if slot.name is not None else slot.param.ndim >= 2
+        return (1.0, float(group["eta"])) if is_weight else (0.0, 1.0)
 
     # ---- the step
 
@@ -206,7 +250,11 @@ class SAM(Optimizer):
         try:
             for space in self._spaces:
                 space.set_control("inv_scale1", inverse)
+            if self._projection:
+                self._project()
+            for space in self._spaces:
                 self._backend.norm(space)
+                space.sum_over_shards(space.partials)
             for space in self._spaces:
                 self._backend.climb(space, self._all_partials(space))
         except BaseException:
@@ -215,15 +263,26 @@ class SAM(Optimizer):
         for slot, _ in gradients:
             slot.g1 = None
         self._announce(slot.w for slot, _ in gradients if slot.climbed)
+        self._watch.look(self._spaces)
         if zero_grad:
             self.zero_grad()
 
     def _gradients(self) -> list[tuple[Slot, Tensor | None]]:
         """Every slot with its gradient; whatever can be refused is, before anything changes."""
         if any([space.follow_parameters() for space in self._spaces]):
-            refuse_shared([slot.w for slot in self._slots()])
+            refuse_shared([slot.param for slot in self._slots()])
             self._link_state()
         return [(slot, Space.read_gradient(slot)) for slot in self._slots()]
+
+    def _project(self) -> None:
+        """Multiply sigma with the projection's share, a function of g and m."""
+        for space in self._spaces:
+            self._backend.dots(space)
+        first = self._spaces[0]
+        sums = sum(s.sum_over_shards(s.dots).sum(1).to(first.device, first.acc, non_blocking=True)
+                   for s in self._spaces)
+        for space in self._spaces:
+            space.multiply_sigma(projection(sums, self._projection).to(space.device, space.acc))
 
     def _all_partials(self, space: Space) -> Tensor:
         """The partial sums of every space, where and as `space` has its own: a global norm."""
@@ -252,30 +311,41 @@ class SAM(Optimizer):
         if zero_grad:
             self.zero_grad()
 
-    def step(self, closure: Callable | None = None) -> Tensor | None:
+    def step(self, closure: Callable | None = None,
+             ascent_closure: Callable | None = None) -> Tensor | None:
         """Both passes with a closure; without one, the second step or a plain base step.
 
         Args:
             closure: computes the loss, calls backward and returns the loss. It is called twice,
-                at w and at w + e, each time with cleared gradients. None: the second step when
-                perturbed, else a plain step of the base optimizer.
+                at w and at w + e, each time with cleared gradients; once, at w, where this step
+                does not climb (`interval`, `start`). None: the second step when perturbed, else a
+                plain step of the base optimizer.
+            ascent_closure: what is called at w instead of `closure`: another batch (SAM-db of the
+                F-SAM paper's section 4.2), a larger one, or a part of the batch.
 
         Returns:
             The loss of the first call, or None without a closure.
 
         Raises:
             PhaseError: a closure while perturbed, or through GradScaler.step.
+            ValueError: an ascent_closure without a closure.
         """
         if closure is None:
+            if ascent_closure is not None:
+                raise ValueError("step(ascent_closure=...) needs a closure for the second pass")
             self._base_step()
             return None
         self._need_phase(False, "step(closure)")
         if getattr(self, "found_inf", None) is not None:
             raise PhaseError("a GradScaler cannot see a closure's gradients: call first_step("
                              "scaler=scaler), the second backward, then scaler.step(optimizer)")
+        climbs = self.climbs_next
         with torch.enable_grad():
             self.zero_grad()
-            loss = closure()
+            loss = (ascent_closure or closure)() if climbs else closure()
+        if not climbs:
+            self._base_step()
+            return loss
         self.first_step(zero_grad=True)
         try:
             with torch.enable_grad():
@@ -290,14 +360,35 @@ class SAM(Optimizer):
     def _base_step(self) -> None:
         grad_scale = getattr(self, "grad_scale", None)  # set by torch.amp.GradScaler.step
         found_inf = getattr(self, "found_inf", None)
-        if self._perturbed and self._scaler is not None:
-            if found_inf is None:
-                raise PhaseError("first_step had a scaler, so the second pass's gradients are "
-                                 "scaled too: call scaler.step(optimizer), not second_step()")
-            self._report_overflow(self._scaler)
-        if not self._fused:
+        if self._scaler is not None and found_inf is None:
+            raise PhaseError("first_step had a scaler, so the second pass's gradients are "
+                             "scaled too: call scaler.step(optimizer), not second_step()")
+        if self._stash:
+            raise PhaseError("gradients are set aside: call unstash_grad() before the step")
+        ok = self._agreed_ok()
+        if self._scaler is not None:
+            report_overflow(self._scaler, self, self._spaces[0].control.ok if ok is None else ok)
+        if ok is not None:
+            found_inf = (1 - ok) if found_inf is None else found_inf.to(ok) + (1 - ok)
+        if self._fused:
+            self._fused_step(grad_scale, found_inf)
+        else:
             self._foreign_step(grad_scale, found_inf)
-            return
+        for group in self.param_groups:
+            group["sam_steps"] = group.get("sam_steps", 0) + 1
+
+    def _agreed_ok(self) -> Tensor | None:
+        """Whether the climbs of this step were finite, in every micro-batch and on every rank;
+        None where there is only the one that the kernels know of."""
+        if self._stash_ok is None and self._group is None:
+            return None
+        last = self._spaces[0].control.ok
+        ok = last if self._perturbed else torch.ones_like(last)
+        if self._stash_ok is not None:
+            ok, self._stash_ok = ok * self._stash_ok, None
+        return ok if self._group is None else distributed.all_ok(ok, self._group)
+
+    def _fused_step(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         gradients = self._gradients()
         self._bring_hyper()
         for slot, g in gradients:
@@ -314,9 +405,10 @@ class SAM(Optimizer):
         """Restore and let the base optimizer step. Whether the step is a skip is read on the
         host here: an optimizer of someone else's cannot be skipped from the device."""
         control = self._spaces[0].control
-        skip = bool(found_inf) or (self._perturbed and not control.ok)
-        if self._perturbed:
-            self.restore()
+        skip = (found_inf is not None and bool(found_inf)) or (
+            self._perturbed and not control.ok)
+        self.restore()
+        self._scaler = self._group = None
         if skip:
             control.skipped += 1
             return
@@ -327,13 +419,61 @@ class SAM(Optimizer):
                         p.grad.div_(grad_scale)
         self.base_optimizer.step()
 
-    def _report_overflow(self, scaler) -> None:
-        """Let an overflow of the first pass, too, make the scaler back off at its update()."""
-        state = scaler._per_optimizer_states[id(self)]
-        for device, found_inf in state["found_inf_per_device"].items():
-            for space in self._spaces:
-                if space.device == device:
-                    found_inf.logical_or_(space.control.ok == 0)
+    # ---- several first passes for one step
+
+    @torch.no_grad()
+    def stash_grad(self) -> None:
+        """Return to w and set the gradients in `.grad` aside, added to those already set aside.
+
+        For m-sharpness over micro-batches: climb on each by itself, set its second gradient
+        aside, and step once after `unstash_grad()`. A climb that was not finite makes that step a
+        counted skip. Costs one more gradient's memory.
+        """
+        if self._perturbed:
+            ok = self._spaces[0].control.ok
+            self._stash_ok = ok.clone() if self._stash_ok is None else self._stash_ok * ok
+        scaler, group = self._scaler, self._group
+        self.restore()
+        self._scaler, self._group = scaler, group  # still true of the gradients set aside
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    aside = self._stash.get(p)
+                    self._stash[p] = p.grad if aside is None else aside.add_(p.grad)
+                    p.grad = None
+
+    @torch.no_grad()
+    def unstash_grad(self) -> None:
+        """Put the sums of the gradients set aside into `.grad`, in place of what is there.
+
+        Raises:
+            PhaseError: while perturbed, or with nothing set aside.
+        """
+        self._need_phase(False, "unstash_grad")
+        if not self._stash:
+            raise PhaseError("unstash_grad with nothing set aside: call stash_grad after each "
+                             "micro-batch's second backward")
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.grad = self._stash.pop(p, None)
+
+    @contextmanager
+    def local_first_pass(self, model: torch.nn.parallel.DistributedDataParallel) -> Iterator[None]:
+        """Around the first pass (forward and backward) of a DistributedDataParallel model, to
+        climb on each rank by the gradient of its own batch: there is no all-reduce in it. The
+        ranks' second gradients are averaged as ever, and whether a climb was finite is agreed on
+        (one number), so that all ranks step or none. Friendly-SAM's average is each rank's own
+        then.
+
+        Raises:
+            PhaseError: while perturbed.
+            ValueError: another kind of model.
+        """
+        self._need_phase(False, "local_first_pass")
+        group = distributed.group_of(model)
+        with model.no_sync():
+            yield
+        self._group = group
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -342,11 +482,11 @@ class SAM(Optimizer):
             return
         moved = [slot for slot in self._slots() if slot.climbed]
         for slot in moved:
-            slot.w.copy_(slot.backup)
+            slot.w.copy_(slot.backup)  # rounds a master as it was rounded
         self._leave_phase([slot.w for slot in moved])
 
     def _leave_phase(self, changed: list[Tensor]) -> None:
-        self._perturbed, self._scaler = False, None
+        self._perturbed, self._scaler, self._group = False, None, None
         for slot in self._slots():
             slot.climbed, slot.g1, slot.g2 = False, None, None
         self._announce(changed)
@@ -368,6 +508,13 @@ class SAM(Optimizer):
         return self._perturbed
 
     @property
+    def climbs_next(self) -> bool:
+        """Whether the coming step climbs, by `interval` and `start`. A loop of its own calls
+        first_step, and computes the gradients again, only then; else `step()` alone."""
+        past = self.param_groups[0].get("sam_steps", 0) - self._start
+        return past >= 0 and past % self._interval == 0
+
+    @property
     def skipped_steps(self) -> int:
         """How many steps were skipped, for a norm that was not finite or because a GradScaler
         found an overflow. Waits for the device."""
@@ -376,8 +523,8 @@ class SAM(Optimizer):
     @property
     def last_radius(self) -> float:
         """The l2 distance the last first_step really moved the weights, after rounding to their
-        dtype. Waits for the device."""
-        return sum(float(s.radii.sum(dtype=torch.float64)) for s in self._spaces) ** 0.5
+        dtype; of sharded parameters, this process's part of it. Waits for the device."""
+        return sum(float(s.radii[0].sum(dtype=torch.float64)) for s in self._spaces) ** 0.5
 
     @property
     def last_grad_norm(self) -> float:
@@ -389,18 +536,22 @@ class SAM(Optimizer):
         spaces = [f"{len(s.slots)} tensors, {sum(x.w.numel() for x in s.slots)} parameters, "
                   f"{s.dtype} on {s.device}, "
                   + ("packed in one buffer" if s.flat_w is not None else "in their own memory")
+                  + (", float32 masters" if s.masters else "")
+                  + (", sharded" if s.shards else "")
                   for s in self._spaces]
-        return {**self._report, "fused_base": self._fused, "spaces": spaces}
+        return {**self._report, "fused_base": self._fused is not None, "spaces": spaces}
 
     def memory_report(self) -> dict[str, int]:
-        """Bytes that the optimizer keeps between steps, by buffer. Weights packed into one
-        buffer are the model's own and not counted."""
-        report = dict.fromkeys(("backup", "ema", "momentum", "other"), 0)
+        """Bytes that the optimizer keeps between steps, by buffer: the saved weights (`backup`;
+        the masters, where there are), F-SAM's average or the full gradient (`ema`), the fused
+        base's buffers (`base`). Weights packed into one buffer are the model's own and not
+        counted, nor is the state of a base optimizer that is not fused."""
+        report = dict.fromkeys(("backup", "ema", "base", "other"), 0)
         for s in self._spaces:
-            for name, t in (("backup", s.backup), ("ema", s.m), ("momentum", s.v)):
+            for name, t in (("backup", s.backup), ("ema", s.m), ("base", s.v), ("base", s.u)):
                 report[name] += 0 if t is None else t.nbytes
             report["other"] += sum(t.nbytes for t in (
-                s.steps, s.partials, s.radii, s.control_buffer, s.counters))
+                s.steps, s.partials, s.radii, s.dots, s.control_buffer, s.counters))
         return report
 
     # ---- saving and loading
@@ -409,21 +560,32 @@ class SAM(Optimizer):
         """The whole state, the base optimizer's included, in torch's format.
 
         Raises:
-            PhaseError: while perturbed (the weights that belong to it are not in the model).
+            PhaseError: while perturbed (the weights that belong to it are not in the model), or
+                with gradients set aside.
         """
         self._need_phase(False, "state_dict")
+        if self._stash:
+            raise PhaseError("state_dict with gradients set aside: finish the step first")
         state = super().state_dict()
         if not self._fused:
+            own = self._by_index(lambda space, slot: saving.entry(space, slot))
             base = self.base_optimizer.state_dict()["state"]
-            state["state"] = {i: {**state["state"].get(i, {}), **base.get(i, {})}
-                              for i in {**state["state"], **base}}
+            state["state"] = {i: {**base.get(i, {}), **own.get(i, {})} for i in {**base, **own}}
         return state
+
+    def _by_index(self, entry: Callable[[Space, Slot], dict]) -> dict[int, dict]:
+        """What `entry` gives for every slot, under the parameter's index in torch's format."""
+        index = {p: i for i, p in enumerate(
+            p for group in self.param_groups for p in group["params"])}
+        entries = {index[slot.param]: entry(space, slot)
+                   for space in self._spaces for slot in space.slots}
+        return {i: e for i, e in entries.items() if e}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict) -> None:
-        """Take over a state: of this class, of torch's SGD, or of a public SAM or F-SAM class,
-        whose saved weights (`old_p`) are transient and left out. Group keys that it lacks, such
-        as rho in SGD's, stay as they are.
+        """Take over a state: of this class, of the base optimizer alone, or of a public SAM or
+        F-SAM class, whose saved weights (`old_p`) are transient and left out. Group keys that it
+        lacks, such as rho in SGD's, stay as they are.
 
         Raises:
             PhaseError: while perturbed.
@@ -431,49 +593,36 @@ class SAM(Optimizer):
                 nothing has changed then.
         """
         self._need_phase(False, "load_state_dict")
-        groups = [{**{k: x for k, x in mine.items() if k != "params"}, **theirs}
-                  for mine, theirs in zip(self.param_groups, state_dict["param_groups"],
-                                          strict=False)]
-        if len(groups) == len(state_dict["param_groups"]):  # else torch's own words, below
-            state_dict = {**state_dict, "param_groups": groups}
+        with saving.hooks_around(self, state_dict) as state_dict:
+            self._load(state_dict)
+
+    def _load(self, state_dict: dict) -> None:
+        groups = saving.merged_groups(self.param_groups, state_dict["param_groups"])
         for group in groups:
-            check_group(group, self._ema)
+            check_group(group)
         if self._fused:
             refuse_unfused(groups)
         states = [state_dict["state"].get(i, {}) for g in groups for i in g["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
         for p, state in zip(params, states, strict=False):
-            check_state(p, state)
+            saving.check_entry(p, state)
+        state_dict = {**state_dict, "param_groups": groups}
         super().load_state_dict({**state_dict, "state": {}})
         self.base_optimizer.param_groups = self.param_groups
         if not self._fused:
-            theirs = {i: {k: x for k, x in state.items() if k not in NOT_THE_BASES}
-                      for i, state in state_dict["state"].items()}
+            theirs = {i: saving.bases_part(state) for i, state in state_dict["state"].items()}
             self.base_optimizer.load_state_dict({**state_dict, "state": theirs})
-            self.param_groups = self.base_optimizer.param_groups
+            self.param_groups, self.state = (self.base_optimizer.param_groups,
+                                             self.base_optimizer.state)
         for p, state in zip(params, states, strict=True):
-            self._load_slot(p, state)
+            saving.load_slot(*self._slot_of(p), state)
         self._link_state()
-
-    def _load_slot(self, p: Tensor, state: dict) -> None:
-        """Copy a saved m and v into the slot of p; what is not in `state` starts anew."""
-        space, slot = next((space, slot) for space in self._spaces for slot in space.slots
-                           if slot.w is p)
-        m, v = saved_ema(state), state.get("momentum_buffer")
-        if self._fused and v is not None and space.v is None:
-            space.allocate_momentum()
-        for own, steps, value, key in ((slot.m, slot.m_steps, m, "ema_steps"),
-                                       (slot.v, slot.v_steps, v, "momentum_steps")):
-            if own is not None:
-                own.zero_() if value is None else own.copy_(value)
-                steps.fill_(0) if value is None else steps.copy_(
-                    torch.as_tensor(state.get(key, 1)))
 
     def __getstate__(self) -> dict:
         self._need_phase(False, "copying or pickling")
         hooks = [name for name in self.__dict__ if name.endswith("_hooks")]
         return {k: v for k, v in self.__dict__.items()
-                if k not in (*hooks, "_backend", "step", "_zero_grad_profile_name")}
+                if k not in (*hooks, "_backend", "_watch", "step", "_zero_grad_profile_name")}
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
@@ -481,26 +630,19 @@ class SAM(Optimizer):
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
         if "_spaces" in state:  # a copy or a pickle; without it, load_state_dict
+            self._watch = RadiusWatch()
             self._backend, self._report = resolve(self._requested_backend, self._kinds())
             self._link_state()
 
 
-def scaling(group: dict, p: Tensor, name: str | None) -> tuple[float, float]:
-    """(a, b) of ASAM's T = a |w| + b for one parameter."""
-    if not group["adaptive"]:
-        return 0.0, 1.0
-    if group.get("scale", "all") == "all":
-        return 1.0, 0.0
-    is_weight = "weight" in name if name is not None else p.ndim >= 2
-    return (1.0, float(group["eta"])) if is_weight else (0.0, 1.0)
-
-
-def inverse_scale(scaler, optimizer: SAM) -> Tensor:
-    """1 / the loss scale of an enabled GradScaler, on its device."""
-    if scaler._get_scale_async() is None:
-        raise ValueError("the scaler has not scaled a loss yet: call scaler.scale(loss).backward() "
-                         "before first_step(scaler=scaler)")
-    if scaler._per_optimizer_states[id(optimizer)]["stage"] is not OptState.READY:
-        raise ValueError("scaler.unscale_ before first_step would divide the scale out twice: "
-                         "leave it out; first_step(scaler=scaler) does it on the device")
-    return 1 / scaler._get_scale_async()
+def hyper_row(group: dict, mode: str | None, base: str | None) -> Hyper:
+    """One group's row of the device table: only what this optimizer and its base use."""
+    g = group if base else {}
+    friendly = group if mode in ("algorithm1", "official") else {}
+    beta1, beta2 = g.get("betas", (0.0, 0.0))
+    return Hyper(
+        rho=group["rho"], sigma=friendly.get("sigma", 1.0), lmbda=friendly.get("lmbda", 0.0),
+        lr=g.get("lr", 0.0), momentum=g.get("momentum", 0.0), dampening=g.get("dampening", 0.0),
+        weight_decay=g.get("weight_decay", 0.0), nesterov=g.get("nesterov", False),
+        beta1=float(beta1), beta2=float(beta2), eps=g.get("eps", 0.0),
+        decoupled=g.get("decoupled_weight_decay", False))

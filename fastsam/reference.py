@@ -1,17 +1,20 @@
-"""The mathematics of SAM, ASAM and Friendly-SAM over SGD, in plain PyTorch.
+"""The mathematics of the SAM family over SGD and Adam, in plain PyTorch.
 
 Letters follow the papers: weights w, gradient g, its moving average m, direction d, radius rho,
-projection constant sigma, averaging factor lmbda. One step on a minibatch is
+projection constant sigma, averaging factor lmbda, scaling T. One step on a minibatch is
 
     m  = lmbda m + (1 - lmbda) g(w)                     F-SAM eq. 14 (Friendly-SAM only)
     d  = g(w) - sigma m                                 F-SAM eq. 12 (SAM, ASAM: d = g(w))
-    w' = w + rho T^2 d / ||T d||                        T = 1, or ASAM's scaling T = a |w| + b
-    w  = SGD(w, g(w'))                                  the base optimizer, at the saved w
+    w' = w + rho T^2 d / ||T d||                        T = 1; ASAM: a |w| + b;
+                                                        FisherSAM: 1 / sqrt(1 + a g^2)
+    w  = base(w, g(w'))                                 SGD, Adam or AdamW, at the saved w
 
-`norm`, `climb` and `step` do this over a `fastsam.flat.Space`, on any device and dtype, with the
-signatures of `fastsam.kernels`. They load, compute in float32 (float64 for float64 weights), and
-cast at the store. Nothing here reads a device value on the host.
+`dots`, `norm`, `climb` and `step` do this over a `fastsam.flat.Space`, on any device and dtype,
+with the signatures of `fastsam.kernels`. They load, compute in float32 (float64 for float64
+weights), and cast at the store. Nothing here reads a device value on the host.
 """
+
+import math
 
 import torch
 from torch import Tensor
@@ -30,15 +33,26 @@ def direction(g: Tensor, m: Tensor, sigma: float) -> Tensor:
     return g - sigma * m
 
 
-def scale(x: Tensor, w: Tensor, a: float, b: float) -> Tensor:
-    """T x with ASAM's T = a |w| + b: |w| is (1, 0), |w| + eta is (1, eta), SAM's 1 is (0, 1)."""
-    return (a * w.abs() + b) * x if a else x
+def projection(dots: Tensor, kind: str) -> Tensor:
+    """What sigma is multiplied with, from (<g, m>, <g, g>, <m, m>), shape (3,): the cosine
+    (F-SAM eq. 11), or <g, m> / <m, m>, which leaves d orthogonal to m. 0 where m or g is 0."""
+    gm, gg, mm = dots
+    size = mm if kind == "orthogonal" else gg.sqrt() * mm.sqrt()
+    return torch.where(size == 0, torch.zeros_like(gm), gm / size)
+
+
+def scaling(w: Tensor, g: Tensor, a: float, b: float, kind: str | None) -> Tensor | float:
+    """T. ASAM: a |w| + b, where |w| is (1, 0), |w| + eta is (1, eta) and SAM's 1 is (0, 1).
+    FisherSAM: the root of the inverse Fisher diagonal, f = g^2, with a = eta."""
+    if not a:
+        return 1.0
+    return a * w.abs() + b if kind == "weights" else 1 / (1 + a * g * g).sqrt()
 
 
 def sgd(w: Tensor, g: Tensor, v: Tensor | None, first: Tensor, h: Hyper,
         ) -> tuple[Tensor, Tensor | None]:
     """torch.optim.SGD's update: the new w and v. At the first step v, still 0, becomes g."""
-    if h.weight_decay:
+    if is_on(h.weight_decay):
         g = g + h.weight_decay * w
     if h.momentum:
         share = 1 - h.dampening * (~first).to(g) if h.dampening else 1
@@ -47,32 +61,75 @@ def sgd(w: Tensor, g: Tensor, v: Tensor | None, first: Tensor, h: Hyper,
     return w - h.lr * g, v
 
 
+def adam(w: Tensor, g: Tensor, v: Tensor, u: Tensor, t: Tensor, h: Hyper,
+         ) -> tuple[Tensor, Tensor, Tensor]:
+    """torch.optim.Adam's update, AdamW's where `decoupled`: the new w, v and u at step t >= 1."""
+    if h.decoupled:
+        w = w * (1 - h.lr * h.weight_decay)
+    elif is_on(h.weight_decay):
+        g = g + h.weight_decay * w
+    v = h.beta1 * v + (1 - h.beta1) * g
+    u = h.beta2 * u + (1 - h.beta2) * g * g
+    c1, c2 = (-torch.expm1(t * (math.log(beta) if beta else -math.inf))  # 1 - beta^t
+              for beta in (h.beta1, h.beta2))
+    return w - h.lr / c1 * v / ((u / c2).sqrt() + h.eps), v, u
+
+
+def is_on(x: float | Tensor) -> bool:
+    """Whether a hyper-parameter can matter: a number that is not 0, or any tensor."""
+    return isinstance(x, Tensor) or x != 0
+
+
 def read(space: Space, g: Tensor, scale_name: str) -> Tensor:
     """A gradient in the precision of the arithmetic, with the loss scale (if any) divided out."""
     g = g.to(space.acc)
     return g * getattr(space.control, scale_name) if space.is_set(scale_name) else g
 
 
-def climb_direction(space: Space, slot: Slot) -> tuple[Tensor, Tensor | None]:
-    """d and the new m of one slot. The official code projects with the m of the step before and
-    starts from m = g; Algorithm 1 updates m first and starts from m = 0."""
+def weights(space: Space, slot: Slot) -> Tensor:
+    """w in the precision of the arithmetic: the float32 master where the space has masters,
+    unless someone else has written another w since."""
+    w = slot.w.to(space.acc)
+    if not space.masters:
+        return w
+    return torch.where(slot.backup.to(space.dtype) == slot.w, slot.backup, w)
+
+
+def ascent(space: Space, slot: Slot) -> tuple[Tensor, Tensor, Tensor | None]:
+    """g, d and the new m (None: m stays) of one slot, before T.
+
+    Algorithm 1 updates m first and starts from m = 0; the official code projects with the m of
+    the step before and starts from m = g. With a given full gradient m, d is the batch gradient's
+    part along it ("full") or the rest ("noise").
+    """
     h = space.rows[slot.group]
     g = read(space, slot.g1, "inv_scale1")
-    if space.ema is None:
-        return g, None
-    if space.ema == "algorithm1":
+    if space.mode is None:
+        return g, g, None
+    if space.mode == "algorithm1":
         m = ema(slot.m, g, h.lmbda)
-        return direction(g, m, h.sigma), m
-    return direction(g, slot.m, h.sigma), ema(slot.m, g, h.lmbda, slot.m_steps == 0)
+        return g, direction(g, m, h.sigma), m
+    if space.mode == "official":
+        return g, direction(g, slot.m, h.sigma), ema(slot.m, g, h.lmbda, slot.m_steps == 0)
+    return g, h.sigma * slot.m if space.mode == "full" else direction(g, slot.m, h.sigma), None
+
+
+def dots(space: Space) -> None:
+    """space.dots = the parts of <g, m>, <g, g> and <m, m>, with the m that is projected with."""
+    space.dots.zero_()
+    for slot in space.climbing():
+        g, _, new_m = ascent(space, slot)
+        m = new_m if space.mode == "algorithm1" else slot.m
+        space.dots[:, 0] += torch.stack([(g * m).sum(), (g * g).sum(), (m * m).sum()])
 
 
 def norm(space: Space) -> None:
     """space.partials = the parts of ||T d||^2 over the slots that have a first-pass gradient."""
     space.partials.zero_()
     for slot in space.climbing():
-        d, _ = climb_direction(space, slot)
-        d = scale(d, slot.w.to(space.acc), slot.a, slot.b)
-        space.partials[0] += torch.linalg.vector_norm(d).square()
+        g, d, _ = ascent(space, slot)
+        T = scaling(weights(space, slot), g, slot.a, slot.b, space.scaling)
+        space.partials[0] += torch.linalg.vector_norm(T * d).square()
 
 
 def climb(space: Space, partials: Tensor) -> None:
@@ -80,19 +137,23 @@ def climb(space: Space, partials: Tensor) -> None:
 
     A zero norm moves nothing. A norm that is not finite moves nothing, leaves m as it was and
     clears `control.ok`, which makes the next `step` a counted skip. `partials` holds the sums of
-    `norm` over every space of the optimizer, so the norm is global.
+    `norm` over every space of the optimizer, so the norm is global. `space.radii` gets the parts
+    of the squared radii, realised and wanted.
     """
     total = partials.sum().sqrt()
     ok = total.isfinite()
     space.radii.zero_()
     for slot in space.climbing():
-        w = slot.backup.copy_(slot.w).to(space.acc)
+        w = weights(space, slot)
+        g, d, m = ascent(space, slot)
+        T = scaling(w, g, slot.a, slot.b, space.scaling)
+        e = torch.where(ok, space.rows[slot.group].rho / (total + GUARD) * (T * (T * d)), 0)
+        slot.backup.copy_(w)
         slot.climbed = True
-        d, m = climb_direction(space, slot)
-        d = scale(scale(d, w, slot.a, slot.b), w, slot.a, slot.b)
-        moved = w + space.rows[slot.group].rho / (total + GUARD) * d
-        slot.w.copy_(torch.where(ok, moved, w))
-        space.radii[0] += torch.linalg.vector_norm(slot.w.to(space.acc) - w).square()
+        slot.w.copy_(w + e)
+        realised = slot.w.to(space.acc) - slot.backup.to(space.dtype).to(space.acc)
+        for i, moved in enumerate((realised, e)):
+            space.radii[i, 0] += torch.linalg.vector_norm(moved).square()
         if m is not None:
             slot.m.copy_(torch.where(ok, m, slot.m))
             slot.m_steps += ok
@@ -101,7 +162,8 @@ def climb(space: Space, partials: Tensor) -> None:
 
 
 def step(space: Space, perturbed: bool) -> None:
-    """SGD from the saved w (from w itself where nothing was saved) with the second-pass gradient.
+    """The base optimizer from the saved w (from w itself where nothing was saved) with the
+    second-pass gradient.
 
     A slot with no second-pass gradient only returns. After a climb that was not ok, or with
     `control.found_inf` set, every slot only returns, and the skip is counted.
@@ -109,15 +171,24 @@ def step(space: Space, perturbed: bool) -> None:
     c = space.control
     ok = (c.found_inf == 0) & (c.ok != 0) if perturbed else c.found_inf == 0
     for slot in space.slots:
-        saved = slot.backup if perturbed and slot.climbed else slot.w
+        saved = perturbed and slot.climbed
         if slot.g2 is None:
-            slot.w.copy_(saved)
+            if saved:
+                slot.w.copy_(slot.backup)
             continue
         h = space.rows[slot.group]
+        old = slot.backup.to(space.acc) if saved else weights(space, slot)
         g = read(space, slot.g2, "inv_scale2")
-        w, v = sgd(saved.to(space.acc), g, slot.v, slot.v_steps == 0, h)
-        slot.w.copy_(torch.where(ok, w.to(saved.dtype), saved))
-        if h.momentum:
+        if space.base == "adam":
+            w, v, u = adam(old, g, slot.v, slot.u, (slot.v_steps + 1).to(space.acc), h)
+            slot.u.copy_(torch.where(ok, u, slot.u))
+        else:
+            w, v = sgd(old, g, slot.v, slot.v_steps == 0, h)
+        w = torch.where(ok, w, old)
+        slot.w.copy_(w)
+        if space.masters:
+            slot.backup.copy_(w)
+        if space.base == "adam" or h.momentum:
             slot.v.copy_(torch.where(ok, v, slot.v))
             slot.v_steps += ok
     c.skipped += ~ok

@@ -1,10 +1,13 @@
-"""ASAM and Friendly-SAM: SAM with another scaling, or another direction, of the climb."""
+"""The rest of the family: SAM with another scaling, or another direction, of the climb."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
+import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
-from .optimizer import SAM
+from .flat import local
+from .optimizer import SAM, PhaseError
 
 
 class ASAM(SAM):
@@ -16,9 +19,9 @@ class ASAM(SAM):
     biases and normalisation shifts (rho 0.5 on CIFAR-10, 1 on CIFAR-100).
 
     Args:
-        params, base_optimizer, backend, **kwargs: as `SAM`. For "weights", a parameter is a weight
-            when its name contains "weight" if named parameters are given, else when it has at
-            least two dimensions.
+        params, base_optimizer, **kwargs: as `SAM`. For "weights", a parameter is a weight when
+            its name contains "weight" if named parameters are given, else when it has at least
+            two dimensions.
         rho: default 2.0 for "all", 0.5 for "weights".
         scale: "all" (default) or "weights".
         eta: added to |w| in the "weights" form; at least 0. Default 0.01.
@@ -28,15 +31,36 @@ class ASAM(SAM):
     """
 
     def __init__(self, params: Iterable, base_optimizer: type[Optimizer],
-                 rho: float | None = None, scale: str = "all", eta: float = 0.01, *,
-                 backend: str | None = None, **kwargs):
+                 rho: float | None = None, scale: str = "all", eta: float = 0.01, **kwargs):
         if scale not in ("all", "weights"):
             raise ValueError(f"scale={scale!r} is unknown: use 'all' or 'weights'")
-        if not 0 <= eta < float("inf"):
-            raise ValueError(f"eta={eta} is out of range: use a finite number of at least 0")
         rho = (2.0 if scale == "all" else 0.5) if rho is None else rho
         own = dict(rho=rho, adaptive=True, scale=scale, eta=eta)
-        self._build(params, base_optimizer, own, backend, kwargs)
+        self._build(params, base_optimizer, own, **kwargs)
+
+
+class FisherSAM(SAM):
+    """FisherSAM (Kim et al. 2022): w' = w + rho F^-1 g / sqrt(g^T F^-1 g).
+
+    F is diagonal, F^-1 = 1 / (1 + eta f), with f = g^2 of the minibatch gradient g, the form in
+    use (the exact empirical Fisher would average the squares of per-example gradients). In the
+    terms of ASAM, T^2 = F^-1. Where the gradient's root mean square is far below 1 / sqrt(eta),
+    as in most networks, this is numerically SAM.
+
+    Args:
+        params, base_optimizer, **kwargs: as `SAM`.
+        rho: radius, at least 0. Default 0.1.
+        eta: weight of the Fisher diagonal, at least 0; a group key too. Default 1.0.
+
+    Raises:
+        ValueError: as `SAM`; a negative eta.
+    """
+
+    _scales_with = "gradient"
+
+    def __init__(self, params: Iterable, base_optimizer: type[Optimizer], rho: float = 0.1,
+                 eta: float = 1.0, **kwargs):
+        self._build(params, base_optimizer, dict(rho=rho, adaptive=True, eta=eta), **kwargs)
 
 
 class FriendlySAM(SAM):
@@ -46,28 +70,135 @@ class FriendlySAM(SAM):
     `convention="algorithm1"` follows the paper: m = lmbda m + (1 - lmbda) g first, from m = 0,
     then d = g - sigma m. `convention="official"` follows the published code: d = g - sigma m with
     the m of the step before, from m = g with the first d = g. With sigma = 1 the two give the
-    same direction for the same m.
+    same direction for the same m; for another sigma, Algorithm 1 with sigma goes where the
+    official code goes with sigma lmbda / (1 - sigma (1 - lmbda)), if sigma (1 - lmbda) < 1.
+
+    `projection` multiplies sigma: with nothing ("constant", eq. 12), with cos(m, g) ("cosine",
+    eq. 11), or with <g, m> / <m, m> ("orthogonal"), which for sigma = 1 leaves d orthogonal to m.
+    The last two cost one more pass over g and m.
 
     Args:
-        params, base_optimizer, backend, **kwargs: as `SAM`.
+        params, base_optimizer, **kwargs: as `SAM`.
         rho: radius, at least 0. Default 0.05.
         sigma: share of m that is removed; finite. Default 1.0.
         lmbda: averaging factor, in [0, 1). Default 0.9.
         adaptive: F-ASAM, ASAM's scaling T = |w| of d. Default False.
         convention: "algorithm1" (default) or "official".
+        projection: "constant" (default), "cosine" or "orthogonal".
 
     Group keys as `SAM`'s, and `sigma`, `lmbda`.
 
     Raises:
-        ValueError: as `SAM`; sigma or lmbda out of range; an unknown convention.
+        ValueError: as `SAM`; sigma or lmbda out of range; an unknown convention or projection.
     """
 
     def __init__(self, params: Iterable, base_optimizer: type[Optimizer], rho: float = 0.05,
                  sigma: float = 1.0, lmbda: float = 0.9, adaptive: bool = False, *,
-                 convention: str = "algorithm1", backend: str | None = None, **kwargs):
+                 convention: str = "algorithm1", projection: str = "constant", **kwargs):
         if convention not in ("algorithm1", "official"):
             raise ValueError(f"convention={convention!r} is unknown: "
                              "use 'algorithm1' or 'official'")
-        self._ema = convention
+        if projection not in ("constant", "cosine", "orthogonal"):
+            raise ValueError(f"projection={projection!r} is unknown: "
+                             "use 'constant', 'cosine' or 'orthogonal'")
+        self._mode = convention
+        self._projection = None if projection == "constant" else projection
         own = dict(rho=rho, sigma=sigma, lmbda=lmbda, adaptive=adaptive)
-        self._build(params, base_optimizer, own, backend, kwargs)
+        self._build(params, base_optimizer, own, **kwargs)
+
+
+class FullGradientSAM(SAM):
+    """The analysis variants of the F-SAM paper's section 4, which need the full gradient G.
+
+    `part="full"` is SAM-full, which climbs along the batch gradient's part along G,
+    d = c G; `part="noise"` is SAM-noise, which climbs along the rest, d = g - c G. c is
+    cos(G, g) as printed in the paper (`projection="cosine"`), with which the rest is orthogonal
+    to G only if ||g|| = ||G||, or <g, G> / <G, G> ("orthogonal"). SAM-db, the third variant, is
+    `SAM.step(closure, ascent_closure)`.
+
+    Args:
+        params, base_optimizer, **kwargs: as `SAM`.
+        part: "full" or "noise".
+        rho: radius, at least 0. Default 0.05.
+        projection: "cosine" (default) or "orthogonal".
+
+    Raises:
+        ValueError: as `SAM`; an unknown part or projection.
+    """
+
+    def __init__(self, params: Iterable, base_optimizer: type[Optimizer], part: str,
+                 rho: float = 0.05, *, projection: str = "cosine", **kwargs):
+        if part not in ("full", "noise"):
+            raise ValueError(f"part={part!r} is unknown: use 'full' or 'noise'")
+        if projection not in ("cosine", "orthogonal"):
+            raise ValueError(f"projection={projection!r} is unknown: use 'cosine' or 'orthogonal'")
+        self._mode, self._projection, self._has_full_gradient = part, projection, False
+        self._build(params, base_optimizer, dict(rho=rho, adaptive=False), **kwargs)
+
+    def first_step(self, zero_grad: bool = False, scaler=None) -> None:
+        """As `SAM.first_step`. Raises PhaseError without a full gradient."""
+        if not self._has_full_gradient:
+            raise PhaseError("first_step without a full gradient: call set_full_gradient or "
+                             "measure_full_gradient first")
+        super().first_step(zero_grad, scaler)
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """As `SAM.load_state_dict`; the full gradient is part of the state."""
+        super().load_state_dict(state_dict)
+        self._has_full_gradient = any("full_gradient" in s for s in state_dict["state"].values())
+
+    @torch.no_grad()
+    def set_full_gradient(self, gradients: Iterable[Tensor | None] | None = None) -> None:
+        """Set G, which stays until it is set again.
+
+        Args:
+            gradients: one per parameter in the order of the groups, None for 0; by default those
+                in `.grad`, which stay there.
+
+        Raises:
+            ValueError: another number of gradients, or another shape, than the parameters'.
+            PhaseError: while perturbed.
+        """
+        self._need_phase(False, "set_full_gradient")
+        params = [p for group in self.param_groups for p in group["params"]]
+        gradients = [p.grad for p in params] if gradients is None else list(gradients)
+        if len(gradients) != len(params):
+            raise ValueError(f"{len(gradients)} gradients for {len(params)} parameters: "
+                             "give one, or None, for each")
+        for p, g in zip(params, gradients, strict=True):
+            if g is not None and g.shape != p.shape:
+                raise ValueError(f"a gradient of shape {tuple(g.shape)} for a parameter of shape "
+                                 f"{tuple(p.shape)}: give them in the order of the groups")
+        slots = {slot.param: slot for slot in self._slots()}
+        for p, g in zip(params, gradients, strict=True):
+            slots[p].m.zero_() if g is None else slots[p].m.copy_(local(g))
+        self._has_full_gradient = True
+
+    def measure_full_gradient(self, batches: Iterable, loss: Callable) -> None:
+        """Set G to the gradient of the mean loss over all examples of `batches`, at w. Costs a
+        forward and backward pass over them; clears `.grad`. BatchNorm's statistics move as in any
+        forward pass in training mode (see `freeze_bn_stats`).
+
+        Args:
+            batches: an iterable, such as a DataLoader.
+            loss: called with each batch; returns (mean loss of the batch, number of examples).
+
+        Raises:
+            ValueError: no batches.
+            PhaseError: while perturbed.
+        """
+        self._need_phase(False, "measure_full_gradient")
+        self.zero_grad()
+        total = 0
+        for batch in batches:
+            with torch.enable_grad():
+                mean, n = loss(batch)
+                (mean * n).backward()
+            total += n
+        if total == 0:
+            raise ValueError("batches is empty: give an iterable that can be walked again")
+        grads = [p.grad for group in self.param_groups for p in group["params"]]
+        with torch.no_grad():
+            torch._foreach_div_([g for g in grads if g is not None], total)
+        self.set_full_gradient(grads)
+        self.zero_grad()

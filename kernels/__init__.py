@@ -1,11 +1,14 @@
-"""The fused Triton kernels, with the names and signatures of fastsam.reference."""
+"""The fused Triton kernels: dots, norm, climb and step, with the names and signatures of
+fastsam.reference; and PGD's ascent steps, linf_step and l2_step."""
 
 if __name__ != "fastsam.kernels":
     raise ImportError("this folder is fastsam.kernels, not kernels")
 
 from .climb import climb
 from .common import INTERPRETED
+from .dots import dots
 from .norm import norm
+from .pgd import l2_step, linf_step
 from .step import step
 
-__all__ = ["INTERPRETED", "climb", "norm", "step"]
+__all__ = ["INTERPRETED", "climb", "dots", "l2_step", "linf_step", "norm", "step"]

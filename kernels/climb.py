@@ -6,53 +6,64 @@ import triton.language as tl
 from .common import (
     BLOCK,
     CLIMB_TICKET,
-    EMA,
     EMA_SHARE,
     HYPER,
     INV_SCALE1,
     LMBDA,
-    NO_EMA,
+    MODES,
     NORM,
     OFFICIAL,
     OK,
     OPTIONS,
     PARTIALS,
+    PLAIN,
     RHO,
+    SCALINGS,
     SIGMA,
     TYPES,
+    UNSCALED,
     is_last_program,
     launching_on,
     locate,
     pointer,
     read,
+    weights,
     wide_pointer,
 )
-from .norm import direction
+from .norm import direction, scaling
 
 
 @triton.jit
 def move(w_ptr, g_ptr, backup, m, flat, offs, mask, a, b, inv_scale, sigma, lmbda, share,
-         scale, ok, is_first, MODE: tl.constexpr, ADAPTIVE: tl.constexpr):
-    """Save w, store w + scale T^2 d and the new m; (w' - w)^2 as stored."""
-    w_in = read(w_ptr + offs, mask)
-    w = w_in.to(tl.float32)
+         scale, ok, count, MODE: tl.constexpr, SCALING: tl.constexpr, MASTERS: tl.constexpr,
+         CAN_ROUND_AWAY: tl.constexpr):
+    """Save w, store w' = w + e with e = scale T^2 d, and the new m; (w' - w)^2 as stored, and e^2
+    where rounding can make it another."""
+    w_in, w = weights(w_ptr + offs, backup + flat + offs, mask, MASTERS)
     g = read(g_ptr + offs, mask).to(tl.float32) * inv_scale
     old_m = g
-    if MODE != NO_EMA:
+    if MODE != PLAIN:
         old_m = read(m + flat + offs, mask)
     d, new_m = direction(g, old_m, sigma, lmbda, share, MODE)
     if MODE == OFFICIAL:
-        new_m = tl.where(is_first, g, new_m)
-    if ADAPTIVE:
-        T = a * tl.abs(w) + b
-        d = T * T * d
-    moved = (w + tl.where(ok, scale * d, 0.0)).to(w_in.dtype)
-    tl.store(backup + flat + offs, w_in, mask)
+        new_m = tl.where(count == 0, g, new_m)
+    if SCALING != UNSCALED:
+        T = scaling(w, g, a, b, SCALING)
+        d = T * (T * d)
+    e = tl.where(ok, scale * d, 0.0)
+    moved = (w + e).to(w_in.dtype)
+    if MASTERS:  # the master is the saved w already, but where w_in was taken over
+        taken = w == w_in.to(tl.float32)
+        tl.store(backup + flat + offs, w, taken if mask is None else taken & mask)
+    else:
+        tl.store(backup + flat + offs, w_in, mask)
     tl.store(w_ptr + offs, moved, mask)
-    if MODE != NO_EMA:
+    if (MODE != PLAIN) & (MODE <= OFFICIAL):
         tl.store(m + flat + offs, tl.where(ok, new_m, old_m), mask)
-    e = moved.to(tl.float32) - w
-    return e * e
+    realised = moved.to(tl.float32) - w_in.to(tl.float32)
+    if not CAN_ROUND_AWAY:
+        e = realised
+    return realised * realised, e * e
 
 
 @triton.jit
@@ -67,38 +78,46 @@ def sum_partials(partials, n_partials, PARTIALS: tl.constexpr):
 @triton.jit
 def climb_kernel(w_table, g_table, backup, m, partials, radii, blocks, layout, scalings, hyper,
                  control, counters, m_steps, n_blocks, n_slots, n_partials, guard,
-                 MODE: tl.constexpr, ADAPTIVE: tl.constexpr, TYPE: tl.constexpr,
-                 BLOCK: tl.constexpr, PARTIALS: tl.constexpr):
+                 MODE: tl.constexpr, SCALING: tl.constexpr, MASTERS: tl.constexpr,
+                 TYPE: tl.constexpr, BLOCK: tl.constexpr, PARTIALS: tl.constexpr):
     """w -> w + rho T^2 d / ||T d|| with w saved and m updated. Reads g, m, w; writes m, saved w,
-    w, the partial sums of the realised radius, and control's norm and ok."""
+    w, the partial sums of the squared radii (realised; wanted, for 16-bit weights without
+    masters), and control's norm and ok."""
+    CAN_ROUND_AWAY: tl.constexpr = TYPE.primitive_bitwidth == 16 and not MASTERS
     norm = tl.sqrt_rn(sum_partials(partials, n_partials, PARTIALS))
     ok = norm < float("inf")  # false for NaN too
     inv_scale = tl.load(control + INV_SCALE1)
     if tl.program_id(0) == 0:
         tl.store(control + NORM, norm)
         tl.store(control + OK, ok.to(tl.float32))
-    total = tl.zeros((BLOCK,), tl.float32)
+    realised = tl.zeros((BLOCK,), tl.float32)
+    wanted = tl.zeros((BLOCK,), tl.float32)
     for block in range(tl.program_id(0), n_blocks, tl.num_programs(0)):
         slot, start, flat, length, group = locate(block, blocks, layout, BLOCK)
         g = tl.load(g_table + slot)
         if g != 0:
             w = tl.load(w_table + slot)
             a, b = tl.load(scalings + 2 * slot), tl.load(scalings + 2 * slot + 1)
-            scale = tl.div_rn(tl.load(hyper + group * HYPER + RHO), norm + guard)
-            sigma = tl.load(hyper + group * HYPER + SIGMA)
-            lmbda = tl.load(hyper + group * HYPER + LMBDA)
-            share = tl.load(hyper + group * HYPER + EMA_SHARE)
-            is_first = tl.load(m_steps + slot) == 0
+            row = hyper + group * HYPER
+            scale = tl.div_rn(tl.load(row + RHO), norm + guard)
+            sigma = tl.load(row + SIGMA)
+            lmbda, share = tl.load(row + LMBDA), tl.load(row + EMA_SHARE)
+            count = tl.load(m_steps + slot)
             offs = tl.arange(0, BLOCK)
             if (length >= BLOCK) & ((w | g) % 16 == 0):
-                total += move(wide_pointer(w, TYPE) + start, wide_pointer(g, TYPE) + start,
-                              backup, m, flat, offs, None, a, b, inv_scale, sigma, lmbda, share,
-                              scale, ok, is_first, MODE, ADAPTIVE)
+                x, y = move(wide_pointer(w, TYPE) + start, wide_pointer(g, TYPE) + start,
+                            backup, m, flat, offs, None, a, b, inv_scale, sigma, lmbda, share,
+                            scale, ok, count, MODE, SCALING, MASTERS, CAN_ROUND_AWAY)
             else:
-                total += move(pointer(w, TYPE) + start, pointer(g, TYPE) + start,
-                              backup, m, flat, offs, offs < length, a, b, inv_scale,
-                              sigma, lmbda, share, scale, ok, is_first, MODE, ADAPTIVE)
-    tl.store(radii + tl.program_id(0), tl.sum(total))
+                x, y = move(pointer(w, TYPE) + start, pointer(g, TYPE) + start,
+                            backup, m, flat, offs, offs < length, a, b, inv_scale, sigma, lmbda,
+                            share, scale, ok, count, MODE, SCALING, MASTERS, CAN_ROUND_AWAY)
+            realised += x
+            if CAN_ROUND_AWAY:
+                wanted += y
+    tl.store(radii + tl.program_id(0), tl.sum(realised))
+    if CAN_ROUND_AWAY:
+        tl.store(radii + PARTIALS + tl.program_id(0), tl.sum(wanted))
     if is_last_program(counters + CLIMB_TICKET):
         for i in range(0, n_slots, 128):
             slots = i + tl.arange(0, 128)
@@ -118,7 +137,7 @@ def climb(space, partials) -> None:
             scalings=space.scalings(), hyper=space.hyper, control=space.control_buffer,
             counters=space.counters, m_steps=space.steps[0], n_blocks=len(blocks),
             n_slots=len(space.slots), n_partials=len(partials), guard=space.guard,
-            MODE=EMA[space.ema], ADAPTIVE=space.adaptive, TYPE=TYPES[space.dtype], BLOCK=BLOCK,
-            PARTIALS=PARTIALS, **OPTIONS)
+            MODE=MODES[space.mode], SCALING=SCALINGS[space.scaling], MASTERS=space.masters,
+            TYPE=TYPES[space.dtype], BLOCK=BLOCK, PARTIALS=PARTIALS, **OPTIONS)
     for slot in space.climbing():
         slot.climbed = True

@@ -16,20 +16,27 @@ PARTIALS = 1024
 OPTIONS = {"num_warps": WARPS, "enable_fp_fusion": False}
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
-# columns of the hyper-parameter table, fastsam.flat.Hyper
+# columns of the hyper-parameter table: fastsam.flat.Hyper, then SHARES
 RHO, SIGMA, LMBDA, LR = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
-MOMENTUM, DAMPENING = tl.constexpr(4), tl.constexpr(5)
-WEIGHT_DECAY, NESTEROV = tl.constexpr(6), tl.constexpr(7)
-EMA_SHARE, MOMENTUM_SHARE = tl.constexpr(8), tl.constexpr(9)  # 1 - lmbda and 1 - dampening
-HYPER = tl.constexpr(10)
+MOMENTUM, WEIGHT_DECAY, NESTEROV = tl.constexpr(4), tl.constexpr(6), tl.constexpr(7)
+BETA1, BETA2, EPS, DECOUPLED = (
+    tl.constexpr(8), tl.constexpr(9), tl.constexpr(10), tl.constexpr(11))
+EMA_SHARE, MOMENTUM_SHARE = tl.constexpr(12), tl.constexpr(13)  # 1 - lmbda, 1 - dampening
+BETA1_SHARE, BETA2_SHARE = tl.constexpr(14), tl.constexpr(15)  # 1 - beta
+LOG_BETA1, LOG_BETA2, HYPER = tl.constexpr(16), tl.constexpr(17), tl.constexpr(18)
 # cells of the control buffer and of the counters, fastsam.flat.CONTROL and COUNTERS
 NORM, OK, INV_SCALE1, INV_SCALE2 = (
     tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3))
 FOUND_INF = tl.constexpr(4)
 SKIPPED, CLIMB_TICKET, STEP_TICKET = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-# which m Friendly-SAM projects with: none (SAM), the new one, or the one of the step before
-NO_EMA, ALGORITHM1, OFFICIAL = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-EMA = {None: 0, "algorithm1": 1, "official": 2}
+# the direction: g (SAM), g less the new m, g less the m of the step before, the part of g along a
+# given m, or the rest
+PLAIN, ALGORITHM1, OFFICIAL, FULL, NOISE = (
+    tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3), tl.constexpr(4))
+MODES = {None: 0, "algorithm1": 1, "official": 2, "full": 3, "noise": 4}
+# the scaling T: 1, a |w| + b, or 1 / sqrt(1 + a g^2)
+UNSCALED, WEIGHTS, GRADIENT = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+SCALINGS = {None: 0, "weights": 1, "gradient": 2}
 
 
 def launching_on(space) -> torch.cuda.device_of:
@@ -72,6 +79,18 @@ def read(pointers, mask):
     else:
         values = tl.load(pointers, mask, 0)
     return values
+
+
+@triton.jit
+def weights(w_ptr, master_ptr, mask, MASTERS: tl.constexpr):
+    """w as it is stored, and in float32: the master where there are masters, unless someone else
+    has written another w since."""
+    w_in = read(w_ptr, mask)
+    w = w_in.to(tl.float32)
+    if MASTERS:
+        master = read(master_ptr, mask)
+        w = tl.where(master.to(w_in.dtype).to(tl.float32) == w, master, w)
+    return w_in, w
 
 
 @triton.jit

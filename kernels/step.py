@@ -1,13 +1,21 @@
-"""K3: the return to the saved weights and the SGD update, in one pass."""
+"""K3: the return to the saved weights and the base optimizer's update, in one pass."""
 
 import triton
 import triton.language as tl
 
 from .common import (
+    BETA1,
+    BETA1_SHARE,
+    BETA2,
+    BETA2_SHARE,
     BLOCK,
+    DECOUPLED,
+    EPS,
     FOUND_INF,
     HYPER,
     INV_SCALE2,
+    LOG_BETA1,
+    LOG_BETA2,
     LR,
     MOMENTUM,
     MOMENTUM_SHARE,
@@ -24,33 +32,85 @@ from .common import (
     locate,
     pointer,
     read,
+    weights,
     wide_pointer,
 )
 
+BASES = {"sgd": 0, "sgd-momentum": 1, "adam": 2}
+SGD, SGD_MOMENTUM, ADAM = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+
 
 @triton.jit
-def update(source_ptr, w_ptr, g_ptr, v, flat, offs, mask, inv_scale, lr, momentum, share,
-           weight_decay, nesterov, is_first, ok, HAS_MOMENTUM: tl.constexpr):
-    """torch.optim.SGD's update of one block, from the w at source_ptr to the one at w_ptr."""
-    w_in = read(source_ptr + offs, mask)
-    w = w_in.to(tl.float32)
-    g = read(g_ptr + offs, mask).to(tl.float32) * inv_scale
-    g = g + weight_decay * w
+def sgd(w, g, v, flat, offs, mask, row, count, ok, HAS_MOMENTUM: tl.constexpr):
+    """torch.optim.SGD's update of w; stores v."""
+    g = g + tl.load(row + WEIGHT_DECAY) * w
     if HAS_MOMENTUM:
+        momentum, share = tl.load(row + MOMENTUM), tl.load(row + MOMENTUM_SHARE)
         old_v = read(v + flat + offs, mask)
-        new_v = tl.where(is_first, g, momentum * old_v + share * g)
+        new_v = tl.where(count == 0, g, momentum * old_v + share * g)
         has_momentum = momentum != 0
         tl.store(v + flat + offs, tl.where(ok & has_momentum, new_v, old_v), mask)
-        ahead = tl.where(nesterov != 0, g + momentum * new_v, new_v)
+        ahead = tl.where(tl.load(row + NESTEROV) != 0, g + momentum * new_v, new_v)
         g = tl.where(has_momentum, ahead, g)
-    tl.store(w_ptr + offs, tl.where(ok, (w - lr * g).to(w_in.dtype), w_in), mask)
+    return w - tl.load(row + LR) * g
 
 
 @triton.jit
-def step_kernel(w_table, climbed_table, g2_table, backup, v, blocks, layout, hyper, control,
-                counters, v_steps, n_blocks, n_slots, HAS_MOMENTUM: tl.constexpr,
-                PERTURBED: tl.constexpr, TYPE: tl.constexpr, BLOCK: tl.constexpr):
-    """w = SGD(saved w, g2); where there is no g2, w = saved w. Reads saved w, v, g2; writes v, w.
+def one_less_power(log_beta, t):
+    """1 - beta^t: where beta^t is near 1 by its series, as the difference would cancel."""
+    x = t * log_beta
+    series = 1.0 + x / 8 * (1.0 + x / 9)
+    series = 1.0 + x / 5 * (1.0 + x / 6 * (1.0 + x / 7 * series))
+    series = -x * (1.0 + x / 2 * (1.0 + x / 3 * (1.0 + x / 4 * series)))
+    return tl.where(x > -0.5, series, 1.0 - tl.exp(x))
+
+
+@triton.jit
+def adam(w, g, v, u, flat, offs, mask, row, count, ok):
+    """torch.optim.Adam's update of w, AdamW's where decoupled; stores v and u."""
+    lr, weight_decay = tl.load(row + LR), tl.load(row + WEIGHT_DECAY)
+    decoupled = tl.load(row + DECOUPLED) != 0
+    g = g + tl.where(decoupled, 0.0, weight_decay) * w
+    w = w * (1.0 - tl.where(decoupled, lr * weight_decay, 0.0))
+    old_v, old_u = read(v + flat + offs, mask), read(u + flat + offs, mask)
+    new_v = tl.load(row + BETA1) * old_v + tl.load(row + BETA1_SHARE) * g
+    new_u = tl.load(row + BETA2) * old_u + tl.load(row + BETA2_SHARE) * g * g
+    tl.store(v + flat + offs, tl.where(ok, new_v, old_v), mask)
+    tl.store(u + flat + offs, tl.where(ok, new_u, old_u), mask)
+    t = (count + 1).to(tl.float32)
+    c1 = one_less_power(tl.load(row + LOG_BETA1), t)
+    c2 = one_less_power(tl.load(row + LOG_BETA2), t)
+    root = tl.sqrt_rn(tl.div_rn(new_u, c2)) + tl.load(row + EPS)
+    return w - tl.div_rn(tl.div_rn(lr, c1) * new_v, root)
+
+
+@triton.jit
+def update(w_ptr, g_ptr, backup, v, u, flat, offs, mask, inv_scale, row, count, ok,
+           SAVED: tl.constexpr, BASE: tl.constexpr, MASTERS: tl.constexpr, TYPE: tl.constexpr):
+    """The base optimizer's update of one block, from the saved w or the one at w_ptr."""
+    if SAVED:
+        old = read(backup + flat + offs, mask)
+    else:
+        w_in, w32 = weights(w_ptr + offs, backup + flat + offs, mask, MASTERS)
+        old = w32 if MASTERS else w_in
+    w = old.to(tl.float32)
+    g = read(g_ptr + offs, mask).to(tl.float32) * inv_scale
+    if BASE == ADAM:
+        new = adam(w, g, v, u, flat, offs, mask, row, count, ok)
+    else:
+        new = sgd(w, g, v, flat, offs, mask, row, count, ok, BASE == SGD_MOMENTUM)
+    stored = tl.where(ok, new.to(old.dtype), old)
+    tl.store(w_ptr + offs, stored.to(TYPE), mask)
+    if MASTERS:
+        tl.store(backup + flat + offs, stored, mask)
+
+
+@triton.jit
+def step_kernel(w_table, climbed_table, g2_table, backup, v, u, blocks, layout, hyper, control,
+                counters, v_steps, n_blocks, n_slots, BASE: tl.constexpr, PERTURBED: tl.constexpr,
+                MASTERS: tl.constexpr, TYPE: tl.constexpr, BLOCK: tl.constexpr):
+    """w = base(saved w, g2); where there is no g2, w = saved w. Reads saved w, v, u, g2; writes v,
+    u, w.
 
     Where nothing was saved (it did not climb, or a plain step), w itself is the start. After a
     climb that was not ok, or with found_inf, every block only returns, and the skip is counted.
@@ -67,47 +127,48 @@ def step_kernel(w_table, climbed_table, g2_table, backup, v, blocks, layout, hyp
         if PERTURBED:
             saved = tl.load(climbed_table + slot) != 0
         offs = tl.arange(0, BLOCK)
+        mask = offs < length
         if g != 0:
             row = hyper + group * HYPER
-            lr, momentum = tl.load(row + LR), tl.load(row + MOMENTUM)
-            share, nesterov = tl.load(row + MOMENTUM_SHARE), tl.load(row + NESTEROV)
-            weight_decay = tl.load(row + WEIGHT_DECAY)
-            is_first = tl.load(v_steps + slot) == 0
+            count = tl.load(v_steps + slot)
             wide = (length >= BLOCK) & ((w | g) % 16 == 0)
             if wide & (saved == PERTURBED):
-                target = wide_pointer(w, TYPE) + start
-                update(backup + flat if PERTURBED else target, target,
-                       wide_pointer(g, TYPE) + start, v, flat, offs, None, inv_scale, lr,
-                       momentum, share, weight_decay, nesterov, is_first, ok, HAS_MOMENTUM)
+                update(wide_pointer(w, TYPE) + start, wide_pointer(g, TYPE) + start, backup, v, u,
+                       flat, offs, None, inv_scale, row, count, ok, PERTURBED, BASE, MASTERS,
+                       TYPE)
             else:
-                source = pointer(w, TYPE) + start
+                w_ptr, g_ptr = pointer(w, TYPE) + start, pointer(g, TYPE) + start
                 if saved:
-                    source = backup + flat
-                update(source, pointer(w, TYPE) + start, pointer(g, TYPE) + start, v, flat, offs,
-                       offs < length, inv_scale, lr, momentum, share, weight_decay, nesterov,
-                       is_first, ok, HAS_MOMENTUM)
+                    update(w_ptr, g_ptr, backup, v, u, flat, offs, mask, inv_scale, row, count, ok,
+                           True, BASE, MASTERS, TYPE)
+                else:
+                    update(w_ptr, g_ptr, backup, v, u, flat, offs, mask, inv_scale, row, count, ok,
+                           False, BASE, MASTERS, TYPE)
         elif saved:
-            mask = offs < length
-            tl.store(pointer(w, TYPE) + start + offs, tl.load(backup + flat + offs, mask), mask)
+            back = tl.load(backup + flat + offs, mask).to(TYPE)
+            tl.store(pointer(w, TYPE) + start + offs, back, mask)
     if is_last_program(counters + STEP_TICKET):
         tl.store(counters + SKIPPED, tl.load(counters + SKIPPED) + (ok == 0).to(tl.int32))
         for i in range(0, n_slots, 128):
             slots = i + tl.arange(0, 128)
             mask = slots < n_slots
             count = tl.load(v_steps + slots, mask, 0)
-            momentum = tl.load(hyper + tl.load(layout + 3 * slots + 2, mask, 0) * HYPER + MOMENTUM)
-            moved = (tl.load(g2_table + slots, mask, 0) != 0) & (momentum != 0)
+            moved = tl.load(g2_table + slots, mask, 0) != 0
+            if BASE != ADAM:
+                group = tl.load(layout + 3 * slots + 2, mask, 0)
+                moved = moved & (tl.load(hyper + group * HYPER + MOMENTUM) != 0)
             tl.store(v_steps + slots, count + moved.to(tl.int32) * ok.to(tl.int32), mask)
 
 
 def step(space, perturbed: bool) -> None:
-    """SGD from the saved w (from w itself where nothing was saved) with g2."""
+    """The base optimizer from the saved w (from w itself where nothing was saved) with g2."""
     blocks = space.blocks(BLOCK)
+    base = "sgd-momentum" if space.base == "sgd" and space.v is not None else space.base
     with launching_on(space):
         step_kernel[(max(1, min(len(blocks), PARTIALS)),)](
             w_table=space.addresses("w"), climbed_table=space.climbed() if perturbed else None,
-            g2_table=space.addresses("g2"), backup=space.backup, v=space.v, blocks=blocks,
-            layout=space.layout(), hyper=space.hyper, control=space.control_buffer,
+            g2_table=space.addresses("g2"), backup=space.backup, v=space.v, u=space.u,
+            blocks=blocks, layout=space.layout(), hyper=space.hyper, control=space.control_buffer,
             counters=space.counters, v_steps=space.steps[1], n_blocks=len(blocks),
-            n_slots=len(space.slots), HAS_MOMENTUM=space.momentum, PERTURBED=perturbed,
-            TYPE=TYPES[space.dtype], BLOCK=BLOCK, **OPTIONS)
+            n_slots=len(space.slots), BASE=BASES[base], PERTURBED=perturbed,
+            MASTERS=space.masters, TYPE=TYPES[space.dtype], BLOCK=BLOCK, **OPTIONS)

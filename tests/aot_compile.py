@@ -24,15 +24,22 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 # by import_module: as attributes of the package, these names are the launchers
-common, norm, climb, step = (
+common, dots, norm, climb, step = (
     importlib.import_module(f"fastsam.kernels.{name}")
-    for name in ("common", "norm", "climb", "step"))
+    for name in ("common", "dots", "norm", "climb", "step"))
 
-KERNELS = {"norm": norm.norm_kernel, "climb": climb.climb_kernel, "step": step.step_kernel}
+KERNELS = {"dots": dots.dots_kernel, "norm": norm.norm_kernel, "climb": climb.climb_kernel,
+           "step": step.step_kernel}
+# (MODE, SCALING): every mode of SAM and Friendly-SAM with ASAM's T too, and FisherSAM
+ASCENTS = [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (2, 0), (2, 1), (3, 0), (4, 0)]
 CONSTANTS = {
-    "norm": [dict(MODE=m, ADAPTIVE=a) for m, a in product((0, 1, 2), (False, True))],
-    "climb": [dict(MODE=m, ADAPTIVE=a) for m, a in product((0, 1, 2), (False, True))],
-    "step": [dict(HAS_MOMENTUM=h, PERTURBED=p) for h, p in product((False, True), repeat=2)],
+    "dots": [dict(MODE=mode) for mode in (1, 2)],
+    "norm": [dict(MODE=mode, SCALING=scaling, MASTERS=masters)
+             for (mode, scaling), masters in product(ASCENTS, (False, True))],
+    "climb": [dict(MODE=mode, SCALING=scaling, MASTERS=masters)
+              for (mode, scaling), masters in product(ASCENTS, (False, True))],
+    "step": [dict(BASE=base, PERTURBED=perturbed, MASTERS=masters)
+             for base, perturbed, masters in product((0, 1, 2), (False, True), (False, True))],
 }
 TYPES = {"fp32": tl.float32, "bf16": tl.bfloat16, "fp16": tl.float16}
 TARGETS = {
@@ -59,7 +66,8 @@ def signature(kernel, element: str, constants: dict) -> dict[str, str]:
         elif name.startswith("n_"):
             types[name] = "i32"
         else:
-            types[name] = f"*{element}" if name == "backup" else "*fp32"
+            narrow = name == "backup" and not constants.get("MASTERS")
+            types[name] = f"*{element}" if narrow else "*fp32"
     return types
 
 
@@ -102,7 +110,8 @@ def amd(compiled) -> dict:
     moved = {"load": 0, "store": 0}
     for way, words in re.findall(r"\bbuffer_(load|store)_dwordx(\d)", asm):
         moved[way] += 4 * int(words)
-    keys = ("private_segment_fixed_size", "sgpr_spill_count", "vgpr_spill_count")
+    # not sgpr_spill_count: scalars spill into lanes of vector registers, not to memory
+    keys = ("private_segment_fixed_size", "vgpr_spill_count")
     return dict(load_bytes=moved["load"], store_bytes=moved["store"],
                 registers=int(re.search(r"\.vgpr_count:\s+(\d+)", asm)[1]),
                 stack=sum(int(re.search(rf"\.{key}:\s+(\d+)", asm)[1]) for key in keys),
@@ -124,13 +133,15 @@ def main() -> None:
     if os.environ.get("TRITON_INTERPRET") == "1":
         sys.exit("TRITON_INTERPRET=1 leaves nothing to compile: unset it")
     if "--without-hints" in sys.argv:
-        for module in (norm, climb, step):
+        for module in (dots, norm, climb, step):
             module.wide_pointer = common.pointer
-        jobs = [(name, constants[-1], "fp32", "sm_90") for name, constants in CONSTANTS.items()]
+        jobs = [(name, [c for c in constants if not c.get("MASTERS")][-1], "fp32", "sm_90")
+                for name, constants in CONSTANTS.items()]
         rows = map(row, jobs)
     else:
         jobs = [(name, constants, element, target) for name, variants in CONSTANTS.items()
-                for constants in variants for target in TARGETS for element in TYPES_OF[target]]
+                for constants in variants for target in TARGETS for element in TYPES_OF[target]
+                if element != "fp32" or not constants.get("MASTERS")]
         rows = ProcessPoolExecutor(2).map(row, jobs, chunksize=4)
     for result in rows:
         print(json.dumps(result), flush=True)

@@ -34,15 +34,21 @@ def rows() -> list[dict]:
 
 def budget(row: dict) -> tuple[int, int]:
     """The bytes that a thread must load and store in vector instructions: design's table of
-    streams. g, w and the saved w have the parameters' dtype; m, v and the partials are fp32."""
-    c, wide, narrow = row["constants"], 4 * row["elements"], ITEM[row["type"]] * row["elements"]
+    streams. g, w and the saved w have the parameters' dtype; m, v, u, the masters and the
+    partials are fp32."""
+    c, fp32, own = row["constants"], 4 * row["elements"], ITEM[row["type"]] * row["elements"]
+    if row["kernel"] == "dots":
+        return own + fp32, 0
+    if row["kernel"] == "step":
+        states, masters = fp32 * c["BASE"], fp32 * c["MASTERS"]
+        w = own if not (c["MASTERS"] and c["PERTURBED"]) else 0
+        return own + w + masters + states, own + masters + states
+    g = own * (c["MODE"] != 3 or c["SCALING"] == 2)  # the part along a given m needs no g
+    m, masters = fp32 * (c["MODE"] > 0), fp32 * c["MASTERS"]
     if row["kernel"] == "norm":
-        return narrow * (1 + c["ADAPTIVE"]) + wide * (c["MODE"] > 0), 0
-    if row["kernel"] == "climb":
-        m = wide * (c["MODE"] > 0)
-        return 2 * narrow + m + 4 * row["partials"], 2 * narrow + m
-    v = wide * c["HAS_MOMENTUM"]
-    return 2 * narrow + v, narrow + v
+        return g + m + (own + masters) * (c["SCALING"] == 1), 0
+    new_m, saved = fp32 * (c["MODE"] in (1, 2)), own * (not c["MASTERS"])
+    return g + m + own + masters + 4 * row["partials"], own + saved + new_m
 
 
 def missed(row: dict) -> list[str]:
@@ -66,9 +72,11 @@ def test_every_variant_is_compiled_for_every_target(rows):
     counts = Counter((r["kernel"], r["target"], r["type"]) for r in rows)
     for target in TARGETS:
         for element in ("fp32", "bf16") + (("fp16",) if target == "sm_90" else ()):
-            assert counts["norm", target, element] == 6
-            assert counts["climb", target, element] == 6
-            assert counts["step", target, element] == 4
+            with_masters = 1 if element == "fp32" else 2
+            assert counts["dots", target, element] == 2
+            assert counts["norm", target, element] == 9 * with_masters
+            assert counts["climb", target, element] == 9 * with_masters
+            assert counts["step", target, element] == 6 * with_masters
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -79,7 +87,7 @@ def test_the_fast_path_moves_every_stream_in_vectors(rows, target):
 
 def test_the_vector_check_notices_missing_alignment_hints():
     bare = compile_rows("--without-hints")
-    assert [r["kernel"] for r in bare] == ["norm", "climb", "step"]
+    assert [r["kernel"] for r in bare] == ["dots", "norm", "climb", "step"]
     assert all(missed(r) for r in bare)
 
 
@@ -91,9 +99,14 @@ def test_no_variant_spills_to_local_memory(rows, target):
     assert not found, found
 
 
-def test_registers_stay_at_most_80_on_sm_90(rows):
+def test_registers_stay_within_what_the_memory_needs_on_sm_90(rows):
+    """80 leave room for six programs per multiprocessor, 112 (Adam, 16-bit types) for four: 16
+    warps with at least 64 bytes per thread on their way, 32 KB, where 25 hide the latency."""
+    def limit(row):
+        return 80 if row["type"] == "fp32" and row["constants"].get("BASE") != 2 else 112
+
     found = complaints([r for r in rows if r["target"] == "sm_90"],
-                       lambda r: r["registers"] > 80 and f"{r['registers']} registers")
+                       lambda r: r["registers"] > limit(r) and f"{r['registers']} registers")
     assert not found, found
 
 
@@ -103,9 +116,10 @@ def test_16_bit_types_exchange_no_more_through_shared_memory_than_fp32(rows, tar
     rows = [r for r in rows if r["target"] == target]
     fp32 = {(r["kernel"], str(r["constants"])): r["shared_loads"]
             for r in rows if r["type"] == "fp32"}
+    rows = [r for r in rows if "MASTERS" in r["constants"]]
 
     def more(row):
-        allowed = fp32[row["kernel"], str(row["constants"])]
+        allowed = fp32[row["kernel"], str({**row["constants"], "MASTERS": False})]
         return row["shared_loads"] > allowed and (
             f"{row['shared_loads']} loads from shared memory, fp32 has {allowed}")
 
@@ -118,7 +132,7 @@ def test_the_only_atomic_is_the_integer_ticket(rows):
     other instructions (buffer_wbl2, buffer_inv), so there only the count and the type."""
     for row in rows:
         kinds = [set(a.replace("_", ".").split(".")) for a in row["atomics"]]
-        assert len(kinds) == (row["kernel"] != "norm"), name(row)
+        assert len(kinds) == (row["kernel"] in ("climb", "step")), name(row)
         for kind in kinds:
             assert "add" in kind, name(row)
             assert not kind & {"f16", "f16x2", "bf16x2", "f32", "f64", "pk"}, name(row)

@@ -1,12 +1,14 @@
 """PGD: the ball, the box, the loss it raises, what it must not touch; the eps notation."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.attacks import Attack, eps_key, parse_eps, pgd
+from bench.attacks import Attack, eps_key, l2_norm, parse_eps, pgd
 from bench.models import build_model
 
 LINF = Attack("linf", 8 / 255, 2 / 255, 10)
@@ -61,6 +63,26 @@ def test_touches_neither_gradients_nor_batchnorm(model, batch, attack):
     assert all(p.grad is None for p in list(model.parameters())[1:])
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
     assert x.grad is None
+
+
+@pytest.mark.parametrize("attack", [LINF, L2], ids=lambda a: a.norm)
+def test_on_8_bit_images_the_course_of_x_adv_is_that_of_delta(model, batch, attack):
+    """Madry et al. 2018 in the perturbation: the same bits, since x + (x_adv - x) gives x_adv."""
+    x, y = (batch[0] * 255).round() / 255, batch[1]
+    start = pgd(model, x, y, replace(attack, steps=0), torch.Generator().manual_seed(5))
+    delta, eps = start - x, attack.eps
+    for _ in range(attack.steps):
+        delta.requires_grad_(True)
+        (g,) = torch.autograd.grad(F.cross_entropy(model(x + delta), y), delta)
+        delta = delta.detach()
+        if attack.norm == "linf":
+            delta = torch.clamp(delta + attack.alpha * torch.sign(g), -eps, eps)
+        else:
+            delta = delta + attack.alpha * g / l2_norm(g)
+            delta = delta * torch.clamp(eps / l2_norm(delta), max=1)
+        delta = torch.clamp(x + delta, 0, 1) - x
+    x_adv = pgd(model, x, y, attack, torch.Generator().manual_seed(5))
+    assert torch.equal(x_adv, x + delta) and not torch.equal(x_adv, start)
 
 
 def test_random_start_needs_its_generator_only(model, batch):

@@ -9,7 +9,7 @@ import fastsam
 from fastsam import SAM, FriendlySAM
 
 from .oracle import Oracle, exact
-from .support import GROUPS, METHODS, Course, build, deal
+from .support import ADAM_GROUPS, BASES, GROUPS, METHODS, Course, build, deal
 
 SHAPES = [(7,), (4, 3), (1,), (2, 3, 2, 2), (5, 5), (), (3,)]
 
@@ -56,6 +56,44 @@ def test_course_of_25_steps_equals_the_oracle(name):
         course.second_step(second)
         assert_same(course, t)
     assert course.oracle.skipped == 1
+
+
+@pytest.mark.parametrize("base", ["adam", "adamw"])
+@pytest.mark.parametrize("name", ["sam", "fasam"])
+def test_adam_over_25_steps_equals_the_oracle(name, base):
+    course = FreeCourse(weights(), deal(len(SHAPES), ADAM_GROUPS), name, "reference", base)
+    for t in range(25):
+        first, second = normals(SHAPES, 1000 + t), normals(SHAPES, 2000 + t)
+        if t % 5 == 2:
+            second[1] = first[3] = second[3] = None
+        if t == 11:
+            first[4][0, 0] = math.nan
+        course.first_step(first)
+        course.second_step(second)
+        assert_same(course, t)
+    assert course.oracle.skipped == 1
+
+
+@pytest.mark.parametrize("base", ["sgd", "adam", "adamw"])
+def test_plain_steps_equal_torch_s_own_optimizer(base):
+    """In float64, to a few roundings, and the state has torch's names and values."""
+    ours, theirs = weights(), weights()
+    groups = GROUPS if base == "sgd" else ADAM_GROUPS
+    opt = build(ours, deal(len(SHAPES), groups), "sam", "reference", base)
+    plain = BASES[base]([{k: x for k, x in g.items() if k != "params"}
+                         | {"params": [theirs[i] for i in g["params"]]}
+                         for g in deal(len(SHAPES), groups)], lr=0.1)
+    for t in range(10):
+        for params, o in ((ours, opt), (theirs, plain)):
+            for p, g in zip(params, normals(SHAPES, 70 + t), strict=True):
+                p.grad = g
+            o.step()
+    for p, q in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-14)
+        for key, value in plain.state[q].items():
+            if value is not None:
+                torch.testing.assert_close(opt.state[p][key].to(value), value, rtol=1e-12,
+                                           atol=1e-14)
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -1,0 +1,54 @@
+"""Sharded parameters (DTensor: FSDP2, tensor parallelism), and what ranks must agree on."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def is_sharded(p: Tensor) -> bool:
+    """Whether p is a DTensor, of which this process holds a part or a copy."""
+    return hasattr(p, "device_mesh") and hasattr(p, "placements")
+
+
+def shards_of(p: Tensor) -> tuple[dist.ProcessGroup, ...]:
+    """The process groups over which p is sharded: () for a plain or only replicated parameter.
+
+    Raises:
+        ValueError: p is a partial sum, which is no parameter yet.
+    """
+    if not is_sharded(p):
+        return ()
+    if any(placement.is_partial() for placement in p.placements):
+        raise ValueError(f"a parameter of shape {tuple(p.shape)} has placements {p.placements}: "
+                         "redistribute partial sums before building the optimizer")
+    return tuple(p.device_mesh.get_group(i) for i, placement in enumerate(p.placements)
+                 if placement.is_shard())
+
+
+def like(p: Tensor, shard: Tensor) -> Tensor:
+    """This process's part of a state tensor, sharded as p is; of a plain p, `shard` itself."""
+    if not is_sharded(p):
+        return shard
+    from torch.distributed.tensor import DTensor
+
+    return DTensor.from_local(shard, p.device_mesh, p.placements, run_check=False,
+                              shape=p.shape, stride=p.stride())
+
+
+def all_ok(ok: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """1 where `ok`, a 0-dim tensor, is 1 on every rank of the group."""
+    ok = ok.clone()
+    dist.all_reduce(ok, dist.ReduceOp.MIN, group=group)
+    return ok
+
+
+def group_of(model: torch.nn.Module) -> dist.ProcessGroup:
+    """The process group of a DistributedDataParallel model.
+
+    Raises:
+        ValueError: another kind of model.
+    """
+    if not isinstance(model, torch.nn.parallel.DistributedDataParallel):
+        raise ValueError(f"model is a {type(model).__name__}: a first pass of each rank's own "
+                         "needs torch.nn.parallel.DistributedDataParallel")
+    return model.process_group

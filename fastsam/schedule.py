@@ -1,0 +1,53 @@
+"""A schedule for rho, as torch's schedulers are for the learning rate."""
+
+from collections.abc import Callable
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+
+class RhoScheduler:
+    """Sets every group's rho to its initial rho times `rho_lambda(step)`, like LambdaLR.
+
+    Args:
+        optimizer: any optimizer of this package; its groups' rho now is the initial one. A rho
+            that is a tensor is written in place.
+        rho_lambda: maps the number of `step` calls so far (0 at construction) to a factor of at
+            least 0.
+
+    Raises:
+        ValueError: a group without rho.
+    """
+
+    def __init__(self, optimizer: Optimizer, rho_lambda: Callable[[int], float]):
+        if any("rho" not in group for group in optimizer.param_groups):
+            raise ValueError(f"{type(optimizer).__name__} has a group without rho: "
+                             "use an optimizer of fastsam")
+        self.optimizer, self.rho_lambda, self.last_step = optimizer, rho_lambda, 0
+        self.base_rhos = [float(group["rho"]) for group in optimizer.param_groups]
+        self._set()
+
+    def step(self) -> None:
+        """Go on by one: call it once per optimizer step (or epoch), after it."""
+        self.last_step += 1
+        self._set()
+
+    def _set(self) -> None:
+        factor = self.rho_lambda(self.last_step)
+        if not 0 <= factor < float("inf"):
+            raise ValueError(f"rho_lambda({self.last_step}) = {factor} is out of range: "
+                             "return a finite factor of at least 0")
+        for group, rho in zip(self.optimizer.param_groups, self.base_rhos, strict=False):
+            if isinstance(group["rho"], Tensor):
+                group["rho"].fill_(rho * factor)
+            else:
+                group["rho"] = rho * factor
+
+    def state_dict(self) -> dict:
+        """How far the schedule is, and the initial radii; not the function."""
+        return {"last_step": self.last_step, "base_rhos": list(self.base_rhos)}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Go on where `state_dict` was taken."""
+        self.last_step, self.base_rhos = state_dict["last_step"], list(state_dict["base_rhos"])
+        self._set()
