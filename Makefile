@@ -24,5 +24,5 @@ clean:
 .venv/ready: pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=77"
-	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[bench,test]"
+	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[bench,test,recipes]"
 	touch $@

@@ -1,7 +1,9 @@
 """The torch optimizer front: parameter groups, the two-phase step, closures and state."""
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -20,6 +22,19 @@ FUSED = {SGD: "sgd", Adam: "adam", AdamW: "adam"}
 
 class PhaseError(RuntimeError):
     """A call that does not fit the phase: perturbed (after first_step) or not."""
+
+
+@dataclass
+class Phase:
+    """Where in a step an optimizer is: whether the weights are moved, the GradScaler and the
+    process group of its first pass, and what `stash_grad` has set aside. An object of its own,
+    because wrappers such as Lightning's share an optimizer's attributes by copying them."""
+
+    perturbed: bool = False
+    scaler: object = None
+    group: object = None
+    stash: dict[Tensor, Tensor] = field(default_factory=dict)
+    stash_ok: Tensor | None = None
 
 
 class SAM(Optimizer):
@@ -85,9 +100,7 @@ class SAM(Optimizer):
         self._requested_backend, self._backend, self._report = backend, None, {}
         self._interval, self._start, self._masters = interval, start, master_weights
         self._spaces: list[Space] = []
-        self._perturbed, self._scaler, self._group = False, None, None
-        self._stash: dict[Tensor, Tensor] = {}
-        self._stash_ok: Tensor | None = None
+        self._phase = Phase()
         self._watch = RadiusWatch()
         self.base_optimizer = None
         super().__init__(params, own)
@@ -177,6 +190,9 @@ class SAM(Optimizer):
     def _slots(self) -> list[Slot]:
         return [slot for space in self._spaces for slot in space.slots]
 
+    def _parameters(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
+
     def _slot_of(self, p: Tensor) -> tuple[Space, Slot]:
         return next((space, slot) for space in self._spaces for slot in space.slots
                     if slot.param is p)
@@ -246,7 +262,7 @@ class SAM(Optimizer):
         self._bring_hyper()
         for slot, g in gradients:
             slot.g1 = g if self.param_groups[slot.group].get("perturb", True) else None
-        self._perturbed, self._scaler = True, scaler
+        self._phase.perturbed, self._phase.scaler = True, scaler
         try:
             for space in self._spaces:
                 space.set_control("inv_scale1", inverse)
@@ -340,9 +356,14 @@ class SAM(Optimizer):
             raise PhaseError("a GradScaler cannot see a closure's gradients: call first_step("
                              "scaler=scaler), the second backward, then scaler.step(optimizer)")
         climbs = self.climbs_next
+        had_gradients = self._has_gradients()
         with torch.enable_grad():
             self.zero_grad()
             loss = (ascent_closure or closure)() if climbs else closure()
+        if had_gradients and not self._has_gradients():
+            warnings.warn("the closure left no gradients, and those there were before it are "
+                          "cleared: a closure computes the loss and calls backward; without one, "
+                          "call first_step and second_step", stacklevel=3)
         if not climbs:
             self._base_step()
             return loss
@@ -356,18 +377,22 @@ class SAM(Optimizer):
             raise
         return loss
 
+    def _has_gradients(self) -> bool:
+        return any(p.grad is not None for p in self._parameters())
+
     @torch.no_grad()
     def _base_step(self) -> None:
         grad_scale = getattr(self, "grad_scale", None)  # set by torch.amp.GradScaler.step
         found_inf = getattr(self, "found_inf", None)
-        if self._scaler is not None and found_inf is None:
+        phase = self._phase
+        if phase.scaler is not None and found_inf is None:
             raise PhaseError("first_step had a scaler, so the second pass's gradients are "
                              "scaled too: call scaler.step(optimizer), not second_step()")
-        if self._stash:
+        if phase.stash:
             raise PhaseError("gradients are set aside: call unstash_grad() before the step")
         ok = self._agreed_ok()
-        if self._scaler is not None:
-            report_overflow(self._scaler, self, self._spaces[0].control.ok if ok is None else ok)
+        if phase.scaler is not None:
+            report_overflow(phase.scaler, self, self._spaces[0].control.ok if ok is None else ok)
         if ok is not None:
             found_inf = (1 - ok) if found_inf is None else found_inf.to(ok) + (1 - ok)
         if self._fused:
@@ -380,13 +405,13 @@ class SAM(Optimizer):
     def _agreed_ok(self) -> Tensor | None:
         """Whether the climbs of this step were finite, in every micro-batch and on every rank;
         None where there is only the one that the kernels know of."""
-        if self._stash_ok is None and self._group is None:
+        phase, last = self._phase, self._spaces[0].control.ok
+        if phase.stash_ok is None and phase.group is None:
             return None
-        last = self._spaces[0].control.ok
-        ok = last if self._perturbed else torch.ones_like(last)
-        if self._stash_ok is not None:
-            ok, self._stash_ok = ok * self._stash_ok, None
-        return ok if self._group is None else distributed.all_ok(ok, self._group)
+        ok = last if phase.perturbed else torch.ones_like(last)
+        if phase.stash_ok is not None:
+            ok, phase.stash_ok = ok * phase.stash_ok, None
+        return ok if phase.group is None else distributed.all_ok(ok, phase.group)
 
     def _fused_step(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         gradients = self._gradients()
@@ -396,7 +421,7 @@ class SAM(Optimizer):
         for space in self._spaces:
             space.set_control("inv_scale2", None if grad_scale is None else 1 / grad_scale)
             space.set_control("found_inf", found_inf)
-            self._backend.step(space, self._perturbed)
+            self._backend.step(space, self._phase.perturbed)
         self.base_optimizer._opt_called = True  # for a scheduler that was built around it
         self._leave_phase([slot.w for slot, _ in gradients
                            if slot.climbed or slot.g2 is not None])
@@ -406,17 +431,16 @@ class SAM(Optimizer):
         host here: an optimizer of someone else's cannot be skipped from the device."""
         control = self._spaces[0].control
         skip = (found_inf is not None and bool(found_inf)) or (
-            self._perturbed and not control.ok)
+            self._phase.perturbed and not control.ok)
         self.restore()
-        self._scaler = self._group = None
+        self._phase.scaler = self._phase.group = None
         if skip:
             control.skipped += 1
             return
         if grad_scale is not None:
-            for group in self.param_groups:
-                for p in group["params"]:
-                    if p.grad is not None:
-                        p.grad.div_(grad_scale)
+            for p in self._parameters():
+                if p.grad is not None:
+                    p.grad.div_(grad_scale)
         self.base_optimizer.step()
 
     # ---- several first passes for one step
@@ -429,18 +453,21 @@ class SAM(Optimizer):
         aside, and step once after `unstash_grad()`. A climb that was not finite makes that step a
         counted skip. Costs one more gradient's memory.
         """
-        if self._perturbed:
+        phase = self._phase
+        if phase.perturbed:
             ok = self._spaces[0].control.ok
-            self._stash_ok = ok.clone() if self._stash_ok is None else self._stash_ok * ok
-        scaler, group = self._scaler, self._group
+            phase.stash_ok = ok.clone() if phase.stash_ok is None else phase.stash_ok * ok
+        scaler, group = phase.scaler, phase.group
         self.restore()
-        self._scaler, self._group = scaler, group  # still true of the gradients set aside
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    aside = self._stash.get(p)
-                    self._stash[p] = p.grad if aside is None else aside.add_(p.grad)
-                    p.grad = None
+        phase.scaler, phase.group = scaler, group  # still true of the gradients set aside
+        for p in self._parameters():
+            if p.grad is not None:
+                aside = phase.stash.get(p)
+                if aside is not None:
+                    aside.add_(p.grad)
+                else:  # a view belongs to a bucket of DistributedDataParallel, which is reused
+                    phase.stash[p] = p.grad.clone() if p.grad._is_view() else p.grad
+                p.grad = None
 
     @torch.no_grad()
     def unstash_grad(self) -> None:
@@ -450,12 +477,11 @@ class SAM(Optimizer):
             PhaseError: while perturbed, or with nothing set aside.
         """
         self._need_phase(False, "unstash_grad")
-        if not self._stash:
+        if not self._phase.stash:
             raise PhaseError("unstash_grad with nothing set aside: call stash_grad after each "
                              "micro-batch's second backward")
-        for group in self.param_groups:
-            for p in group["params"]:
-                p.grad = self._stash.pop(p, None)
+        for p in self._parameters():
+            p.grad = self._phase.stash.pop(p, None)
 
     @contextmanager
     def local_first_pass(self, model: torch.nn.parallel.DistributedDataParallel) -> Iterator[None]:
@@ -473,12 +499,12 @@ class SAM(Optimizer):
         group = distributed.group_of(model)
         with model.no_sync():
             yield
-        self._group = group
+        self._phase.group = group
 
     @torch.no_grad()
     def restore(self) -> None:
         """Go back to w, bit for bit, without an update. Does nothing when not perturbed."""
-        if not self._perturbed:
+        if not self._phase.perturbed:
             return
         moved = [slot for slot in self._slots() if slot.climbed]
         for slot in moved:
@@ -486,13 +512,15 @@ class SAM(Optimizer):
         self._leave_phase([slot.w for slot in moved])
 
     def _leave_phase(self, changed: list[Tensor]) -> None:
-        self._perturbed, self._scaler, self._group = False, None, None
+        self._phase.perturbed, self._phase.scaler, self._phase.group = False, None, None
         for slot in self._slots():
             slot.climbed, slot.g1, slot.g2 = False, None, None
         self._announce(changed)
 
     def _need_phase(self, perturbed: bool, call: str) -> None:
-        if self._perturbed == perturbed:
+        if self._phase.stash and call in ("state_dict", "copying or pickling"):
+            raise PhaseError(f"{call} with gradients set aside: finish the step first")
+        if self._phase.perturbed == perturbed:
             return
         if perturbed:
             raise PhaseError(f"{call} without a first_step before it: the weights are not "
@@ -505,7 +533,7 @@ class SAM(Optimizer):
     @property
     def is_perturbed(self) -> bool:
         """Whether the weights are at w + e: after first_step, before second_step or restore."""
-        return self._perturbed
+        return self._phase.perturbed
 
     @property
     def climbs_next(self) -> bool:
@@ -564,8 +592,6 @@ class SAM(Optimizer):
                 with gradients set aside.
         """
         self._need_phase(False, "state_dict")
-        if self._stash:
-            raise PhaseError("state_dict with gradients set aside: finish the step first")
         state = super().state_dict()
         if not self._fused:
             own = self._by_index(lambda space, slot: saving.entry(space, slot))
@@ -575,8 +601,7 @@ class SAM(Optimizer):
 
     def _by_index(self, entry: Callable[[Space, Slot], dict]) -> dict[int, dict]:
         """What `entry` gives for every slot, under the parameter's index in torch's format."""
-        index = {p: i for i, p in enumerate(
-            p for group in self.param_groups for p in group["params"])}
+        index = {p: i for i, p in enumerate(self._parameters())}
         entries = {index[slot.param]: entry(space, slot)
                    for space in self._spaces for slot in space.slots}
         return {i: e for i, e in entries.items() if e}
@@ -603,7 +628,7 @@ class SAM(Optimizer):
         if self._fused:
             refuse_unfused(groups)
         states = [state_dict["state"].get(i, {}) for g in groups for i in g["params"]]
-        params = [p for group in self.param_groups for p in group["params"]]
+        params = self._parameters()
         for p, state in zip(params, states, strict=False):
             saving.check_entry(p, state)
         state_dict = {**state_dict, "param_groups": groups}

@@ -160,7 +160,7 @@ class FullGradientSAM(SAM):
             PhaseError: while perturbed.
         """
         self._need_phase(False, "set_full_gradient")
-        params = [p for group in self.param_groups for p in group["params"]]
+        params = self._parameters()
         gradients = [p.grad for p in params] if gradients is None else list(gradients)
         if len(gradients) != len(params):
             raise ValueError(f"{len(gradients)} gradients for {len(params)} parameters: "
@@ -197,7 +197,7 @@ class FullGradientSAM(SAM):
             total += n
         if total == 0:
             raise ValueError("batches is empty: give an iterable that can be walked again")
-        grads = [p.grad for group in self.param_groups for p in group["params"]]
+        grads = [p.grad for p in self._parameters()]
         with torch.no_grad():
             torch._foreach_div_([g for g in grads if g is not None], total)
         self.set_full_gradient(grads)

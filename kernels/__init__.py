@@ -1,14 +1,14 @@
 """The fused Triton kernels: dots, norm, climb and step, with the names and signatures of
 fastsam.reference; and PGD's ascent steps, linf_step and l2_step."""
 
-if __name__ != "fastsam.kernels":
-    raise ImportError("this folder is fastsam.kernels, not kernels")
+if __name__ == "fastsam.kernels":
+    from .climb import climb
+    from .common import INTERPRETED
+    from .dots import dots
+    from .norm import norm
+    from .pgd import l2_step, linf_step
+    from .step import step
 
-from .climb import climb
-from .common import INTERPRETED
-from .dots import dots
-from .norm import norm
-from .pgd import l2_step, linf_step
-from .step import step
-
-__all__ = ["INTERPRETED", "climb", "dots", "l2_step", "linf_step", "norm", "step"]
+    __all__ = ["INTERPRETED", "climb", "dots", "l2_step", "linf_step", "norm", "step"]
+else:  # found as top-level `kernels`, another package's name: nothing, as if the folder were bare
+    __all__, __path__, __file__ = [], [], None

@@ -12,8 +12,11 @@ import triton.language as tl
 BLOCK = 1024
 WARPS = 4
 PARTIALS = 1024
-# Off, so that a product and a sum round twice, as in plain PyTorch; the kernels wait for memory.
+# Fusion off, so that a product and a sum round twice, as in plain PyTorch; the kernels wait for
+# memory. Without a bound of its own, ptxas spills accumulators to fit one more program.
 OPTIONS = {"num_warps": WARPS, "enable_fp_fusion": False}
+if not torch.version.hip:
+    OPTIONS["maxnreg"] = 128
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 # columns of the hyper-parameter table: fastsam.flat.Hyper, then SHARES

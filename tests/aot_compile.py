@@ -82,7 +82,13 @@ def compile_variant(name: str, constants: dict, element: str, target: str):
     aligned = {index[p.name]: [["tt.divisibility", 16]] for p in kernel.params
                if types[p.name][0] == "*" and not p.do_not_specialize_on_alignment}
     source = ASTSource(kernel, types, {index[k]: x for k, x in constants.items()}, aligned)
-    return triton.compile(source, target=TARGETS[target], options=dict(common.OPTIONS))
+    return triton.compile(source, target=TARGETS[target],
+                          options=options_for(target, common.OPTIONS))
+
+
+def options_for(target: str, options: dict) -> dict:
+    """The launch options as they are where `target` is: only NVIDIA's compiler takes maxnreg."""
+    return {k: x for k, x in options.items() if k != "maxnreg" or not target.startswith("gfx")}
 
 
 def nvidia(compiled) -> dict:

@@ -13,7 +13,7 @@ import sys
 from concurrent.futures import ProcessPoolExecutor
 
 import triton
-from aot_compile import TARGETS, TYPES, amd, nvidia
+from aot_compile import TARGETS, TYPES, amd, nvidia, options_for
 from triton.compiler import ASTSource
 
 from fastsam import kernels
@@ -43,7 +43,7 @@ def compile_form(name: str, form: str, element: str, target: str):
     index = {argument: (i,) for i, argument in enumerate(kernel.arg_names)}
     source = ASTSource(kernel, types, {index[k]: x for k, x in constants.items()},
                        {index[k]: [["tt.divisibility", 16]] for k in aligned})
-    return triton.compile(source, target=TARGETS[target], options=dict(options))
+    return triton.compile(source, target=TARGETS[target], options=options_for(target, options))
 
 
 def row(job: tuple[str, str, str, str]) -> dict:

@@ -100,10 +100,11 @@ def test_no_variant_spills_to_local_memory(rows, target):
 
 
 def test_registers_stay_within_what_the_memory_needs_on_sm_90(rows):
-    """80 leave room for six programs per multiprocessor, 112 (Adam, 16-bit types) for four: 16
-    warps with at least 64 bytes per thread on their way, 32 KB, where 25 hide the latency."""
+    """104 (float32, SGD) leave room for four programs and a reserve per multiprocessor, 128 for
+    four: 512 threads with at least 64 bytes each on their way are 32 KB, where about 25 hide the
+    memory's latency."""
     def limit(row):
-        return 80 if row["type"] == "fp32" and row["constants"].get("BASE") != 2 else 112
+        return 104 if row["type"] == "fp32" and row["constants"].get("BASE") != 2 else 128
 
     found = complaints([r for r in rows if r["target"] == "sm_90"],
                        lambda r: r["registers"] > limit(r) and f"{r['registers']} registers")
@@ -120,6 +121,8 @@ def test_16_bit_types_exchange_no_more_through_shared_memory_than_fp32(rows, tar
 
     def more(row):
         allowed = fp32[row["kernel"], str({**row["constants"], "MASTERS": False})]
+        # one more sum, where rounding can shorten the climb
+        allowed += row["kernel"] == "climb" and not row["constants"]["MASTERS"]
         return row["shared_loads"] > allowed and (
             f"{row['shared_loads']} loads from shared memory, fp32 has {allowed}")
 

@@ -59,9 +59,19 @@ def test_importing_fastsam_imports_no_triton_before_it_is_needed():
 
 
 def test_the_kernels_folder_is_no_package_of_its_own():
-    done = python("import kernels", ROOT)
-    assert done.returncode == 1
-    assert "ImportError" in done.stderr and "fastsam.kernels" in done.stderr
+    """Another package has that name: who looks for it in a checkout must find it missing."""
+    done = python("from kernels import climb", ROOT)
+    assert done.returncode == 1 and "ImportError" in done.stderr
+    succeeds("import kernels, sys\nassert kernels.__file__ is None and not kernels.__all__\n"
+             "assert 'torch' not in sys.modules", ROOT)
+
+
+def test_transformers_works_in_a_checkout():
+    """It imports what is called kernels to read its version."""
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    succeeds("from transformers import Trainer\n"
+             "from transformers.utils import is_kernels_available\n"
+             "assert not is_kernels_available()", ROOT)
 
 
 def test_the_kernels_are_importable_from_anywhere(tmp_path):
