@@ -1,4 +1,4 @@
-"""python -m bench train | compare | evaluate: the command line, from a checkout of fastsam."""
+"""python -m bench train | compare | evaluate | step | report: the command line, in a checkout."""
 
 import argparse
 import sys
@@ -70,6 +70,71 @@ def add_evaluation_options(parser: argparse.ArgumentParser) -> None:
     add("--eval-samples", type=int, help="attack this many test images (default all)")
 
 
+def add_step_command(commands: Any) -> None:
+    """The options of bench.step.StepConfig; absent ones stay out of the namespace."""
+    text = "time the optimizer's step alone beside its peers, after checking that they agree"
+    add = commands.add_parser(
+        "step", help=text, description=text, argument_default=argparse.SUPPRESS
+    ).add_argument
+    add("--model", help="preactresnet18 (default), or torchvision's resnet18, vit_b_16, ...")
+    add("--width", type=int, help="channels of the first layer; 64 is the full PreActResNet-18")
+    add("--params", type=int, help="instead of a model: so many parameters")
+    add("--tensors", type=int, help="with --params: in so many equal tensors (default 62)")
+    add("--methods", nargs="+", help="of sgd, sam, asam, fsam, fasam (default all)")
+    add("--base", help="sgd (default) or adamw")
+    add("--dtype", help="of weights and gradients: fp32 (default) or bf16")
+    add("--device", help="cpu, cuda, cuda:1, ... (default cpu)")
+    add(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        help="also time the per-parameter peers through torch.compile (default: on a GPU)",
+    )
+    add("--graph", action="store_true", help="replay each pass as a CUDA graph")
+    add("--reps", type=int, help="timed steps (default 20, on a GPU 100, for about a minute)")
+    add("--threads", type=int, help="CPU threads")
+    add("--rows", type=Path, help="append a row per optimizer to this JSONL file")
+
+
+def add_report_command(commands: Any) -> None:
+    text = "tables and figures from rows that a benchmark wrote"
+    sub = commands.add_parser("report", help=text, description=text)
+    sub.add_argument("--step", type=Path, nargs="+", required=True, metavar="FILE",
+                     help="JSONL files of `bench step --rows`")  # fmt: skip
+    sub.add_argument("--out", type=Path, default=Path("runs/report"), help="default runs/report")
+
+
+def add_throughput_command(commands: Any) -> None:
+    """Options of Config and of bench.throughput.Options; absent ones stay out of the namespace."""
+    text = "images/s of training and where the time goes, beside the plain recipe, on random images"
+    add = commands.add_parser(
+        "throughput", help=text, description=text, argument_default=argparse.SUPPRESS
+    ).add_argument
+    add("--methods", nargs="+", default=["sgd", "sam", "asam", "fsam", "at-linf"],
+        help=f"of {METHODS} (default sgd sam asam fsam at-linf)")  # fmt: skip
+    add("--beside", nargs="*", help="of eager, fp32, fp32-nchw, uncompiled, plain "
+        "(default eager plain)")  # fmt: skip
+    add("--model", help="preactresnet18 (default) or smallconv")
+    add("--width", type=int, help="channels of the first layer (default 64)")
+    add("--batch-size", type=int, help="default 128")
+    add("--attack-steps", type=int, help="default 10")
+    add("--amp", help="bf16 (default) or off")
+    add("--channels-last", action=argparse.BooleanOptionalAction, help="default: yes")
+    add("--compile", action="store_true", help="torch.compile the model")
+    add("--tf32", action=argparse.BooleanOptionalAction, help="default: as torch has it")
+    add("--augment", help="none, crop, or crop-flip (default)")
+    add("--padding", help="reflect (default) or zero")
+    add("--cutout", type=int, help="side of a square that half of the images lose (default 0)")
+    add("--backend", help="fastsam's (default: fastsam chooses)")
+    add("--device", help="cpu, cuda, cuda:1, ... (default cpu)")
+    add("--threads", type=int, help="CPU threads")
+    add("--images", type=int, help="random images in the training set (default 50000)")
+    add("--image-size", type=int, help="their pixels (default 32)")
+    add("--workers", type=int, help="the plain recipe's loader processes (default 2)")
+    add("--steps", type=int, help="in a turn (default 1, on a GPU 30)")
+    add("--turns", type=int, help="of each loop (default 5)")
+    add("--rows", type=Path, help="append a row per loop to this JSONL file")
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m bench",
@@ -108,6 +173,9 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate = command("evaluate", "attack a trained model")
     evaluate.add_argument("checkpoint", type=Path, help="last.pt or best.pt of a run")
     add_evaluation_options(evaluate)
+    add_step_command(commands)
+    add_report_command(commands)
+    add_throughput_command(commands)
     return parser
 
 
@@ -192,16 +260,47 @@ def run_evaluate(options: dict[str, Any]) -> None:
     print(report(evaluate(model, data.test.to(device), evaluation)))
 
 
+def run_step(options: dict[str, Any]) -> int:
+    from bench.step import StepConfig, step
+
+    given = {k: x for k, x in options.items() if k not in ("command", "rows")}
+    if "methods" in given:
+        given["methods"] = tuple(dict.fromkeys(given["methods"]))
+    return step(StepConfig(**given), options.get("rows"))
+
+
+def run_report(options: dict[str, Any]) -> None:
+    from bench.report import report_steps
+
+    report_steps(options["step"], options["out"])
+
+
+def run_throughput(options: dict[str, Any]) -> int:
+    from dataclasses import fields, replace
+
+    from bench.config import resolve
+    from bench.throughput import Options, throughput
+
+    given = {f.name: options[f.name] for f in fields(Options) if f.name in options}
+    if "beside" in given:
+        given["beside"] = tuple(given["beside"])
+    fast = {"amp": "bf16", "channels_last": True} | options
+    configs = [resolve(m, "sam-at-cifar10", fast) for m in options["methods"]]
+    configs = [replace(c, data="random") for c in configs]
+    return throughput(configs, Options(**given), options.get("rows"))
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Return the exit code: 0, or 2 after one sentence about the input that cannot be used."""
+    """Return the exit code: 0, 1 when a benchmark's parity check is red, or 2 after one sentence
+    about the input that cannot be used."""
     options = vars(build_parser().parse_args(argv))
-    command = {"train": run_train, "compare": run_compare, "evaluate": run_evaluate}
+    command = {"train": run_train, "compare": run_compare, "evaluate": run_evaluate,
+               "step": run_step, "report": run_report, "throughput": run_throughput}  # fmt: skip
     try:
-        command[options["command"]](options)
+        return command[options["command"]](options) or 0
     except (ValueError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
-    return 0
 
 
 if __name__ == "__main__":
