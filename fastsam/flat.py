@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .distributed import placed_like
+
 PAD = 16  # elements: 16-byte alignment for the narrowest dtype, with room
 PARTIALS = 1024  # partial sums of one norm; also the most programs a kernel is launched with
 NOWHERE = 16  # stands for the address of an empty tensor, which nobody reads
@@ -40,12 +42,13 @@ class Hyper(NamedTuple):
     decoupled: bool
 
     def shares(self) -> list:
-        """More columns, exact only when taken before rounding: SHARES, in order."""
-        return [1 - self.lmbda, 1 - self.dampening, 1 - self.beta1, 1 - self.beta2,
+        """More columns: SHARES, in order; exact only when taken before rounding."""
+        return [self.sigma, 1 - self.lmbda, 1 - self.dampening, 1 - self.beta1, 1 - self.beta2,
                 *(math.log(beta) if beta else -math.inf for beta in (self.beta1, self.beta2))]
 
 
-SHARES = ("1 - lmbda", "1 - dampening", "1 - beta1", "1 - beta2", "log beta1", "log beta2")
+SHARES = ("sigma as given", "1 - lmbda", "1 - dampening", "1 - beta1", "1 - beta2",
+          "log beta1", "log beta2")
 CONTROL = ("norm", "ok", "inv_scale1", "inv_scale2", "found_inf")
 NEUTRAL = {"inv_scale1": 1, "inv_scale2": 1, "found_inf": 0}
 COUNTERS = ("skipped", "climb_ticket", "step_ticket")
@@ -127,6 +130,7 @@ class Space:
     """
 
     guard = GUARD
+    late_uploads: list | None = None
 
     @torch.no_grad()
     def __init__(self, params: list[tuple[Tensor, str | None, int]], mode: str | None = None,
@@ -276,10 +280,10 @@ class Space:
                     self.hyper[i, j].copy_(value, non_blocking=True)
 
     def multiply_sigma(self, c: Tensor) -> None:
-        """Use sigma c, with c on the device, for sigma in every group until `set_hyper`'s next
-        call and this function's."""
+        """Use sigma c, with c on the device, for sigma in every group until the next call."""
         self.rows = [row._replace(sigma=row.sigma * c) for row in self.rows]
-        self.hyper[:, Hyper._fields.index("sigma")] = torch.stack([r.sigma for r in self.rows])
+        torch.mul(self.hyper[:, len(Hyper._fields)], c,
+                  out=self.hyper[:, Hyper._fields.index("sigma")])
 
     def set_scalings(self, scalings: list[tuple[float, float]], kind: str) -> None:
         """Set every slot's (a, b) of T; (0, 1) is SAM's T = 1.
@@ -327,7 +331,7 @@ class Space:
         """
         if slot.param.grad is None:
             return None
-        g = local(slot.param.grad)
+        g = local(placed_like(slot.param, slot.param.grad))
         if g.layout is not torch.strided:
             raise ValueError(f"a gradient of shape {tuple(g.shape)} has layout {g.layout}: use "
                              "dense gradients (sparse=False in torch.nn.Embedding)")
@@ -380,6 +384,9 @@ class Space:
         return self._tables[name][1]
 
     def _upload(self, values: list, target: Tensor) -> None:
+        if self.late_uploads is not None:  # a graph is captured, and reads them at its replay
+            self.late_uploads.append((values, target))
+            return
         pinned = self.device.type == "cuda"
         target.copy_(torch.tensor(values, dtype=target.dtype, pin_memory=pinned),
                      non_blocking=True)

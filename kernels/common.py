@@ -24,9 +24,9 @@ RHO, SIGMA, LMBDA, LR = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.co
 MOMENTUM, WEIGHT_DECAY, NESTEROV = tl.constexpr(4), tl.constexpr(6), tl.constexpr(7)
 BETA1, BETA2, EPS, DECOUPLED = (
     tl.constexpr(8), tl.constexpr(9), tl.constexpr(10), tl.constexpr(11))
-EMA_SHARE, MOMENTUM_SHARE = tl.constexpr(12), tl.constexpr(13)  # 1 - lmbda, 1 - dampening
-BETA1_SHARE, BETA2_SHARE = tl.constexpr(14), tl.constexpr(15)  # 1 - beta
-LOG_BETA1, LOG_BETA2, HYPER = tl.constexpr(16), tl.constexpr(17), tl.constexpr(18)
+EMA_SHARE, MOMENTUM_SHARE = tl.constexpr(13), tl.constexpr(14)  # 1 - lmbda, 1 - dampening
+BETA1_SHARE, BETA2_SHARE = tl.constexpr(15), tl.constexpr(16)  # 1 - beta
+LOG_BETA1, LOG_BETA2, HYPER = tl.constexpr(17), tl.constexpr(18), tl.constexpr(19)
 # cells of the control buffer and of the counters, fastsam.flat.CONTROL and COUNTERS
 NORM, OK, INV_SCALE1, INV_SCALE2 = (
     tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3))
