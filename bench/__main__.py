@@ -5,7 +5,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-METHODS = "sgd, sam, asam, fsam, fasam, at-linf, at-l2"
+METHODS = (
+    "sgd, sam, asam, fishersam, fsam, fasam, sam-interval, sam-late, sam-part, sam-micro, at-linf, "
+    "at-l2"
+)
 SHOWN = ("train_loss", "train_acc", "val_acc")
 
 
@@ -32,7 +35,11 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     add("--rho", type=float, help="SAM's radius")
     add("--sigma", type=float, help="F-SAM: how much of the gradient's average is removed")
     add("--lmbda", type=float, help="F-SAM: the average's decay, in (0, 1)")
-    add("--eta", type=float, help="ASAM: added to |w|")
+    add("--eta", type=float, help="ASAM: added to |w|; FisherSAM: weight of the Fisher diagonal")
+    add("--interval", type=int, help="sam-interval: climb at every so-many-th step")
+    add("--late", type=float, help="sam-late: share of the epochs before the first climb")
+    add("--ascent-part", type=float, help="sam-part: share of the batch to climb from")
+    add("--micro", type=int, help="sam-micro: parts of the batch, each with a climb of its own")
     add("--scale", help="ASAM: all, or weights (the authors' form)")
     add("--eps", help="training attack's radius: 8/255, 8 (the same), or 0.031")
     add("--alpha", help="training attack's step, written like eps")

@@ -127,6 +127,8 @@ def table(rows: list[dict[str, Any]]) -> str:
 def settings(config: dict[str, Any]) -> str:
     """Return what one method was trained with and the others were not."""
     own = {k: config[k] for k in ("rho", "sigma", "lmbda", "scale") if config[k] is not None}
+    usual = {"interval": 1, "late": 0.0, "ascent_part": 1.0, "micro": 1}
+    own |= {k: config[k] for k, value in usual.items() if config.get(k, value) != value}
     if config["eps"] is not None:
         own |= {k: eps_key(config[k]) for k in ("eps", "alpha")} | {"steps": config["attack_steps"]}
     return ", ".join(f"{k} {v}" for k, v in own.items())

@@ -18,15 +18,18 @@ CHOICES = {
     "backend": (None, "reference", "triton"),
     "scale": (None, "all", "weights"),
 }
-AT_LEAST = {"epochs": 1, "batch_size": 1, "pad": 0, "momentum": 0, "weight_decay": 0, "seed": 0}
+AT_LEAST = {"epochs": 1, "batch_size": 1, "pad": 0, "momentum": 0, "weight_decay": 0, "seed": 0,
+            "interval": 1, "micro": 1}
 
 
 @dataclass(frozen=True)
 class Config:
     """Everything that decides the trained weights; two runs with equal configs are bit-equal.
 
-    rho, sigma, lmbda, eta, scale: as in fastsam's optimizers. eps, alpha: the training attack's
-    radius and step for images in [0, 1]; None where the method does not attack.
+    rho, sigma, lmbda, eta, scale, interval: as in fastsam's optimizers. late: the share of the
+    epochs before SAM's first climb. ascent_part: the share of the batch that the climb's gradient
+    comes from. micro: in how many parts a batch is climbed from, each by itself. eps, alpha: the
+    training attack's radius and step for images in [0, 1]; None where the method does not attack.
     """
 
     method: str
@@ -49,6 +52,10 @@ class Config:
     lmbda: float | None = None
     eta: float | None = None
     scale: str | None = None
+    interval: int = 1
+    late: float = 0.0
+    ascent_part: float = 1.0
+    micro: int = 1
     eps: float | None = None
     alpha: float | None = None
     attack_steps: int | None = None
@@ -138,6 +145,11 @@ def check(config: Config) -> None:
             raise ValueError(f"{name} must be at least {least}, got {getattr(config, name)}")
     if not 0 < config.lr < math.inf:
         raise ValueError(f"lr must be positive and finite, got {config.lr}")
+    if not (0 <= config.late < 1 and 0 < config.ascent_part <= 1):
+        raise ValueError(
+            "late must be in [0, 1) and ascent_part in (0, 1], "
+            f"got {config.late} and {config.ascent_part}"
+        )
     if config.attack_steps is not None and config.attack_steps < 1:
         raise ValueError(f"attack_steps must be at least 1, got {config.attack_steps}")
     if config.threads is not None and config.threads < 1:

@@ -11,8 +11,14 @@ from bench.attacks import Attack
 METHODS = {
     "sgd": {},
     "sam": {"rho": 0.1, "backend": None},  # F-SAM table 1 (CIFAR-10); the smallest rho of SAM_AT
+    # cheaper SAM, and m-sharpness: SAM on every fourth of the batch by itself
+    "sam-interval": {"rho": 0.1, "interval": 5, "backend": None},
+    "sam-late": {"rho": 0.1, "late": 0.75, "backend": None},
+    "sam-part": {"rho": 0.1, "ascent_part": 0.25, "backend": None},
+    "sam-micro": {"rho": 0.1, "micro": 4, "backend": None},
     # F-SAM table 1 (CIFAR-10), whose rho belongs to the form that scales all parameters by |w|
     "asam": {"rho": 2.0, "scale": "all", "eta": 0.01, "backend": None},
+    "fishersam": {"rho": 0.1, "eta": 1.0, "backend": None},  # F-SAM table 1; its eta is not stated
     "fsam": {"rho": 0.1, "sigma": 1.0, "lmbda": 0.6, "backend": None},  # F-SAM table 1, ResNet-18
     # rho is not stated in F-SAM table 3: as ASAM's
     "fasam": {"rho": 2.0, "sigma": 1.0, "lmbda": 0.6, "backend": None},

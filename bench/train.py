@@ -39,18 +39,26 @@ class Run:
     history: list[dict[str, Any]]
 
 
-def build_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
-    """Return SGD, or fastsam's optimizer around it. Raises ValueError as its constructor does."""
+def build_optimizer(config: Config, model: nn.Module, steps: int = 0) -> torch.optim.Optimizer:
+    """Return SGD, or fastsam's optimizer around it. Raises ValueError as its constructor does.
+
+    steps: the number in an epoch, for a late start.
+    """
     base: dict[str, Any] = {
         "lr": config.lr, "momentum": config.momentum, "weight_decay": config.weight_decay,
     }  # fmt: skip
     w, sgd = model.parameters(), torch.optim.SGD
-    base_sam = {"rho": config.rho, "backend": config.backend, **base}
+    base_sam = {
+        "rho": config.rho, "backend": config.backend, "interval": config.interval,
+        "start": round(config.late * config.epochs) * steps, **base,
+    }  # fmt: skip
     match config.method:
-        case "sam":
+        case "sam" | "sam-interval" | "sam-late" | "sam-part" | "sam-micro":
             return fastsam.SAM(w, sgd, **base_sam)
         case "asam":
             return fastsam.ASAM(w, sgd, scale=config.scale, eta=config.eta, **base_sam)
+        case "fishersam":
+            return fastsam.FisherSAM(w, sgd, eta=config.eta, **base_sam)
         case "fsam" | "fasam":
             adaptive = config.method == "fasam"
             return fastsam.FriendlySAM(
@@ -84,7 +92,8 @@ def set_up(config: Config, download: bool = False) -> Run:
     ).to(device)
     if config.channels_last:
         model = model.to(memory_format=torch.channels_last)
-    return Run(config, data, model, build_optimizer(config, model), device, [])
+    steps = math.ceil(len(data.train) / config.batch_size)
+    return Run(config, data, model, build_optimizer(config, model, steps), device, [])
 
 
 def load_state(run: Run, out: Path) -> int:
@@ -165,19 +174,51 @@ def attacked(run: Run, forward: Callable, x: Tensor, y: Tensor, rng: torch.Gener
 
 
 def step(run: Run, forward: Callable, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Make one optimizer step on a batch; return the first pass's loss and logits, detached."""
-    logits = forward(x)
-    loss = F.cross_entropy(logits, y)
-    loss.backward()
-    if run.config.rho is None:
-        run.opt.step()
-        run.opt.zero_grad()
+    """Make one optimizer step on a batch; return the first pass's loss and logits, detached (the
+    second's, where the first sees a part of the batch)."""
+    if run.config.rho is not None and run.opt.climbs_next:
+        loss, logits = sharp_gradient(run, forward, x, y)
     else:
+        logits = forward(x)
+        loss = F.cross_entropy(logits, y)
+        loss.backward()
+    run.opt.step()
+    run.opt.zero_grad()
+    return loss.detach(), logits.detach()
+
+
+def sharp_gradient(run: Run, forward: Callable, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Leave SAM's gradient of a batch in `.grad`, for the optimizer's step."""
+    if run.config.micro > 1:
+        return micro_gradients(run, forward, x, y)
+    n = max(1, round(run.config.ascent_part * len(y)))
+    logits = forward(x[:n])
+    loss = F.cross_entropy(logits, y[:n])
+    loss.backward()
+    run.opt.first_step(zero_grad=True)
+    with fastsam.freeze_bn_stats(run.model):
+        logits2 = forward(x)
+        loss2 = F.cross_entropy(logits2, y)
+    loss2.backward()
+    return (loss, logits) if n == len(y) else (loss2, logits2)
+
+
+def micro_gradients(run: Run, forward: Callable, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """m-sharpness: the mean over parts of the batch of SAM's gradient of each."""
+    losses, logits = [], []
+    for part_x, part_y in zip(
+        x.tensor_split(run.config.micro), y.tensor_split(run.config.micro), strict=True
+    ):
+        share = len(part_y) / len(y)
+        logits.append(forward(part_x))
+        losses.append(share * F.cross_entropy(logits[-1], part_y))
+        losses[-1].backward()
         run.opt.first_step(zero_grad=True)
         with fastsam.freeze_bn_stats(run.model):
-            F.cross_entropy(forward(x), y).backward()
-        run.opt.second_step(zero_grad=True)
-    return loss.detach(), logits.detach()
+            (share * F.cross_entropy(forward(part_x), part_y)).backward()
+        run.opt.stash_grad()
+    run.opt.unstash_grad()
+    return torch.stack(losses).sum(), torch.cat(logits)
 
 
 def train_epoch(run: Run, epoch: int) -> dict[str, Any]:

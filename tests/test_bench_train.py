@@ -18,7 +18,7 @@ from bench.config import resolve, resolve_evaluation
 from bench.data import augment
 from bench.evaluate import evaluate
 from bench.summary import train_and_evaluate
-from bench.train import attacked, forward_of, lr_at, set_up, train
+from bench.train import attacked, forward_of, lr_at, set_up, sharp_gradient, step, train
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = {"width": 4, "epochs": 3, "batch_size": 256, "threads": 1}
@@ -210,3 +210,63 @@ def test_augmentation_is_a_crop_of_the_reflected_image(flip):
         assert found, "not a crop of the padded image"
         seen.add(found[0])
     assert len(seen) > (30 if flip else 20), "some crops never occur"
+
+
+def sharpness(method: str, **options):
+    """A run on digits, its first batch, and the gradient that `sharp_gradient` leaves."""
+    run = set_up(resolve(method, None, {"data": "digits", "epochs": 4, "width": 4, **options}))
+    x, y = run.data.train.take(torch.arange(60)).batch(slice(None))
+    sharp_gradient(run, forward_of(run), x, y)
+    return run, x, y, [p.grad.clone() for p in run.model.parameters()]
+
+
+def gradient_at(run, w, x, y) -> list[torch.Tensor]:
+    """The gradient on (x, y) at weights w, the model in training mode."""
+    with torch.no_grad():
+        for p, value in zip(run.model.parameters(), w, strict=True):
+            p.copy_(value)
+    loss = torch.nn.functional.cross_entropy(run.model(x), y)
+    return list(torch.autograd.grad(loss, list(run.model.parameters())))
+
+
+def sam_gradient(run, w, x_climb, y_climb, x, y) -> list[torch.Tensor]:
+    """SAM's gradient by its formula: at w + rho g / ||g||."""
+    g = gradient_at(run, w, x_climb, y_climb)
+    norm = torch.stack([t.norm() for t in g]).norm()
+    rho = run.config.rho
+    return gradient_at(run, [p + rho * t / norm for p, t in zip(w, g, strict=True)], x, y)
+
+
+def test_ascent_from_a_part_of_the_batch_is_sam_with_that_parts_gradient():
+    run, x, y, found = sharpness("sam-part", ascent_part=0.25)
+    run.opt.restore()
+    w = [p.detach().clone() for p in run.model.parameters()]
+    expected = sam_gradient(run, w, x[:15], y[:15], x, y)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_micro_batches_each_climb_by_themselves():
+    run, x, y, found = sharpness("sam-micro", micro=4)
+    w = [p.detach().clone() for p in run.model.parameters()]
+    parts = [sam_gradient(run, w, *[x[i:i + 15], y[i:i + 15]] * 2) for i in range(0, 60, 15)]
+    for a, *b in zip(found, *parts, strict=True):
+        torch.testing.assert_close(a, sum(b) / 4, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("method, options, climbs", [
+    ("sam", {}, [True] * 8),
+    ("sam-interval", {"interval": 3}, [True, False, False, True, False, False, True, False]),
+    ("sam-late", {"late": 0.5, "batch_size": 700}, [False] * 4 + [True] * 4),
+])
+def test_which_steps_climb(method, options, climbs, monkeypatch):
+    run = set_up(resolve(method, None, {"data": "digits", "epochs": 4, "width": 4, **options}))
+    x, y = run.data.train.take(torch.arange(20)).batch(slice(None))
+    climbed = []
+    first_step = type(run.opt).first_step
+    monkeypatch.setattr(type(run.opt), "first_step",
+                        lambda opt, *a, **k: (climbed.append(opt.param_groups[0]["sam_steps"]),
+                                              first_step(opt, *a, **k)))
+    for _ in range(8):
+        step(run, forward_of(run), x, y)
+    assert climbed == [t for t in range(8) if climbs[t]]
