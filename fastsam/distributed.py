@@ -22,7 +22,15 @@ def shards_of(p: Tensor) -> tuple[dist.ProcessGroup, ...]:
         raise ValueError(f"a parameter of shape {tuple(p.shape)} has placements {p.placements}: "
                          "redistribute partial sums before building the optimizer")
     return tuple(p.device_mesh.get_group(i) for i, placement in enumerate(p.placements)
-                 if placement.is_shard())
+                 if not placement.is_replicate())  # is_shard() leaves out strided shards
+
+
+def placed_like(p: Tensor, g: Tensor) -> Tensor:
+    """A gradient of p, in p's placements: tensor parallelism leaves partial sums, for example,
+    in the gradients of replicated parameters."""
+    if not is_sharded(p) or not is_sharded(g) or g.placements == p.placements:
+        return g
+    return g.redistribute(p.device_mesh, p.placements)
 
 
 def like(p: Tensor, shard: Tensor) -> Tensor:
@@ -31,6 +39,9 @@ def like(p: Tensor, shard: Tensor) -> Tensor:
         return shard
     from torch.distributed.tensor import DTensor
 
+    # the same memory without an offset, which breaks torch's copies of DTensors (as made by
+    # copy.deepcopy and torch.distributed.checkpoint.async_save)
+    shard = torch.from_dlpack(shard)
     return DTensor.from_local(shard, p.device_mesh, p.placements, run_check=False,
                               shape=p.shape, stride=p.stride())
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from .distributed import is_sharded, like
 from .flat import Slot, Space, local
 
-# saved by this class or by the public SAM and F-SAM classes, and not by any base optimizer
-NOT_THE_BASES = ("ema", "ema_steps", "full_gradient", "old_p", "momentum")
+OWN = ("ema", "ema_steps", "full_gradient")  # names of what no base optimizer saves
+PUBLISHED = ("old_p", "momentum")  # what the public SAM and F-SAM classes save, and no base
 
 
 def entry(space: Space, slot: Slot) -> dict[str, Tensor]:
@@ -34,12 +34,14 @@ def entry(space: Space, slot: Slot) -> dict[str, Tensor]:
 
 def bases_part(state: dict) -> dict:
     """One parameter's saved state without what is not the base optimizer's."""
-    return {k: x for k, x in state.items() if k not in NOT_THE_BASES}
+    others = OWN + PUBLISHED if "old_p" in state else OWN
+    return {k: x for k, x in state.items() if k not in others}
 
 
 def saved_m(state: dict) -> Tensor | None:
     """m in a saved state: of this class, or of the published F-SAM code ("momentum")."""
-    return state.get("ema", state.get("full_gradient", state.get("momentum")))
+    published = state.get("momentum") if "old_p" in state else None
+    return state.get("ema", state.get("full_gradient", published))
 
 
 def check_entry(p: Tensor, state: dict) -> None:
