@@ -14,8 +14,14 @@ test: lint
 lint: .venv/ready
 	$(BIN)/ruff check .
 
+# The first call keeps its times, in runs/benchmarks; later ones fail where something takes more
+# than twice as long at its fastest (another program's load adds to the median, less to the
+# minimum). After `rm -r runs/benchmarks` the next call is the first.
 bench: .venv/ready
-	$(BIN)/python -m pytest tests/test_speed.py --benchmark-enable --benchmark-only
+	$(BIN)/python -m pytest tests/test_speed.py --benchmark-enable --benchmark-only \
+		--benchmark-storage=file://runs/benchmarks --benchmark-columns=median,iqr,min,rounds \
+		$(if $(wildcard runs/benchmarks/*/0001_*.json),--benchmark-compare='*/0001' \
+		--benchmark-compare-fail=min:100%,--benchmark-autosave)
 
 clean:
 	rm -rf .venv runs

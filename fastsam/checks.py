@@ -51,11 +51,13 @@ def refuse_unusable(p: Tensor) -> None:
 
 
 def refuse_shared(params: list[Tensor]) -> None:
-    """Refuse two parameters over the same memory: saving the second would save the first moved."""
+    """Refuse two parameters over the same memory: saving the second would save the first moved.
+    Of one with gaps, which may interleave with another, the first element is looked at."""
     with torch.no_grad():
         params = [local(p) for p in params]
-    stretches = sorted((p.data_ptr(), p.data_ptr() + p.nbytes, p.device) for p in params
-                       if p.numel() and is_dense(p))
+    stretches = sorted(
+        (p.data_ptr(), p.data_ptr() + (p.nbytes if is_dense(p) else p.element_size()), p.device)
+        for p in params if p.numel())
     for (_, end, device), (start, _, other) in pairwise(stretches):
         if start < end and device == other:
             raise ValueError("two parameters share memory: tie weights by using one Parameter "

@@ -14,8 +14,12 @@ def shards_of(p: Tensor) -> tuple[dist.ProcessGroup, ...]:
     """The process groups over which p is sharded: () for a plain or only replicated parameter.
 
     Raises:
-        ValueError: p is a partial sum, which is no parameter yet.
+        ValueError: p is a partial sum, which is no parameter yet, or a shard of
+            FullyShardedDataParallel (FSDP1), a plain tensor that knows nothing of the others.
     """
+    if getattr(p, "_fsdp_flattened", False):
+        raise ValueError(f"a parameter of shape {tuple(p.shape)} is a shard of "
+                         "FullyShardedDataParallel: use torch.distributed.fsdp.fully_shard")
     if not is_sharded(p):
         return ()
     if any(placement.is_partial() for placement in p.placements):

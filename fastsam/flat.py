@@ -41,10 +41,22 @@ class Hyper(NamedTuple):
     eps: float
     decoupled: bool
 
+    # What follows from them, exact only when taken before rounding.
+    ema_share = property(lambda self: 1 - self.lmbda)
+    momentum_share = property(lambda self: 1 - self.dampening)
+    beta1_share = property(lambda self: 1 - self.beta1)
+    beta2_share = property(lambda self: 1 - self.beta2)
+    log_beta1 = property(lambda self: math.log(self.beta1) if self.beta1 else -math.inf)
+    log_beta2 = property(lambda self: math.log(self.beta2) if self.beta2 else -math.inf)
+
+    def corrections(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """1 - beta^t for both of Adam's, at step t."""
+        return -torch.expm1(t * self.log_beta1), -torch.expm1(t * self.log_beta2)
+
     def shares(self) -> list:
-        """More columns: SHARES, in order; exact only when taken before rounding."""
-        return [self.sigma, 1 - self.lmbda, 1 - self.dampening, 1 - self.beta1, 1 - self.beta2,
-                *(math.log(beta) if beta else -math.inf for beta in (self.beta1, self.beta2))]
+        """More columns: SHARES, in order."""
+        return [self.sigma, self.ema_share, self.momentum_share, self.beta1_share,
+                self.beta2_share, self.log_beta1, self.log_beta2]
 
 
 SHARES = ("sigma as given", "1 - lmbda", "1 - dampening", "1 - beta1", "1 - beta2",
@@ -143,9 +155,10 @@ class Space:
         self.scaling: str | None = None
         self.slots, self.size = [], 0
         for p, name, group in params:
-            w = local(p)
-            self.slots.append(Slot(p, w, name, group, self.size))
-            self.size += -(-w.numel() // PAD) * PAD
+            self.slots.append(Slot(p, local(p), name, group, 0))
+        for slot in sorted(self.slots, key=lambda s: -s.w.numel()):  # small ones are neighbours
+            slot.offset = self.size
+            self.size += -(-slot.w.numel() // PAD) * PAD
 
         self.backup = self._zeros(self.size, self.acc if self.masters else self.dtype)
         self.m, self.v, self.u = self._zeros(self.size) if mode else None, None, None
@@ -181,11 +194,15 @@ class Space:
                             "use state_dict() or torch.distributed.checkpoint")
         slots = [Slot(s.param, s.param, s.name, s.group, s.offset, s.a, s.b) for s in self.slots]
         views = ("control", "hyper", "_hyper_values", "_tables", "_memory", "rows", "flat_w")
-        return {**{k: x for k, x in self.__dict__.items() if k not in views}, "slots": slots}
+        return {**{k: x for k, x in self.__dict__.items() if k not in views}, "slots": slots,
+                "orders": [s.backup.stride() for s in self.slots]}
 
     def __setstate__(self, state: dict) -> None:
-        self.__dict__.update(state, flat_w=None)  # the copied parameters may lie anywhere
+        orders = state["orders"]
+        self.__dict__.update({k: x for k, x in state.items() if k != "orders"}, flat_w=None)
         self._attach()
+        for s, stride in zip(self.slots, orders, strict=True):
+            self._reorder(s, stride)  # the copied parameters may lie anywhere, in any order
 
     def absorb(self, old: "Space") -> None:
         """Take over the state of a space whose slots are the first ones of this."""
@@ -212,6 +229,15 @@ class Space:
         s.dense = is_dense(s.w)
         s.backup, s.m, s.v, s.u = (self._view(flat, s.w, s.offset)
                                    for flat in (self.backup, self.m, self.v, self.u))
+
+    def _reorder(self, s: Slot, stride: tuple[int, ...]) -> None:
+        """Bring the slot's values from the order that they lie in into its parameter's."""
+        old = [None if flat is None else flat.as_strided(s.w.shape, stride, s.offset).clone()
+               for flat in (self.backup, self.m, self.v, self.u)]
+        self._lay_out(s)
+        for new, values in zip((s.backup, s.m, s.v, s.u), old, strict=True):
+            if new is not None:
+                new.copy_(values)
 
     def _pack(self) -> Tensor | None:
         """Turn the parameters into views, with their own strides, of one flat buffer; or leave
@@ -251,11 +277,7 @@ class Space:
                     f"is now {tuple(s.w.shape)} of strides {s.w.stride()}, {s.w.dtype} on "
                     f"{s.w.device}: build the optimizer after the model has its final form")
             if is_dense(s.w) and not same_layout(s.w, s.backup):
-                old = [None if t is None else t.clone() for t in (s.backup, s.m, s.v, s.u)]
-                self._lay_out(s)
-                for new, values in zip((s.backup, s.m, s.v, s.u), old, strict=True):
-                    if new is not None:  # the same values in the parameter's new order
-                        new.copy_(values)
+                self._reorder(s, s.backup.stride())
         self._memory = memory
         return True
 
@@ -313,8 +335,8 @@ class Space:
         """Give every slot the fused base optimizer's buffers: v, and u for Adam."""
         self.v = self._zeros(self.size)
         self.u = self._zeros(self.size) if self.base == "adam" else None
-        for s in self.slots:
-            self._lay_out(s)
+        for s in self.slots:  # as the other buffers are, which a re-ordered parameter left behind
+            s.v, s.u = (self._view(flat, s.backup, s.offset) for flat in (self.v, self.u))
 
     def sum_over_shards(self, partials: Tensor) -> Tensor:
         """Partial sums of this process's shards -> those of the whole parameters."""

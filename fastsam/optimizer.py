@@ -109,7 +109,7 @@ class SAM(Optimizer):
         self.defaults = {**self.base_optimizer.defaults, **own}
         if self._fused:
             refuse_unfused(self.param_groups)
-        else:  # the base's own state is what `state` shows; m is added when it is saved
+        else:  # one state for both, to which m is added when the base has set it up
             self.state = self.base_optimizer.state
         self._add_spaces(range(len(self.param_groups)))
         if wrapped and self._fused:
@@ -200,13 +200,15 @@ class SAM(Optimizer):
     def _kinds(self) -> list[tuple[torch.device, torch.dtype, bool]]:
         return [(s.device, s.dtype, all(x.dense for x in s.slots)) for s in self._spaces]
 
-    def _link_state(self) -> None:
-        """Make `state[p]` show the slot's own tensors, under torch's names for the base's."""
-        if self._fused:
-            for space in self._spaces:
-                for slot in space.slots:
-                    if entry := saving.entry(space, slot):
-                        self.state[slot.param].update(entry)
+    def _link_state(self, initialised: Iterable[Tensor] = ()) -> None:
+        """Make `state[p]` show the slot's own tensors, under torch's names for the base's. A base
+        that is not fused sets p's state up at a step where it finds none, so m is shown beside it
+        only from then on: where there is a state, and for `initialised`."""
+        for space in self._spaces:
+            for slot in space.slots:
+                p = slot.param
+                if self._fused or p in initialised or self.state.get(p):
+                    self.state[p].update(saving.entry(space, slot))
 
     def _bring_hyper(self) -> None:
         """Send the groups' current values (a scheduler may have changed them) to the device."""
@@ -441,7 +443,10 @@ class SAM(Optimizer):
             for p in self._parameters():
                 if p.grad is not None:
                     p.grad.div_(grad_scale)
+        new = {p for p in self._parameters() if p.grad is not None and not self.state.get(p)}
         self.base_optimizer.step()
+        if new:
+            self._link_state(new)
 
     # ---- several first passes for one step
 
@@ -592,11 +597,16 @@ class SAM(Optimizer):
                 with gradients set aside.
         """
         self._need_phase(False, "state_dict")
-        state = super().state_dict()
-        if not self._fused:
-            own = self._by_index(lambda space, slot: saving.entry(space, slot))
+        with saving.without_hooks(self, "_optimizer_state_dict_post_hooks") as (hooks,):
+            state = super().state_dict()
+        if self._fused:
+            state["state"] = {i: saving.as_torch_saves(x) for i, x in state["state"].items()}
+        else:
+            own = self._by_index(saving.entry)
             base = self.base_optimizer.state_dict()["state"]
             state["state"] = {i: {**base.get(i, {}), **own.get(i, {})} for i in {**base, **own}}
+        for hook in hooks.values():
+            state = hook(self, state) or state
         return state
 
     def _by_index(self, entry: Callable[[Space, Slot], dict]) -> dict[int, dict]:
@@ -636,9 +646,12 @@ class SAM(Optimizer):
         self.base_optimizer.param_groups = self.param_groups
         if not self._fused:
             theirs = {i: saving.bases_part(state) for i, state in state_dict["state"].items()}
+            theirs = {i: part for i, part in theirs.items() if part}
             self.base_optimizer.load_state_dict({**state_dict, "state": theirs})
             self.param_groups, self.state = (self.base_optimizer.param_groups,
                                              self.base_optimizer.state)
+            for p in [p for p, state in self.state.items() if state is None]:
+                del self.state[p]  # ZeroRedundancyOptimizer's sign for another process's
         for p, state in zip(params, states, strict=True):
             saving.load_slot(*self._slot_of(p), state)
         self._link_state()

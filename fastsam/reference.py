@@ -14,18 +14,16 @@ with the signatures of `fastsam.kernels`. They load, compute in float32 (float64
 weights), and cast at the store. Nothing here reads a device value on the host.
 """
 
-import math
-
 import torch
 from torch import Tensor
 
 from .flat import GUARD, Hyper, Slot, Space
 
 
-def ema(m: Tensor, g: Tensor, lmbda: float, first: Tensor | None = None) -> Tensor:
-    """The estimate of the full gradient (F-SAM eq. 14). Where `first`, m, still 0, becomes g."""
-    share = 1 - lmbda if first is None else 1 - lmbda * (~first).to(g)
-    return lmbda * m + share * g
+def ema(m: Tensor, g: Tensor, h: Hyper, first: Tensor | None = None) -> Tensor:
+    """The estimate of the full gradient (F-SAM eq. 14). Where `first`, m becomes g."""
+    new = h.lmbda * m + h.ema_share * g
+    return new if first is None else torch.where(first, g, new)
 
 
 def direction(g: Tensor, m: Tensor, sigma: float) -> Tensor:
@@ -35,28 +33,29 @@ def direction(g: Tensor, m: Tensor, sigma: float) -> Tensor:
 
 def projection(dots: Tensor, kind: str) -> Tensor:
     """What sigma is multiplied with, from (<g, m>, <g, g>, <m, m>), shape (3,): the cosine
-    (F-SAM eq. 11), or <g, m> / <m, m>, which leaves d orthogonal to m. 0 where m or g is 0."""
+    (F-SAM eq. 11), or <g, m> / <m, m>, which leaves d orthogonal to m. 0 where m or g is 0, not
+    finite where g is not."""
     gm, gg, mm = dots
     size = mm if kind == "orthogonal" else gg.sqrt() * mm.sqrt()
-    return torch.where(size == 0, torch.zeros_like(gm), gm / size)
+    return torch.where(size == 0, 0 * gm, gm / size)
 
 
 def scaling(w: Tensor, g: Tensor, a: float, b: float, kind: str | None) -> Tensor | float:
     """T. ASAM: a |w| + b, where |w| is (1, 0), |w| + eta is (1, eta) and SAM's 1 is (0, 1).
     FisherSAM: the root of the inverse Fisher diagonal, f = g^2, with a = eta."""
-    if not a:
+    if not is_on(a):
         return 1.0
     return a * w.abs() + b if kind == "weights" else 1 / (1 + a * g * g).sqrt()
 
 
 def sgd(w: Tensor, g: Tensor, v: Tensor | None, first: Tensor, h: Hyper,
         ) -> tuple[Tensor, Tensor | None]:
-    """torch.optim.SGD's update: the new w and v. At the first step v, still 0, becomes g."""
+    """torch.optim.SGD's update: the new w and v. At the first step v becomes g."""
     if is_on(h.weight_decay):
         g = g + h.weight_decay * w
-    if h.momentum:
-        share = 1 - h.dampening * (~first).to(g) if h.dampening else 1
-        v = h.momentum * v + share * g
+    if is_on(h.momentum):
+        new = h.momentum * v + h.momentum_share * g
+        v = torch.where(first, g, new) if is_on(h.dampening) else new
         g = g + h.momentum * v if h.nesterov else v
     return w - h.lr * g, v
 
@@ -68,10 +67,9 @@ def adam(w: Tensor, g: Tensor, v: Tensor, u: Tensor, t: Tensor, h: Hyper,
         w = w * (1 - h.lr * h.weight_decay)
     elif is_on(h.weight_decay):
         g = g + h.weight_decay * w
-    v = h.beta1 * v + (1 - h.beta1) * g
-    u = h.beta2 * u + (1 - h.beta2) * g * g
-    c1, c2 = (-torch.expm1(t * (math.log(beta) if beta else -math.inf))  # 1 - beta^t
-              for beta in (h.beta1, h.beta2))
+    v = h.beta1 * v + h.beta1_share * g
+    u = h.beta2 * u + h.beta2_share * g * g
+    c1, c2 = h.corrections(t)
     return w - h.lr / c1 * v / ((u / c2).sqrt() + h.eps), v, u
 
 
@@ -107,10 +105,10 @@ def ascent(space: Space, slot: Slot) -> tuple[Tensor, Tensor, Tensor | None]:
     if space.mode is None:
         return g, g, None
     if space.mode == "algorithm1":
-        m = ema(slot.m, g, h.lmbda)
+        m = ema(slot.m, g, h)
         return g, direction(g, m, h.sigma), m
     if space.mode == "official":
-        return g, direction(g, slot.m, h.sigma), ema(slot.m, g, h.lmbda, slot.m_steps == 0)
+        return g, direction(g, slot.m, h.sigma), ema(slot.m, g, h, slot.m_steps == 0)
     return g, h.sigma * slot.m if space.mode == "full" else direction(g, slot.m, h.sigma), None
 
 
@@ -188,7 +186,7 @@ def step(space: Space, perturbed: bool) -> None:
         slot.w.copy_(w)
         if space.masters:
             slot.backup.copy_(w)
-        if space.base == "adam" or h.momentum:
+        if space.base == "adam" or is_on(h.momentum):
             slot.v.copy_(torch.where(ok, v, slot.v))
             slot.v_steps += ok
     c.skipped += ~ok

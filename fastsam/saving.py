@@ -97,20 +97,34 @@ def fill(own: Tensor | None, value: Tensor | None) -> None:
         own.zero_() if value is None else own.copy_(local(value))
 
 
+def as_torch_saves(state: dict) -> dict:
+    """One parameter's state with Adam's step counter as torch's Adam wants it: on the CPU, in
+    float32."""
+    step = {"step": state["step"].float().cpu()} if "exp_avg" in state else {}
+    return {**state, **step}
+
+
+@contextmanager
+def without_hooks(optimizer, *names: str) -> Iterator[list]:
+    """Give the optimizer's hooks of these names, and let none of them run inside."""
+    hooks = [getattr(optimizer, name) for name in names]
+    for name in names:
+        setattr(optimizer, name, OrderedDict())
+    try:
+        yield hooks
+    finally:
+        for name, those in zip(names, hooks, strict=True):
+            setattr(optimizer, name, those)
+
+
 @contextmanager
 def hooks_around(optimizer, state_dict: dict) -> Iterator[dict]:
     """Run the hooks of load_state_dict on the whole state, before the block and after it, and
     none of them inside."""
-    names = ("_optimizer_load_state_dict_pre_hooks", "_optimizer_load_state_dict_post_hooks")
-    before, after = (getattr(optimizer, name) for name in names)
-    for hook in before.values():
+    for hook in optimizer._optimizer_load_state_dict_pre_hooks.values():
         state_dict = hook(optimizer, state_dict) or state_dict
-    for name in names:
-        setattr(optimizer, name, OrderedDict())
-    try:
+    with without_hooks(optimizer, "_optimizer_load_state_dict_pre_hooks",
+                       "_optimizer_load_state_dict_post_hooks") as (_, after):
         yield state_dict
-    finally:
-        for name, hooks in zip(names, (before, after), strict=True):
-            setattr(optimizer, name, hooks)
     for hook in after.values():
         hook(optimizer)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .distributed import placed_like
 from .flat import local
 from .optimizer import SAM, PhaseError
 
@@ -171,7 +172,8 @@ class FullGradientSAM(SAM):
                                  f"{tuple(p.shape)}: give them in the order of the groups")
         slots = {slot.param: slot for slot in self._slots()}
         for p, g in zip(params, gradients, strict=True):
-            slots[p].m.zero_() if g is None else slots[p].m.copy_(local(g))
+            slots[p].m.zero_() if g is None else slots[p].m.copy_(
+                local(placed_like(p, g)))
         self._has_full_gradient = True
 
     def measure_full_gradient(self, batches: Iterable, loss: Callable) -> None:

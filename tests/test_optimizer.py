@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import fastsam
-from fastsam import ASAM, SAM, FriendlySAM, PhaseError
+from fastsam import ASAM, SAM, FriendlySAM, FullGradientSAM, PhaseError
 
 from .contract import (
     CLASSES,
@@ -334,3 +334,26 @@ def test_reports_say_what_runs_and_what_it_keeps(device):
     for name in ("backup", "ema", "base"):
         assert 4 * numel <= kept[name] < 4 * numel + 8 * 64
     assert fastsam.__version__
+
+
+@pytest.mark.parametrize("twin", [lambda t: t[:, ::2], lambda t: t[:, ::3], lambda t: t])
+def test_parameters_with_gaps_over_the_same_memory_are_refused(twin):
+    table = torch.randn(4, 6)
+    p, q = nn.Parameter(table[:, ::2]), nn.Parameter(twin(table))
+    with pytest.raises(ValueError, match="share memory"):
+        SAM([p, q], torch.optim.SGD, lr=0.1)
+    SAM([p, nn.Parameter(table[:, 1::2])], torch.optim.SGD, lr=0.1)  # interleaved, not shared
+
+
+@pytest.mark.parametrize("projection", ["cosine", "orthogonal"])
+def test_a_bad_gradient_is_a_skip_even_where_the_full_gradient_is_zero(backend, device, projection):
+    p = nn.Parameter(torch.ones(3, device=device))
+    opt = FullGradientSAM([p], torch.optim.SGD, "full", rho=0.1, projection=projection, lr=0.1,
+                          backend=backend)
+    opt.set_full_gradient([None])
+    for g, skips in ((1.0, 0), (float("inf"), 1), (float("nan"), 2)):
+        p.grad = torch.full_like(p, g)
+        opt.first_step(zero_grad=True)
+        assert (p == 1).all()
+        opt.second_step()
+        assert opt.skipped_steps == skips

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastsam import SAM
+from fastsam import SAM, FriendlySAM
 
 from .contract import (
     HYPER,
@@ -138,3 +138,38 @@ def test_the_public_class_state_with_old_p_is_tolerated(backend, device):
     state["state"] = {0: {"old_p": torch.zeros(1)}}
     opt.load_state_dict(state)
     assert "old_p" not in opt.state_dict()["state"][0]
+
+
+# ---- parameters whose memory someone re-ordered, as model.to(memory_format=...) does
+
+
+def reordered(backend, device, **kwargs):
+    """An optimizer with state, its parameter, and that state, before the next step sees that the
+    parameter has other strides."""
+    p = nn.Parameter(torch.randn(3, 5, device=device))
+    opt = FriendlySAM([p], torch.optim.SGD, rho=0.1, lr=0.1, backend=backend, **kwargs)
+    p.grad = torch.randn(3, 5, device=device)
+    opt.first_step()
+    opt.second_step()
+    before = {k: x.clone() for k, x in opt.state[p].items()}
+    p.data = p.data.t().contiguous().t()
+    return p, opt, before
+
+
+@pytest.mark.parametrize("way", ["deepcopy", "pickle"])
+def test_a_copy_of_a_reordered_parameter_keeps_its_state(backend, device, way):
+    p, opt, before = reordered(backend, device, momentum=0.9)
+    copied = copy.deepcopy((p, opt)) if way == "deepcopy" else pickle.loads(pickle.dumps((p, opt)))
+    for q, o in (copied, (p, opt)):
+        for name, value in before.items():
+            assert torch.equal(o.state[q][name], value), name
+
+
+def test_momentum_that_begins_after_a_reordering_leaves_the_average_alone(device):
+    p, opt, before = reordered("reference", device)
+    late = nn.Parameter(torch.randn(4, device=device, dtype=torch.bfloat16))
+    opt.add_param_group(dict(params=[late], momentum=0.9))
+    p.grad = torch.zeros(3, 5, device=device)
+    opt.first_step()
+    opt.restore()
+    assert torch.equal(opt.state[p]["ema"], 0.9 * before["ema"])

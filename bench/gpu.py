@@ -1,0 +1,288 @@
+"""What wants a CUDA device, as one command that can be interrupted: `python -m bench gpu`.
+
+Parity comes first (the tests that run kernels, on the device; compute-sanitizer over a step of
+every variant), then the optimizer's step, the kernels' hardware counters, and training throughput.
+Each piece is a process of its own with a time limit; what ended is noted in state.json, so that the
+command, given again, goes on with the rest.
+"""
+
+import hashlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.contenders import BASES
+from bench.models import MODELS
+from bench.record import ROOT, git_hash, write_json
+from bench.watched import LEFT_OUT
+
+LIMIT = 570  # seconds: leased machines take commands of ten minutes
+TIMED_OUT = 124  # the exit code of coreutils' timeout
+RED = "parity is red"  # what `bench step` and `bench throughput` print then
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One command: `arguments` to this Python. estimate, limit: seconds. gate: parity, without
+    which nothing after it is measured. rows: the JSONL file that it appends to, if any."""
+
+    name: str
+    arguments: tuple[str, ...]
+    estimate: float
+    limit: float = LIMIT
+    gate: bool = False
+    rows: Path | None = None
+
+
+# ---- the agenda
+
+
+def test_pieces() -> list[Piece]:
+    """Return a piece per test file. The optimizer's tests that take the `device` fixture run
+    kernels, and are gates."""
+    pieces = []
+    for path in sorted((ROOT / "tests").glob("test_*.py")):
+        on_device = re.search(r"def test_\w+\([^)]*\bdevice\b", path.read_text()) is not None
+        name = "tests-" + path.stem.removeprefix("test_").replace("_", "-")
+        arguments = ("-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/{path.name}")
+        estimate = 300 if path.stem == "test_kernels" else 60
+        pieces.append(Piece(name, arguments, estimate,
+                            gate=on_device and not name.startswith("tests-bench")))
+    return pieces
+
+
+def step_pieces(rows: Path) -> list[Piece]:
+    """Return a piece per workload, base and form, SGD's first."""
+    billion = ("--params", "1000000000", "--methods")  # they fit for one method at a time
+    workloads = {
+        "preactresnet18": ("--model", "preactresnet18"),
+        "resnet18": ("--model", "resnet18"),
+        "36m": ("--params", "36479194", "--tensors", "80"),  # WRN-28-10's
+        "100m": ("--params", "100000000"),
+        "1b-plain": (*billion, "sgd"), "1b-sam": (*billion, "sam"), "1b-fsam": (*billion, "fsam"),
+    }  # fmt: skip
+    pieces = []
+
+    def add(name: str, estimate: float, *options: str) -> None:
+        arguments = ("-m", "bench", "step", "--device", "cuda", *options, "--rows", str(rows))
+        pieces.append(Piece(name, arguments, estimate, rows=rows))
+
+    for base, (name, size), graph in product(BASES, workloads.items(), ((), ("--graph",))):
+        full_name = "-".join(("step", name, base, *(g.strip("-") for g in graph)))
+        add(full_name, 150, *size, "--base", base, "--no-compile", *graph)
+    add("step-preactresnet18-peers-compiled", 400, "--methods", "sam", "fsam", "--compile")
+    return pieces
+
+
+def throughput_pieces(rows: Path) -> list[Piece]:
+    """Return, for every model, all methods eagerly, then each with a compiled model, as one CUDA
+    graph, and both."""
+    pieces = []
+
+    def add(name: str, *options: str) -> None:
+        arguments = ("-m", "bench", "throughput", "--device", "cuda", *options, "--rows", str(rows))
+        pieces.append(Piece(f"throughput-{name}", arguments, 200, rows=rows))
+
+    forms = {
+        "compiled": ("--compile", "--beside", "eager"),
+        "graph": ("--beside", "graph"),
+        "compiled-graph": ("--compile", "--beside", "graph"),
+    }
+    for model in MODELS:
+        add(f"{model}-eager", "--model", model)
+        for (form, options), method in product(forms.items(), ("sgd", "sam", "fsam", "at-linf")):
+            add(f"{model}-{form}-{method}", "--model", model, "--methods", method, *options)
+    return pieces
+
+
+def agenda(out: Path) -> list[Piece]:
+    """Return every piece in its order; rows go to files in `out`."""
+    tests, counted = test_pieces(), out / "counters.jsonl"
+
+    def program(name: str, *arguments: str, **how: Any) -> Piece:
+        return Piece(name, ("-m", "bench.watched", name, *arguments), 240, **how)
+
+    return [
+        *(p for p in tests if p.gate),
+        program("memcheck", gate=True),
+        program("racecheck", gate=True),
+        *step_pieces(out / "step.jsonl"),
+        program("counters", str(counted), rows=counted),
+        *throughput_pieces(out / "throughput.jsonl"),
+        *(p for p in tests if not p.gate),
+    ]
+
+
+# ---- running it
+
+
+def code_digest() -> str:
+    """Return a digest of the optimizer's and the kernels' sources: what is checked and timed."""
+    paths = sorted(p for d in ("fastsam", "kernels") for p in (ROOT / d).glob("*.py"))
+    return hashlib.sha256(b"".join(p.read_bytes() for p in paths)).hexdigest()[:12]
+
+
+def read_state(out: Path) -> dict[str, dict[str, Any]]:
+    """Return what has ended: {piece: {"exit", "seconds", "git", "note", "code", "device"}}.
+
+    Raises ValueError when state.json is not that.
+    """
+    path = out / "state.json"
+    try:
+        return dict(json.loads(path.read_text())) if path.exists() else {}
+    except (ValueError, TypeError) as e:
+        raise ValueError(f"{str(path)!r} cannot be read ({e}); remove it to start afresh") from e
+
+
+def outcome(entry: dict[str, Any] | None, here: dict[str, str]) -> str:
+    """Return "to do", "green", "left out", "timed out" or "failed". Only what ended with the
+    present code on the present device counts."""
+    if entry is None or any(entry[k] != x for k, x in here.items()):
+        return "to do"
+    return {0: "green", LEFT_OUT: "left out", TIMED_OUT: "timed out"}.get(entry["exit"], "failed")
+
+
+def waiting(pieces: list[Piece], state: dict, here: dict[str, str]) -> list[Piece]:
+    """Return the pieces not done: gates, then what was not tried yet, then what failed."""
+    left = [(p, outcome(state.get(p.name), here)) for p in pieces]
+    left = [(p, o) for p, o in left if o not in ("green", "left out")]
+    return [p for p, o in sorted(left, key=lambda po: (not po[0].gate, po[1] != "to do"))]
+
+
+def run_piece(piece: Piece, log: Path, limit: float) -> tuple[int, str]:
+    """Run a piece for at most `limit` seconds; return its exit code and output, also in `log`."""
+    env = {k: x for k, x in os.environ.items() if k != "TRITON_INTERPRET"}
+    with open(log, "ab") as f:
+        f.write(f"\n==== {piece.name}: python {' '.join(piece.arguments)}\n".encode())
+        f.flush()
+        start = f.tell()
+        child = subprocess.Popen(
+            [sys.executable, *piece.arguments], cwd=ROOT, env=env | {"PYTHONUNBUFFERED": "1"},
+            stdin=subprocess.DEVNULL, stdout=f, stderr=f, start_new_session=True,
+        )  # fmt: skip
+        try:
+            code = child.wait(limit)
+        except subprocess.TimeoutExpired:
+            code = TIMED_OUT
+        finally:  # its children too: they would share the GPU with the next piece
+            with suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
+    return code, log.read_bytes()[start:].decode(errors="replace")
+
+
+def read_rows(path: Path | None) -> list[dict[str, Any]]:
+    if path is None or not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def headline(rows: list[dict[str, Any]]) -> str | None:
+    """Return the numbers that a piece was run for, from the rows it added: Friendly-SAM's, if any;
+    of its counters the worst."""
+    rows = [row for row in rows if row.get("implementation", "fastsam triton") == "fastsam triton"]
+    rows = [row for row in rows if row["method"] == "fsam"] or rows
+    if not rows:
+        return None
+    row = rows[-1]
+    if row["kind"] == "throughput":
+        speeds = {row["loop"]: f"{row['images_per_second']:.0f} {row['loop']}" for row in rows}
+        return f"{row['method']}, images/s: {', '.join(speeds.values())}"
+    if row["kind"] == "step":
+        return (f"{row['method']} {row['ms']['p50']:.3g} ms, {row['of_copy']:.0%} of copy, "
+                f"{row['launches']} launches")  # fmt: skip
+    row = max(rows, key=lambda row: row["of_budget"])
+    return f"{row['method']} at most {row['of_budget']:.2f} times its budget, in {row['kernel']}"
+
+
+def last_line(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1][:100] if lines else ""
+
+
+def table(pieces: list[Piece], state: dict, here: dict[str, str]) -> str:
+    """Return a line per piece: its name, outcome, seconds (estimated, where to do) and note."""
+    width = max((len(p.name) for p in pieces), default=0)
+    lines = []
+    for p in pieces:
+        o, entry = outcome(state.get(p.name), here), state.get(p.name, {})
+        seconds = f"~{p.estimate:.0f}" if o == "to do" else f"{entry['seconds']:.0f}"
+        note = "" if o == "to do" else entry["note"]
+        lines.append(f"{p.name:{width}}  {o:9} {seconds:>5} s  {note}".rstrip())
+    return "\n".join(lines)
+
+
+def run(pieces: list[Piece], out: Path, here: dict[str, str], minutes: float | None = None,
+        again: bool = False) -> int:  # fmt: skip
+    """Run the pieces that are not done, note each in state.json, print a table last.
+
+    here: {"code", "device"}, for which a note counts. minutes: start nothing whose estimate (its
+    last duration, where it failed) does not fit in what is left of them. again: done pieces too.
+    Returns 1 when a piece failed; parity that is not green ends the session at once. Raises
+    ValueError as `read_state`.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    state, start, failed = read_state(out), time.monotonic(), False
+    for piece in pieces if again else waiting(pieces, state, here):
+        left = float("inf") if minutes is None else 60 * minutes - (time.monotonic() - start)
+        tried = outcome(state.get(piece.name), here) in ("failed", "timed out")
+        estimate = max(piece.estimate, state[piece.name]["seconds"] if tried else 0)
+        if estimate > left:
+            print(f"{piece.name}: about {estimate:.0f} s do not fit in {left:.0f} s", flush=True)
+            if piece.gate:
+                break
+            continue
+        print(f"{piece.name}: about {estimate:.0f} s", flush=True)
+        had, git, began = len(read_rows(piece.rows)), git_hash(), time.monotonic()
+        code, output = run_piece(piece, out / "log.txt", min(piece.limit, left))
+        note = headline(read_rows(piece.rows)[had:]) or last_line(output)
+        state[piece.name] = {"exit": code, "seconds": round(time.monotonic() - began, 1),
+                             "git": git, "note": note, **here}  # fmt: skip
+        write_json(out / "state.json", state)
+        if code in (0, LEFT_OUT):
+            continue
+        failed = True
+        print("\n".join(output.splitlines()[-20:]), flush=True)
+        if piece.gate or RED in output:
+            print(f"{piece.name} is not green; a speed without parity is worth nothing: stopped")
+            break
+    print(f"\n{table(pieces, state, here)}\nnotes, rows and output are in {out}")
+    return int(failed)
+
+
+def gpu(out: Path, minutes: float | None = None, only: list[str] | None = None,
+        show: bool = False) -> int:  # fmt: skip
+    """Run the agenda, or the pieces named by `only`, done or not and whatever the gates' state;
+    `show` lists it, and where there is no GPU, what any device has done.
+
+    Raises ValueError without a CUDA device, for minutes that are not positive, for an unknown name.
+    """
+    if minutes is not None and not minutes > 0:
+        raise ValueError(f"minutes must be positive, got {minutes}")
+    out = out.absolute()
+    pieces = agenda(out)
+    for name in only or ():
+        if name not in {p.name for p in pieces}:
+            raise ValueError(f"there is no piece {name!r}; --list names them")
+    pieces = [p for p in pieces if only is None or p.name in only]
+    here = {"code": code_digest()}
+    if torch.cuda.is_available():
+        here["device"] = torch.cuda.get_device_name()
+    elif not show:
+        raise ValueError("torch sees no CUDA device here, and every piece needs one; --list works")
+    if show:
+        print(table(pieces, read_state(out), here))
+        return 0
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends the piece too
+    return run(pieces, out, here, minutes, again=only is not None)
