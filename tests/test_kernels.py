@@ -513,8 +513,8 @@ def test_changed_hyper_parameters_are_used_at_once(device):
 
 
 def test_the_kernels_columns_are_the_flat_space_s():
-    columns = (*flat.Hyper._fields, "given_sigma", "ema_share", "momentum_share", "beta1_share", "beta2_share",
-               "log_beta1", "log_beta2")
+    columns = (*flat.Hyper._fields, "given_sigma", "ema_share", "momentum_share", "beta1_share",
+               "beta2_share", "log_beta1", "log_beta2")
     unused = {"dampening", "given_sigma"}  # 1 - dampening, and sigma as it is, are enough
     assert all(getattr(common, name.upper()).value == i
                for i, name in enumerate(columns) if name not in unused)
