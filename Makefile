@@ -1,6 +1,7 @@
 # make demo: train and attack four small networks, end with a table and two plots (4 minutes)
 # make test: everything CI runs (ruff, then pytest)
-.PHONY: demo test lint bench clean
+# make fuzz: 20,000 drawn sequences of events beside the oracle, with fresh seeds (25 minutes)
+.PHONY: demo test fuzz lint bench clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -9,7 +10,11 @@ demo: .venv/ready
 	$(BIN)/python -m bench compare --demo
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+fuzz: .venv/ready
+	$(BIN)/python -m tests.sequences --examples 20000
+	$(BIN)/python -m tests.sequences --examples 2000 --backend triton --events 4
 
 lint: .venv/ready
 	$(BIN)/ruff check .

@@ -1,4 +1,5 @@
-"""python -m bench train | compare | evaluate | step | report: the command line, in a checkout."""
+"""python -m bench train | compare | evaluate | step | throughput | gpu | report: the command line,
+in a checkout."""
 
 import argparse
 import sys
@@ -111,14 +112,15 @@ def add_report_command(commands: Any) -> None:
 
 
 def add_throughput_command(commands: Any) -> None:
-    """Options of Config and of bench.throughput.Options; absent ones stay out of the namespace."""
+    """Options of Config and of bench.loops.Options; absent ones stay out of the namespace."""
     text = "images/s of training and where the time goes, beside the plain recipe, on random images"
     add = commands.add_parser(
         "throughput", help=text, description=text, argument_default=argparse.SUPPRESS
     ).add_argument
     add("--methods", nargs="+", default=["sgd", "sam", "asam", "fsam", "at-linf"],
-        help=f"of {METHODS} (default sgd sam asam fsam at-linf)")  # fmt: skip
-    add("--beside", nargs="*", help="of eager, fp32, fp32-nchw, uncompiled, plain "
+        help="of sgd, sam, asam, fsam, fasam, at-linf, at-l2 "
+        "(default sgd sam asam fsam at-linf)")  # fmt: skip
+    add("--beside", nargs="*", help="of eager, fp32, fp32-nchw, uncompiled, graph, plain "
         "(default eager plain)")  # fmt: skip
     add("--model", help="preactresnet18 (default) or smallconv")
     add("--width", type=int, help="channels of the first layer (default 64)")
@@ -140,6 +142,16 @@ def add_throughput_command(commands: Any) -> None:
     add("--steps", type=int, help="in a turn (default 1, on a GPU 30)")
     add("--turns", type=int, help="of each loop (default 5)")
     add("--rows", type=Path, help="append a row per loop to this JSONL file")
+
+
+def add_gpu_command(commands: Any) -> None:
+    text = "on a CUDA device: parity, then every measurement; repeat the command to go on with it"
+    add = commands.add_parser("gpu", help=text, description=text).add_argument
+    add("--minutes", type=float, help="start nothing that would not end within so many minutes")
+    add("--list", action="store_true", help="show the pieces and how they ended; run none")
+    add("--only", nargs="+", metavar="NAME", help="these pieces, done or not")
+    add("--out", type=Path, default=Path("runs/gpu"),
+        help="for state.json, log.txt and the rows (default runs/gpu)")  # fmt: skip
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -183,6 +195,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_step_command(commands)
     add_report_command(commands)
     add_throughput_command(commands)
+    add_gpu_command(commands)
     return parser
 
 
@@ -286,7 +299,8 @@ def run_throughput(options: dict[str, Any]) -> int:
     from dataclasses import fields, replace
 
     from bench.config import resolve
-    from bench.throughput import Options, throughput
+    from bench.loops import Options
+    from bench.throughput import throughput
 
     given = {f.name: options[f.name] for f in fields(Options) if f.name in options}
     if "beside" in given:
@@ -297,12 +311,19 @@ def run_throughput(options: dict[str, Any]) -> int:
     return throughput(configs, Options(**given), options.get("rows"))
 
 
+def run_gpu(options: dict[str, Any]) -> int:
+    from bench.gpu import gpu
+
+    return gpu(options["out"], options["minutes"], options["only"], options["list"])
+
+
 def main(argv: list[str] | None = None) -> int:
     """Return the exit code: 0, 1 when a benchmark's parity check is red, or 2 after one sentence
     about the input that cannot be used."""
     options = vars(build_parser().parse_args(argv))
     command = {"train": run_train, "compare": run_compare, "evaluate": run_evaluate,
-               "step": run_step, "report": run_report, "throughput": run_throughput}  # fmt: skip
+               "step": run_step, "report": run_report, "throughput": run_throughput,
+               "gpu": run_gpu}  # fmt: skip
     try:
         return command[options["command"]](options) or 0
     except (ValueError, OSError) as e:

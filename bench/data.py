@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bench.pipeline import Augmentation, decide, gather
+
 # SAM_AT utils.py (Zhang, He, Zhu, Chen, Wang, Wei 2024); other data: computed from the training set
 NORMALISATION = {
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)),
@@ -205,21 +207,10 @@ def read_images(root: Path, image_size: int | None) -> tuple[Split, list[str]]:
 def augment(images: Tensor, pad: int, flip: bool, generator: torch.Generator) -> Tensor:
     """Crop each image at a random place of its reflection-padded self, and mirror half of them.
 
-    images: (B, C, H, W). Each pixel's source row and column is computed, reflection and mirroring
-    included, and one gather moves them all.
+    images: (B, C, H, W).
     """
-    b, c, h, w = images.shape
-    device = images.device
-
-    def source(n: int) -> Tensor:
-        shift = torch.randint(-pad, pad + 1, (b, 1), device=device, generator=generator)
-        i = torch.arange(n, device=device) + shift
-        return (n - 1) - ((n - 1) - i.abs()).abs()
-
-    rows, cols = source(h), source(w)
-    if flip:
-        mirrored = torch.rand(b, 1, device=device, generator=generator) < 0.5
-        cols = torch.where(mirrored, cols.flip(1), cols)
-    image = torch.arange(b, device=device).view(b, 1, 1, 1)
-    channel = torch.arange(c, device=device).view(1, c, 1, 1)
-    return images[image, channel, rows.view(b, 1, h, 1), cols.view(b, 1, 1, w)]
+    b, _, h, w = images.shape
+    moved = decide(b, h, w, Augmentation(pad, flip=flip), generator)
+    every = torch.arange(b, device=images.device)
+    cropped = gather(images.permute(0, 2, 3, 1), every, moved, "reflect")
+    return cropped.permute(0, 3, 1, 2).clone(memory_format=torch.contiguous_format)

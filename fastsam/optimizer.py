@@ -276,7 +276,7 @@ class SAM(Optimizer):
             for space in self._spaces:
                 self._backend.climb(space, self._all_partials(space))
         except BaseException:
-            self.restore()
+            self._go_back()
             raise
         for slot, _ in gradients:
             slot.g1 = None
@@ -375,7 +375,7 @@ class SAM(Optimizer):
                 closure()
             self._base_step()
         except BaseException:
-            self.restore()
+            self._go_back()
             raise
         return loss
 
@@ -434,7 +434,7 @@ class SAM(Optimizer):
         control = self._spaces[0].control
         skip = (found_inf is not None and bool(found_inf)) or (
             self._phase.perturbed and not control.ok)
-        self.restore()
+        self._go_back()
         self._phase.scaler = self._phase.group = None
         if skip:
             control.skipped += 1
@@ -463,7 +463,7 @@ class SAM(Optimizer):
             ok = self._spaces[0].control.ok
             phase.stash_ok = ok.clone() if phase.stash_ok is None else phase.stash_ok * ok
         scaler, group = phase.scaler, phase.group
-        self.restore()
+        self._go_back()
         phase.scaler, phase.group = scaler, group  # still true of the gradients set aside
         for p in self._parameters():
             if p.grad is not None:
@@ -508,7 +508,14 @@ class SAM(Optimizer):
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Go back to w, bit for bit, without an update. Does nothing when not perturbed."""
+        """Go back to w, bit for bit, without an update: give the step up, and with it what
+        `stash_grad` set aside. Harmless where there is nothing to give up."""
+        self._go_back()
+        self._phase.stash.clear()
+        self._phase.stash_ok = self._phase.scaler = self._phase.group = None
+
+    @torch.no_grad()
+    def _go_back(self) -> None:
         if not self._phase.perturbed:
             return
         moved = [slot for slot in self._slots() if slot.climbed]

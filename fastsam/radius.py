@@ -45,4 +45,4 @@ class RadiusWatch:
             warnings.warn(
                 f"the weights are 16-bit and moved by {realised:.3g} where a radius of "
                 f"{wanted:.3g} was wanted: the climb is rounded away; use float32 weights with "
-                "autocast, or a larger rho", stacklevel=4)
+                "autocast, or a larger rho", stacklevel=5)

@@ -112,6 +112,17 @@ def ascent(space: Space, slot: Slot) -> tuple[Tensor, Tensor, Tensor | None]:
     return g, h.sigma * slot.m if space.mode == "full" else direction(g, slot.m, h.sigma), None
 
 
+def scaled(space: Space, slot: Slot) -> Tensor:
+    """T d of one slot, whose norm is taken."""
+    g, d, _ = ascent(space, slot)
+    return scaling(weights(space, slot), g, slot.a, slot.b, space.scaling) * d
+
+
+def moved(space: Space, slot: Slot) -> Tensor:
+    """By how much the climb moved w, after rounding to its dtype."""
+    return slot.w.to(space.acc) - slot.backup.to(space.dtype).to(space.acc)
+
+
 def dots(space: Space) -> None:
     """space.dots = the parts of <g, m>, <g, g> and <m, m>, with the m that is projected with."""
     space.dots.zero_()
@@ -125,9 +136,7 @@ def norm(space: Space) -> None:
     """space.partials = the parts of ||T d||^2 over the slots that have a first-pass gradient."""
     space.partials.zero_()
     for slot in space.climbing():
-        g, d, _ = ascent(space, slot)
-        T = scaling(weights(space, slot), g, slot.a, slot.b, space.scaling)
-        space.partials[0] += torch.linalg.vector_norm(T * d).square()
+        space.partials[0] += torch.linalg.vector_norm(scaled(space, slot)).square()
 
 
 def climb(space: Space, partials: Tensor) -> None:
@@ -149,9 +158,8 @@ def climb(space: Space, partials: Tensor) -> None:
         slot.backup.copy_(w)
         slot.climbed = True
         slot.w.copy_(w + e)
-        realised = slot.w.to(space.acc) - slot.backup.to(space.dtype).to(space.acc)
-        for i, moved in enumerate((realised, e)):
-            space.radii[i, 0] += torch.linalg.vector_norm(moved).square()
+        for i, x in enumerate((moved(space, slot), e)):
+            space.radii[i, 0] += torch.linalg.vector_norm(x).square()
         if m is not None:
             slot.m.copy_(torch.where(ok, m, slot.m))
             slot.m_steps += ok

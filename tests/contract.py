@@ -4,27 +4,44 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from fastsam import ASAM, SAM, FriendlySAM, freeze_bn_stats
+from fastsam import ASAM, SAM, FisherSAM, FriendlySAM, FullGradientSAM, freeze_bn_stats
+from fastsam.dispatch import BACKENDS
 
 HYPER = dict(lr=0.07, momentum=0.85, dampening=0.1, weight_decay=3e-3)
+FRIENDLY = dict(rho=0.1, sigma=0.7, lmbda=0.6)
 CLASSES = {
     "sam": (SAM, dict(rho=0.08)),
     "asam-all": (ASAM, dict(rho=1.5)),
     "asam-weights": (ASAM, dict(rho=0.4, scale="weights", eta=0.02)),
-    "fsam": (FriendlySAM, dict(rho=0.1, sigma=0.7, lmbda=0.6)),
-    "fsam-official": (FriendlySAM, dict(rho=0.1, sigma=0.7, lmbda=0.6, convention="official")),
-    "fasam": (FriendlySAM, dict(rho=1.2, sigma=0.7, lmbda=0.6, adaptive=True)),
+    "fisher": (FisherSAM, dict(rho=0.1, eta=0.8)),
+    "fsam": (FriendlySAM, FRIENDLY),
+    "fsam-official": (FriendlySAM, dict(**FRIENDLY, convention="official")),
+    "fsam-cosine": (FriendlySAM, dict(**FRIENDLY, projection="cosine")),
+    "fsam-orthogonal": (FriendlySAM, dict(**FRIENDLY, projection="orthogonal")),
+    "fasam": (FriendlySAM, {**FRIENDLY, "rho": 1.2, "adaptive": True}),
+    "sam-full": (FullGradientSAM, dict(part="full", rho=0.1)),
+    "sam-noise": (FullGradientSAM, dict(part="noise", rho=0.1, projection="orthogonal")),
 }
-# Every class on the reference; on the kernels, which test_kernels.py covers, one of each mode.
-CASES = ([(variant, "reference") for variant in CLASSES]
-         + [(variant, "triton") for variant in ("sam", "fasam", "fsam-official")])
+ADAM = dict(lr=0.01, betas=(0.8, 0.97), eps=1e-3, weight_decay=0.02)
+BASES = {  # the last is not fused
+    "sgd": (torch.optim.SGD, HYPER),
+    "adam": (torch.optim.Adam, ADAM),
+    "adamw": (torch.optim.AdamW, ADAM),
+    "rmsprop": (torch.optim.RMSprop, dict(lr=0.005, momentum=0.8, eps=1e-2, weight_decay=0.02)),
+}
+# A variant is a class, with SGD, or "class on base". All of them on the reference; elsewhere, where
+# test_kernels.py and the drawn sequences cover the rest, one of each mode, scaling and base.
+VARIANTS = [*CLASSES, *(f"{name} on {base}" for name in CLASSES for base in list(BASES)[1:])]
+SOME = ["sam", "fsam-official", "fasam on adamw", "sam-noise on adam", "fisher on rmsprop"]
+CASES = [(variant, backend) for backend in BACKENDS
+         for variant in (VARIANTS if backend == "reference" else SOME)]
 
 
 def pytest_generate_tests(metafunc):
     if {"variant", "backend"} <= set(metafunc.fixturenames):
         metafunc.parametrize("variant, backend", CASES)
     elif "backend" in metafunc.fixturenames:
-        metafunc.parametrize("backend", ["reference", "triton"])
+        metafunc.parametrize("backend", BACKENDS)
 
 
 class Net(nn.Module):
@@ -51,10 +68,25 @@ def batch(i: int, device) -> tuple[torch.Tensor, torch.Tensor]:
     return x.to(device), torch.randint(4, (12,), generator=generator).to(device)
 
 
+def base_of(variant: str) -> tuple[type[torch.optim.Optimizer], dict]:
+    """A variant's base optimizer and its hyper-parameters."""
+    return BASES[variant.partition(" on ")[2] or "sgd"]
+
+
+def optimizer(params, variant: str, backend: str, **changes) -> SAM:
+    """The optimizer of a variant; a full gradient is set, where one is needed."""
+    cls, kwargs = CLASSES[variant.partition(" on ")[0]]
+    base, hyper = base_of(variant)
+    opt = cls(params, base, backend=backend, **{**hyper, **kwargs, **changes})
+    if cls is FullGradientSAM:
+        generator = torch.Generator().manual_seed(77)
+        params = [p for group in opt.param_groups for p in group["params"]]
+        opt.set_full_gradient([torch.randn(p.shape, generator=generator).to(p) for p in params])
+    return opt
+
+
 def build(net, variant: str, backend: str, **changes) -> SAM:
-    cls, kwargs = CLASSES[variant]
-    return cls(net.parameters(), torch.optim.SGD, backend=backend,
-               **{**HYPER, **kwargs, **changes})
+    return optimizer(net.parameters(), variant, backend, **changes)
 
 
 def backward(net, i: int, device) -> torch.Tensor:

@@ -17,6 +17,7 @@ then w = base(w, gradient at w'). 1e-12 is added to the norm, as in the public S
 """
 
 import math
+from fractions import Fraction
 
 import torch
 
@@ -24,12 +25,17 @@ NEUTRAL = dict(rho=0.05, sigma=1.0, lmbda=0.9, lr=1e-3, momentum=0.0, dampening=
                weight_decay=0.0, nesterov=False, perturb=True, betas=(0.9, 0.999), eps=1e-8)
 
 
+def exact(t):
+    return t.detach().to("cpu", torch.float64).clone()
+
+
 class Oracle:
     """The optimizer's exact course.
 
     Args:
         params: the parameters' tensors.
-        groups: dicts with "params", indices into `params`, and any key of NEUTRAL.
+        groups: dicts with "params", indices into `params`, and any key of NEUTRAL, "adaptive"
+            (whether T is not 1), "scale" and "eta".
         method: "sam", "asam", "fisher", "fsam", "fasam", "full" or "noise".
         convention: of Friendly-SAM, "algorithm1" (the paper) or "official" (its code).
         projection: what sigma is multiplied with: 1 ("constant"), the cosine of m and g
@@ -37,38 +43,52 @@ class Oracle:
         scale, eta: ASAM's T; "all" is |w|, "weights" is |w| + eta where there are two or more
             dimensions and 1 elsewhere. eta is FisherSAM's too.
         base: "sgd", "adam" or "adamw".
+        number: what a tensor becomes before it is computed with; `exact` is float64.
 
     Attributes:
         w: the weights now, the moved ones between the two steps.
         m, v, u: moving average (or full gradient), momentum buffer or Adam's first moment, and
-            Adam's second, per parameter; None where there is none yet. t counts Adam's steps.
-        norm, skipped: ||T d|| of the last first step; the steps skipped so far.
+            Adam's second, per parameter; None where there is none yet.
+        climbs, t: how often each parameter's m and v were updated.
+        is_weight: per parameter, whether "weights" scales it.
+        norm, size: ||T d|| of the last first step, as a float and as a number.
+        skipped: the steps skipped so far.
     """
 
     def __init__(self, params, groups, method="sam", convention="algorithm1", scale="all",
-                 eta=0.01, projection="constant", base="sgd"):
-        self.w = [exact(p) for p in params]
-        self.h = [None] * len(params)
-        for group in groups:
-            for i in group["params"]:
-                self.h[i] = {**NEUTRAL, **{k: x for k, x in group.items() if k != "params"}}
-        self.method, self.convention, self.scale, self.eta = method, convention, scale, eta
-        self.projection, self.base = projection, base
+                 eta=0.01, projection="constant", base="sgd", number=exact):
+        self.method, self.convention, self.projection = method, convention, projection
+        self.base, self.number = base, number
+        self.neutral = {**NEUTRAL, "adaptive": method in ("asam", "fasam", "fisher"),
+                        "scale": scale, "eta": eta}
+        self.w, self.m, self.v, self.u, self.h = [], [], [], [], []
+        self.climbs, self.t, self.is_weight = [], [], []
         self.saved = {}
-        self.m = [None] * len(params)
-        self.v = [None] * len(params)
-        self.u = [None] * len(params)
-        self.t = [0] * len(params)
-        self.norm, self.ok, self.skipped = None, True, 0
+        self.norm, self.size, self.ok, self.skipped = None, None, True, 0
+        of = {i: group for group in groups for i in group["params"]}
+        for i, p in enumerate(params):
+            self.extend([p], of[i])
 
-    def _T(self, w, g):
+    def extend(self, params, group):
+        """More parameters, all of one group."""
+        for p in params:
+            self.w.append(self.number(p))
+            for own in (self.m, self.v, self.u):
+                own.append(None)
+            for counts in (self.climbs, self.t):
+                counts.append(0)
+            self.is_weight.append(p.ndim >= 2)
+            self.h.append({**self.neutral, **{k: x for k, x in group.items() if k != "params"}})
+
+    def _T(self, i, g):
+        h, w = self.h[i], self.w[i]
+        if not h["adaptive"]:
+            return 1.0
         if self.method == "fisher":
-            return (1 + self.eta * g * g) ** -0.5
-        if self.method not in ("asam", "fasam"):
-            return torch.ones_like(w)
-        if self.method == "fasam" or self.scale == "all":
-            return w.abs()
-        return w.abs() + self.eta if w.ndim >= 2 else torch.ones_like(w)
+            return (1 + h["eta"] * g * g) ** -0.5
+        if h["scale"] == "all":
+            return abs(w)
+        return abs(w) + h["eta"] if self.is_weight[i] else 1.0
 
     def _averages(self, grads):
         """(the m that is projected with, the m of the next step) of every parameter that climbs."""
@@ -78,10 +98,10 @@ class Oracle:
             if self.method not in ("fsam", "fasam"):
                 pairs[i] = (m, m)
             elif self.convention == "algorithm1":
-                new = l * (torch.zeros_like(g) if m is None else m) + (1 - l) * g
+                new = (1 - l) * g if m is None else l * m + (1 - l) * g
                 pairs[i] = (new, new)
             elif m is None:
-                pairs[i] = (torch.zeros_like(g), g.clone())
+                pairs[i] = (0 * g, g)
             else:
                 pairs[i] = (m, l * m + (1 - l) * g)
         return pairs
@@ -90,12 +110,12 @@ class Oracle:
         """What sigma is multiplied with."""
         if self.projection == "constant":
             return 1.0
-        gm = sum(float((g * averages[i][0]).sum()) for i, g in grads.items())
-        gg = sum(float((g * g).sum()) for g in grads.values())
-        mm = sum(float((averages[i][0] ** 2).sum()) for i in grads)
-        if gg == 0 or mm == 0:
-            return 0.0
-        return gm / math.sqrt(gg * mm) if self.projection == "cosine" else gm / mm
+        gm = sum((g * averages[i][0]).sum() for i, g in grads.items())
+        gg = sum((g * g).sum() for g in grads.values())
+        mm = sum((averages[i][0] ** 2).sum() for i in grads)
+        if float(gg) == 0 or float(mm) == 0:
+            return 0 * gm
+        return gm / (gg * mm) ** 0.5 if self.projection == "cosine" else gm / mm
 
     def _directions(self, grads):
         """d and the next m of every parameter that climbs."""
@@ -115,25 +135,28 @@ class Oracle:
         return d, {i: pair[1] for i, pair in averages.items()}
 
     def first_step(self, grads):
-        g = {i: exact(g) for i, g in enumerate(grads) if g is not None and self.h[i]["perturb"]}
+        g = {i: self.number(g) for i, g in enumerate(grads)
+             if g is not None and self.h[i]["perturb"]}
         d, m = self._directions(g)
-        T = {i: self._T(self.w[i], g[i]) for i in d}
-        self.norm = math.sqrt(sum(float(((T[i] * d[i]) ** 2).sum()) for i in d))
+        T = {i: self._T(i, g[i]) for i in d}
+        self.size = norm = sum(((T[i] * d[i]) ** 2).sum() for i in d) ** 0.5
+        self.norm = float(norm)
         self.ok = math.isfinite(self.norm)
-        self.saved = {i: self.w[i].clone() for i in d}
+        self.saved = {i: self.w[i] for i in d}
         if self.ok:
             for i in d:
-                self.w[i] = self.w[i] + self.h[i]["rho"] * T[i] ** 2 * d[i] / (self.norm + 1e-12)
+                self.w[i] = self.w[i] + self.h[i]["rho"] * T[i] ** 2 * d[i] / (norm + 1e-12)
                 self.m[i] = m[i]
+                self.climbs[i] += 1
 
-    def second_step(self, grads):
+    def second_step(self, grads, found_inf=False):
         self.restore()
-        if not self.ok:
+        if found_inf or not self.ok:
             self.skipped, self.ok = self.skipped + 1, True
             return
         for i, g in enumerate(grads):
             if g is not None:
-                (self._sgd if self.base == "sgd" else self._adam)(i, exact(g))
+                (self._sgd if self.base == "sgd" else self._adam)(i, self.number(g))
 
     def _sgd(self, i, g):
         h = self.h[i]
@@ -141,7 +164,8 @@ class Oracle:
         g = g + h["weight_decay"] * self.w[i]
         if mu != 0:
             v = self.v[i]
-            self.v[i] = g.clone() if v is None else mu * v + (1 - tau) * g
+            self.v[i] = g if v is None else mu * v + (1 - tau) * g
+            self.t[i] += 1
             g = g + mu * self.v[i] if h["nesterov"] else self.v[i]
         self.w[i] = self.w[i] - h["lr"] * g
 
@@ -153,18 +177,15 @@ class Oracle:
             w = w - lr * wd * w
         else:
             g = g + wd * w
-        zero = torch.zeros_like(w)
-        self.v[i] = beta1 * (zero if self.v[i] is None else self.v[i]) + (1 - beta1) * g
-        self.u[i] = beta2 * (zero if self.u[i] is None else self.u[i]) + (1 - beta2) * g ** 2
+        v, u = (0.0, 0.0) if self.v[i] is None else (self.v[i], self.u[i])
+        self.v[i] = beta1 * v + (1 - beta1) * g
+        self.u[i] = beta2 * u + (1 - beta2) * g ** 2
         self.t[i] += 1
-        v, u = self.v[i] / (1 - beta1 ** self.t[i]), self.u[i] / (1 - beta2 ** self.t[i])
-        self.w[i] = w - lr * v / (u.sqrt() + h["eps"])
+        c1, c2 = (float(1 - Fraction(beta) ** self.t[i]) for beta in (beta1, beta2))
+        v, u = self.v[i] / c1, self.u[i] / c2
+        self.w[i] = w - lr * v / (u ** 0.5 + h["eps"])
 
     def restore(self):
         for i, w in self.saved.items():
             self.w[i] = w
         self.saved = {}
-
-
-def exact(t):
-    return t.detach().to("cpu", torch.float64).clone()
