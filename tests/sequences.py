@@ -23,7 +23,8 @@ from .player import Grads, Group, Player, Setup, Weight
 
 CHUNK = 250  # examples of one seed: Hypothesis keeps the tree of everything it has drawn
 
-SHAPES = [(), (0,), (1,), (15,), (16,), (17,), (0, 3), (3, 5), (5, 3, 2), (2, 3, 2, 2), (4, 2, 3, 3)]
+SHAPES = [(), (0,), (1,), (15,), (16,), (17,), (0, 3), (3, 5), (5, 3, 2), (2, 3, 2, 2),
+          (4, 2, 3, 3)]
 LARGE = [(1023,), (1024,), (1025,), (31, 34)]
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 METHODS = {
