@@ -13,6 +13,8 @@ from .common import BLOCK, INTERPRETED, OPTIONS, TYPES, read
 # One program walks a whole sample: it is wide, to keep enough loads under way on its own.
 SAMPLE_BLOCK = 4096
 SAMPLE_OPTIONS = {**OPTIONS, "num_warps": 16}
+if "maxnreg" in OPTIONS:
+    SAMPLE_OPTIONS["maxnreg"] = 64  # two programs of 512 threads per multiprocessor
 
 
 def same_layout(a: Tensor, b: Tensor) -> bool:
