@@ -12,7 +12,7 @@ import random
 import time
 import warnings
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import hypothesis
 import torch
@@ -56,34 +56,24 @@ OF_BASE["adamw"] = OF_BASE["adam"]
 
 @dataclass(frozen=True)
 class Menu:
-    """What there is to draw from for a backend; `most` groups, and weights in one; `fixed`
-    hyper-parameters have these values only."""
+    """What there is to draw from for a backend; `most` groups, and weights in one."""
 
     palettes: list
     forms: list
     most: int
-    methods: dict = field(default_factory=lambda: METHODS)
-    bases: tuple = ("sgd", "sgd", "adam", "adamw", "own sgd", "own adamw")
-    shapes: list = field(default_factory=lambda: SHAPES)
-    large: list = field(default_factory=lambda: LARGE)
-    masters: tuple = (False, False, True)
-    fixed: dict = field(default_factory=dict)
-
-    def hypers(self, method: str, base: str) -> dict[str, list]:
-        return {**COMMON, **OF_METHOD[method], **OF_BASE[base.split()[-1]], **self.fixed}
 
 
+BASES = ("sgd", "sgd", "adam", "adamw", "own sgd", "own adamw")
 NARROW = [(F32,), (BF16,), (F16,), (F32, BF16), (F32, F16, BF16)]
 DENSE = ["contiguous", "channels_last", "transposed"]
 MENUS = {
     "reference": Menu([*NARROW, (F64,), (F64, F32, BF16)], [*DENSE, "gapped"], 3),
     "triton": Menu(NARROW, DENSE, 2),
-    # every other kind of optimizer would be compiled anew, and only what is long is compiled
-    "compiled": Menu([(F32,)], DENSE, 2, bases=("sgd",), masters=(False,),
-                     methods={"fsam": [dict(convention="algorithm1", projection="constant")]},
-                     shapes=[(5000,), (64, 65), (4096,), (3, 5)], large=[(65537,)],
-                     fixed=dict(adaptive=[False], momentum=[0.9, 0.5], nesterov=[False])),
 }
+
+
+def hypers(method: str, base: str) -> dict[str, list]:
+    return {**COMMON, **OF_METHOD[method], **OF_BASE[base.split()[-1]]}
 
 
 def pick(values) -> st.SearchStrategy:
@@ -91,13 +81,13 @@ def pick(values) -> st.SearchStrategy:
 
 
 def weights(menu: Menu, palette) -> st.SearchStrategy[Weight]:
-    shapes = st.integers(0, 14).flatmap(lambda i: pick(menu.large if i == 14 else menu.shapes))
+    shapes = st.integers(0, 14).flatmap(lambda i: pick(LARGE if i == 14 else SHAPES))
     return st.builds(Weight, shape=shapes, dtype=pick(palette), form=pick(menu.forms),
                      lodger=pick([False, False, True]))
 
 
 def groups(menu: Menu, method: str, base: str, palette) -> st.SearchStrategy[Group]:
-    values = {k: pick(x) for k, x in menu.hypers(method, base).items()}
+    values = {k: pick(x) for k, x in hypers(method, base).items()}
     return st.builds(
         Group, weights=st.lists(weights(menu, palette), min_size=1, max_size=menu.most).map(tuple),
         hyper=st.fixed_dictionaries(values),
@@ -108,17 +98,17 @@ def groups(menu: Menu, method: str, base: str, palette) -> st.SearchStrategy[Gro
 def setups(draw, backend: str) -> tuple[Setup, st.SearchStrategy[Group]]:
     """An optimizer, and the groups that may be added to it."""
     menu = MENUS[backend]
-    method = draw(pick([*[name for name in menu.methods if name == "fsam"], *menu.methods]))
-    base = draw(pick(menu.bases))
+    method = draw(pick(["fsam", *METHODS]))
+    base = draw(pick(BASES))
     palettes = menu.palettes
     if base == "own adamw":  # torch's: in float16 its eps is 0, in float64 its 1 - beta^t cancels
         palettes = [dtypes for dtypes in palettes if not {F16, F64} & set(dtypes)]
     new = groups(menu, method, base, draw(pick(palettes)))
     options = dict(interval=draw(pick([1, 1, 2, 3])), start=draw(pick([0, 0, 2])))
     if not base.startswith("own"):
-        options["master_weights"] = draw(pick(menu.masters))
+        options["master_weights"] = draw(pick([False, False, True]))
     return Setup(tuple(draw(st.lists(new, min_size=1, max_size=menu.most))), method,
-                 draw(pick(menu.methods[method])), base, backend, options,
+                 draw(pick(METHODS[method])), base, backend, options,
                  wrapped=draw(pick([False, False, True])), named=draw(st.booleans())), new
 
 
@@ -164,7 +154,7 @@ EVENTS = tuple(happenings({}, st.nothing()))
 
 
 def events(setup: Setup, new: st.SearchStrategy[Group], most: int) -> st.SearchStrategy[list]:
-    options = happenings(MENUS[setup.backend].hypers(setup.method, setup.base), new)
+    options = happenings(hypers(setup.method, setup.base), new)
     if setup.method not in ("full", "noise"):
         del options["full_gradient"]
     return st.lists(st.sampled_from(["step", *options]).flatmap(
