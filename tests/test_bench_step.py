@@ -417,10 +417,10 @@ def test_compile_that_cannot_be_is_refused(monkeypatch, capsys):
         raise RuntimeError("No working C++ compiler found\nsomewhere in a long trace")
 
     monkeypatch.setattr(torch, "compile", no_compiler)
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)  # both are put back
-    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", False)
-    assert why_not_compile(CPU) == "No working C++ compiler found"
-    assert main([*TINY, "--methods", "sam", "--compile"]) == 2
+    # what why_not_compile sets is put back; monkeypatch would leave the options hidden
+    with torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=False):
+        assert why_not_compile(CPU) == "No working C++ compiler found"
+        assert main([*TINY, "--methods", "sam", "--compile"]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "No working C++ compiler found" in error
 
