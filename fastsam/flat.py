@@ -54,13 +54,13 @@ class Hyper(NamedTuple):
         return -torch.expm1(t * self.log_beta1), -torch.expm1(t * self.log_beta2)
 
     def shares(self) -> list:
-        """More columns: SHARES, in order."""
+        """More columns: SHARES, in order. given_sigma is sigma before `multiply_sigma`."""
         return [self.sigma, self.ema_share, self.momentum_share, self.beta1_share,
                 self.beta2_share, self.log_beta1, self.log_beta2]
 
 
-SHARES = ("sigma as given", "1 - lmbda", "1 - dampening", "1 - beta1", "1 - beta2",
-          "log beta1", "log beta2")
+SHARES = ("given_sigma", "ema_share", "momentum_share", "beta1_share", "beta2_share", "log_beta1",
+          "log_beta2")
 CONTROL = ("norm", "ok", "inv_scale1", "inv_scale2", "found_inf")
 NEUTRAL = {"inv_scale1": 1, "inv_scale2": 1, "found_inf": 0}
 COUNTERS = ("skipped", "climb_ticket", "step_ticket")
@@ -151,6 +151,7 @@ class Space:
         first = params[0][0]
         self.device, self.dtype, self.mode, self.base = first.device, first.dtype, mode, base
         self.acc = torch.float64 if self.dtype == torch.float64 else torch.float32
+        self.sums = self.acc
         self.masters, self.shards = masters and self.dtype.itemsize == 2, shards
         self.scaling: str | None = None
         self.slots, self.size = [], 0
@@ -187,13 +188,16 @@ class Space:
         self.hyper, self._hyper_values = None, None
         self._tables: dict[str, tuple[list, Tensor]] = {}
         self._memory: list | None = None
+        self.stretches: dict[str, tuple] = {}  # of the compiled backend, as is the scratch
+        self.scratch: dict[str, Tensor] = {}
 
     def __getstate__(self) -> dict:
         if self.shards:
             raise TypeError("an optimizer of sharded parameters cannot be copied or pickled: "
                             "use state_dict() or torch.distributed.checkpoint")
         slots = [Slot(s.param, s.param, s.name, s.group, s.offset, s.a, s.b) for s in self.slots]
-        views = ("control", "hyper", "_hyper_values", "_tables", "_memory", "rows", "flat_w")
+        views = ("control", "hyper", "_hyper_values", "_tables", "_memory", "rows", "flat_w",
+                 "stretches", "scratch")
         return {**{k: x for k, x in self.__dict__.items() if k not in views}, "slots": slots,
                 "orders": [s.backup.stride() for s in self.slots]}
 

@@ -12,7 +12,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from . import distributed, saving
 from .amp import inverse_scale, report_overflow
 from .checks import check_group, check_options, refuse_shared, refuse_unfused, refuse_unusable
-from .dispatch import resolve
+from .dispatch import Kind, resolve
 from .flat import Hyper, Slot, Space, is_dense
 from .radius import RadiusWatch
 from .reference import projection
@@ -55,7 +55,8 @@ class SAM(Optimizer):
         base_optimizer: a torch optimizer class, such as `torch.optim.SGD`.
         rho: radius of the perturbation, in units of the weights; at least 0. Default 0.05.
         adaptive: ASAM's perturbation with T = |w| (see `ASAM`). Default False.
-        backend: None chooses, "triton" or "reference" is obeyed or raises.
+        backend: None chooses (see `backend_report`); "triton", "compiled" or "reference" is
+            obeyed or raises.
         interval: climb at every interval-th step only; the others are plain steps of the base
             optimizer, of one pass. `step(closure)` sees to it; a loop of its own asks
             `climbs_next`. Default 1.
@@ -165,7 +166,8 @@ class SAM(Optimizer):
                 kinds.setdefault(key, []).append((p, name, i))
         refuse_shared([slot.param for slot in self._slots()]
                       + [p for rows in kinds.values() for p, _, _ in rows])
-        new = [(*key[:2], all(is_dense(p) for p, _, _ in rows)) for key, rows in kinds.items()]
+        new = [Kind(*key[:2], all(is_dense(p) for p, _, _ in rows),
+                    sum(p.numel() for p, _, _ in rows)) for key, rows in kinds.items()]
         self._backend, self._report = resolve(self._requested_backend, self._kinds() + new)
         for key, rows in kinds.items():
             self._add_space(key, rows)
@@ -197,8 +199,9 @@ class SAM(Optimizer):
         return next((space, slot) for space in self._spaces for slot in space.slots
                     if slot.param is p)
 
-    def _kinds(self) -> list[tuple[torch.device, torch.dtype, bool]]:
-        return [(s.device, s.dtype, all(x.dense for x in s.slots)) for s in self._spaces]
+    def _kinds(self) -> list[Kind]:
+        return [Kind(s.device, s.dtype, all(x.dense for x in s.slots),
+                     sum(x.w.numel() for x in s.slots)) for s in self._spaces]
 
     def _link_state(self, initialised: Iterable[Tensor] = ()) -> None:
         """Make `state[p]` show the slot's own tensors, under torch's names for the base's. A base
@@ -311,7 +314,7 @@ class SAM(Optimizer):
 
     def _announce(self, changed: Iterable[Tensor]) -> None:
         """Tell autograd and autocast, which do not see the kernels' writes, of new weights."""
-        if self._report["backend"] == "triton":
+        if self._report["backend"] != "reference":
             torch.autograd.graph.increment_version(list(changed))
         torch.clear_autocast_cache()
 
@@ -591,7 +594,8 @@ class SAM(Optimizer):
             for name, t in (("backup", s.backup), ("ema", s.m), ("base", s.v), ("base", s.u)):
                 report[name] += 0 if t is None else t.nbytes
             report["other"] += sum(t.nbytes for t in (
-                s.steps, s.partials, s.radii, s.dots, s.control_buffer, s.counters))
+                s.steps, s.partials, s.radii, s.dots, s.control_buffer, s.counters,
+                *s.scratch.values()))
         return report
 
     # ---- saving and loading

@@ -123,20 +123,78 @@ def moved(space: Space, slot: Slot) -> Tensor:
     return slot.w.to(space.acc) - slot.backup.to(space.dtype).to(space.acc)
 
 
+def sum_of(space: Space, x: Tensor) -> Tensor:
+    return x.sum(dtype=space.sums)
+
+
+def dots_of(space: Space, slot: Slot) -> Tensor:
+    """One slot's <g, m>, <g, g> and <m, m>, with the m that is projected with."""
+    g, _, new_m = ascent(space, slot)
+    m = new_m if space.mode == "algorithm1" else slot.m
+    return torch.stack([sum_of(space, x) for x in (g * m, g * g, m * m)])
+
+
+def norm_of(space: Space, slot: Slot) -> Tensor:
+    """One slot's ||T d||^2."""
+    return sum_of(space, scaled(space, slot).square())
+
+
+def climb_slot(space: Space, slot: Slot, total: Tensor, ok: Tensor) -> Tensor:
+    """One slot's part of `climb`. Returns the squared radii: realised, and wanted where rounding
+    to 16 bits can part them."""
+    w = weights(space, slot)
+    g, d, m = ascent(space, slot)
+    T = scaling(w, g, slot.a, slot.b, space.scaling)
+    e = torch.where(ok, space.rows[slot.group].rho / (total + GUARD) * (T * (T * d)), 0)
+    slot.backup.copy_(w)
+    slot.w.copy_(w + e)
+    if m is not None:
+        slot.m.copy_(torch.where(ok, m, slot.m))
+    radii = (moved(space, slot), e) if rounds(space) else (moved(space, slot),)
+    return torch.stack([sum_of(space, x.square()) for x in radii])
+
+
+def rounds(space: Space) -> bool:
+    """Whether weights are stored in 16 bits alone."""
+    return space.dtype.itemsize == 2 and not space.masters
+
+
+def step_slot(space: Space, slot: Slot, perturbed: bool, ok: Tensor) -> None:
+    """One slot's part of `step`."""
+    h = space.rows[slot.group]
+    saved = perturbed and slot.climbed
+    old = slot.backup.to(space.acc) if saved else weights(space, slot)
+    g = read(space, slot.g2, "inv_scale2")
+    if space.base == "adam":
+        w, v, u = adam(old, g, slot.v, slot.u, (slot.v_steps + 1).to(space.acc), h)
+        slot.u.copy_(torch.where(ok, u, slot.u))
+    else:
+        w, v = sgd(old, g, slot.v, slot.v_steps == 0, h)
+    w = torch.where(ok, w, old)
+    slot.w.copy_(w)
+    if space.masters:
+        slot.backup.copy_(w)
+    if has_v(space, h):
+        slot.v.copy_(torch.where(ok, v, slot.v))
+
+
+def has_v(space: Space, h: Hyper) -> bool:
+    """Whether the base optimizer keeps a v."""
+    return space.base == "adam" or is_on(h.momentum)
+
+
 def dots(space: Space) -> None:
-    """space.dots = the parts of <g, m>, <g, g> and <m, m>, with the m that is projected with."""
+    """space.dots = the parts of <g, m>, <g, g> and <m, m> over the slots that climb."""
     space.dots.zero_()
     for slot in space.climbing():
-        g, _, new_m = ascent(space, slot)
-        m = new_m if space.mode == "algorithm1" else slot.m
-        space.dots[:, 0] += torch.stack([(g * m).sum(), (g * g).sum(), (m * m).sum()])
+        space.dots[:, 0] += dots_of(space, slot)
 
 
 def norm(space: Space) -> None:
     """space.partials = the parts of ||T d||^2 over the slots that have a first-pass gradient."""
     space.partials.zero_()
     for slot in space.climbing():
-        space.partials[0] += torch.linalg.vector_norm(scaled(space, slot)).square()
+        space.partials[0] += norm_of(space, slot)
 
 
 def climb(space: Space, partials: Tensor) -> None:
@@ -145,23 +203,16 @@ def climb(space: Space, partials: Tensor) -> None:
     A zero norm moves nothing. A norm that is not finite moves nothing, leaves m as it was and
     clears `control.ok`, which makes the next `step` a counted skip. `partials` holds the sums of
     `norm` over every space of the optimizer, so the norm is global. `space.radii` gets the parts
-    of the squared radii, realised and wanted.
+    of the squared radii.
     """
     total = partials.sum().sqrt()
     ok = total.isfinite()
     space.radii.zero_()
     for slot in space.climbing():
-        w = weights(space, slot)
-        g, d, m = ascent(space, slot)
-        T = scaling(w, g, slot.a, slot.b, space.scaling)
-        e = torch.where(ok, space.rows[slot.group].rho / (total + GUARD) * (T * (T * d)), 0)
-        slot.backup.copy_(w)
+        radii = climb_slot(space, slot, total, ok)
+        space.radii[:len(radii), 0] += radii
         slot.climbed = True
-        slot.w.copy_(w + e)
-        for i, x in enumerate((moved(space, slot), e)):
-            space.radii[i, 0] += torch.linalg.vector_norm(x).square()
-        if m is not None:
-            slot.m.copy_(torch.where(ok, m, slot.m))
+        if space.mode in ("algorithm1", "official"):
             slot.m_steps += ok
     space.control.norm.copy_(total)
     space.control.ok.copy_(ok)
@@ -177,24 +228,10 @@ def step(space: Space, perturbed: bool) -> None:
     c = space.control
     ok = (c.found_inf == 0) & (c.ok != 0) if perturbed else c.found_inf == 0
     for slot in space.slots:
-        saved = perturbed and slot.climbed
-        if slot.g2 is None:
-            if saved:
-                slot.w.copy_(slot.backup)
-            continue
-        h = space.rows[slot.group]
-        old = slot.backup.to(space.acc) if saved else weights(space, slot)
-        g = read(space, slot.g2, "inv_scale2")
-        if space.base == "adam":
-            w, v, u = adam(old, g, slot.v, slot.u, (slot.v_steps + 1).to(space.acc), h)
-            slot.u.copy_(torch.where(ok, u, slot.u))
-        else:
-            w, v = sgd(old, g, slot.v, slot.v_steps == 0, h)
-        w = torch.where(ok, w, old)
-        slot.w.copy_(w)
-        if space.masters:
-            slot.backup.copy_(w)
-        if space.base == "adam" or is_on(h.momentum):
-            slot.v.copy_(torch.where(ok, v, slot.v))
-            slot.v_steps += ok
+        if slot.g2 is not None:
+            step_slot(space, slot, perturbed, ok)
+            if has_v(space, space.rows[slot.group]):
+                slot.v_steps += ok
+        elif perturbed and slot.climbed:
+            slot.w.copy_(slot.backup)
     c.skipped += ~ok

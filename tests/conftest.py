@@ -9,6 +9,8 @@ if not torch.cuda.is_available():
 
 import pytest
 
+from fastsam import compiled
+
 
 def patch_the_interpreter_once_per_launch() -> None:
     """A launch patches triton.language for the interpreter; a call from kernel to helper patches
@@ -49,6 +51,23 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     else:
         patch_the_interpreter_once_per_launch()
         round_to_bfloat16_as_gpus_do()
+
+
+def run_uncompiled() -> None:
+    """Let the compiled backend do all that it does but compile, which takes seconds for each
+    structure, and meet its large parameters early."""
+    compiled.LARGE = 20
+    compiled.compiled = lambda function, plan: (
+        lambda tensors, more: compiled.on_stand_in(function, plan, tensors, more))
+
+
+@pytest.fixture(autouse=True)
+def uncompiled(request, monkeypatch) -> None:
+    """As `run_uncompiled`, except in tests marked `compiles`."""
+    for name in ("compiled", "LARGE"):
+        monkeypatch.setattr(compiled, name, getattr(compiled, name))
+    if "compiles" not in request.keywords:
+        run_uncompiled()
 
 
 @pytest.fixture(scope="session")
