@@ -1,34 +1,47 @@
-"""python -m bench train | compare | evaluate | step | throughput | gpu | report: the command line,
-in a checkout."""
+"""python -m bench train | compare | evaluate | recipes | step | throughput | gpu | report |
+theory: the command line, in a checkout."""
 
 import argparse
 import sys
 from pathlib import Path
 from typing import Any
 
-METHODS = (
-    "sgd, sam, asam, fishersam, fsam, fasam, sam-interval, sam-late, sam-part, sam-micro, at-linf, "
-    "at-l2"
+OPTIMIZERS = (
+    "sgd, adamw, sam, asam, fishersam, fsam, fasam, sam-interval, sam-late, sam-part, sam-micro"
 )
+METHODS = f"{OPTIMIZERS}, at-linf, at-l2, fgsm-rs, n-fgsm, trades, or two of them as at-linf+sam"
 SHOWN = ("train_loss", "train_acc", "val_acc")
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
     """Options of Config. Absent ones stay out of the namespace, so that presets fill them."""
     add = parser.add_argument
+    add("--recipe", help="a published setting, such as sam-at/cifar10/sam-rho0.2, or a JSON file "
+        "like those in bench/recipes; `python -m bench recipes` lists them")  # fmt: skip
     add(
         "--preset",
         default=None,
         help="the papers' values: sam-at-cifar10, sam-at-cifar100, "
         "fsam-cifar10, fsam-cifar100; ours: digits, cifar6k (default: by data)",
     )
-    add("--augment", help="none, crop, or crop-flip, from a reflection-padded image")
+    add("--augment", help="none, crop, or crop-flip; resized-crop reads photographs as needed")
     add("--pad", type=int, help="pixels that a crop can move")
-    add("--val", type=float, help="fraction of the training images that chooses best.pt")
-    add("--model", help="preactresnet18 or smallconv")
-    add("--width", type=int, help="channels of the first layer; 64 is the full PreActResNet-18")
+    add("--padding", help="what surrounds the image: reflect or zero")
+    add("--cutout", type=int, help="side of a square that half of the images lose; 0 for none")
+    add("--normalisation", help="f-sam or imagenet (default: the data's own)")
+    add("--val", type=float, help="fraction of the training images that chooses best.pt; 0: none, "
+        "and the last epoch is the best")  # fmt: skip
+    add("--label-noise", type=float, metavar="RATE", help="share of the training labels")
+    add("--noise-kind", help="published (F-SAM's: redrawn, some to the right class) or true")
+    add("--model", help="preactresnet18, resnet18, vgg16bn, wrn28-10, pyramidnet110, smallconv, "
+        "resnet50, deit-small, torchvision:NAME, timm:NAME")  # fmt: skip
+    add("--width", type=int, help="64: as published; others scale all channels (smallconv: the "
+        "first layer's channels)")  # fmt: skip
+    add("--weights", metavar="FILE", help="a state_dict to start from, of any number of classes")
     add("--epochs", type=int)
     add("--batch-size", type=int)
+    add("--optimizer", help=f"with an adversary, or --method standard: {OPTIMIZERS}")
+    add("--base", help="the optimizer under SAM: sgd (default) or adamw")
     add("--lr", type=float, help="learning rate")
     add("--schedule", help="piecewise (x0.1 at 75%% and 90%% of the epochs) or cosine")
     add("--momentum", type=float)
@@ -47,13 +60,18 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     add("--attack-steps", type=int)
     add(
         "--attack-bn",
-        help="BatchNorm in the training attack: eval (default) or train (batch "
-        "statistics); running statistics never move in it",
+        help="BatchNorm in the training attack: eval (default), train (batch statistics), or "
+        "moving (batch statistics, and the running ones move)",
     )
+    add("--second-bn", help="running statistics in SAM's second pass: frozen (default) or moving")
+    add("--beta", type=float, help="TRADES: weight of the robust term")
+    add("--awp-gamma", type=float, help="adversarial weight perturbation, of each layer's norm")
+    add("--awp-warmup", type=int, help="epochs before it (default 0)")
     add("--amp", help="off or bf16, for training; evaluation is always float32")
     add("--channels-last", action=argparse.BooleanOptionalAction)
     add("--backend", help="fastsam's: reference or triton (default: fastsam chooses)")
     add("--threads", type=int, help="CPU threads of one run")
+    add("--workers", type=int, help="processes that read photographs (default: by CPUs)")
 
 
 def add_data_options(parser: argparse.ArgumentParser) -> None:
@@ -75,7 +93,21 @@ def add_evaluation_options(parser: argparse.ArgumentParser) -> None:
     add("--eval-linf", nargs="+", metavar="EPS", help="radii, like --eps (default 1 2 8)")
     add("--eval-l2", nargs="+", metavar="EPS", help="radii, like --eps (default 16 32 128)")
     add("--eval-steps", type=int, help="PGD steps of the evaluation (default 10)")
-    add("--eval-samples", type=int, help="attack this many test images (default all)")
+    add("--n-examples", "--eval-samples", type=int, dest="eval_samples",
+        help="attack this many test images, drawn once for all (default all)")  # fmt: skip
+    add("--eval-batch-size", type=int, help="images attacked at a time (default 500)")
+
+
+def add_evaluate_command(evaluate: argparse.ArgumentParser) -> None:
+    add = evaluate.add_argument
+    add("checkpoint", type=Path, help="last.pt or best.pt of a run")
+    add_evaluation_options(evaluate)
+    add("--attacks", nargs="+", dest="eval_attacks", metavar="NAME",
+        help="of clean, fgsm, pgd[-STEPS[-RESTARTS]], apgd-ce[-STEPS[-RESTARTS]], "
+        "apgd-t[-STEPS[-RESTARTS]], autoattack (default pgd); an image is robust when none of them "
+        "fools the model")  # fmt: skip
+    add("--norms", nargs="+", metavar="NORM", help="of linf, l2 (default both)")
+    add("--rows", type=Path, help="append the result as a row to this JSONL file")
 
 
 def add_step_command(commands: Any) -> None:
@@ -84,8 +116,9 @@ def add_step_command(commands: Any) -> None:
     add = commands.add_parser(
         "step", help=text, description=text, argument_default=argparse.SUPPRESS
     ).add_argument
-    add("--model", help="preactresnet18 (default), or torchvision's resnet18, vit_b_16, ...")
-    add("--width", type=int, help="channels of the first layer; 64 is the full PreActResNet-18")
+    add("--model", help="preactresnet18 (default), or torchvision's resnet50, vit_b_16, ...")
+    add("--width", type=int, help="64: as published; others scale all channels (smallconv: the "
+        "first layer's channels)")  # fmt: skip
     add("--params", type=int, help="instead of a model: so many parameters")
     add("--tensors", type=int, help="with --params: in so many equal tensors (default 62)")
     add("--methods", nargs="+", help="of sgd, sam, asam, fsam, fasam (default all)")
@@ -104,11 +137,25 @@ def add_step_command(commands: Any) -> None:
 
 
 def add_report_command(commands: Any) -> None:
-    text = "tables and figures from rows that a benchmark wrote"
+    text = "tables, figures and one HTML page from what runs or benchmarks left"
     sub = commands.add_parser("report", help=text, description=text)
-    sub.add_argument("--step", type=Path, nargs="+", required=True, metavar="FILE",
-                     help="JSONL files of `bench step --rows`")  # fmt: skip
+    sub.add_argument("runs", type=Path, nargs="*", metavar="DIR",
+                     help="directories of runs, or JSONL of `bench compare --rows`")  # fmt: skip
+    sub.add_argument("--step", type=Path, nargs="+", metavar="FILE",
+                     help="instead: JSONL files of `bench step --rows`")  # fmt: skip
     sub.add_argument("--out", type=Path, default=Path("runs/report"), help="default runs/report")
+
+
+def add_theory_command(commands: Any) -> None:
+    text = "the SAM/AT paper's binary model: what of its theory is exact, and what is not"
+    add = commands.add_parser("theory", help=text, description=text).add_argument
+    add("--p", type=float, help="how often the robust feature is right; without any option but "
+        "--out, six models, else p 0.95, eta 0.2, n 100 unless given")  # fmt: skip
+    add("--eta", type=float, help="the weak features' mean")
+    add("--n", type=int, help="the number of weak features")
+    add("--eps", type=float, nargs="+", help="radii of AT, in units of inputs")
+    add("--rho", type=float, nargs="+", help="radii of SAM, in units of weights")
+    add("--out", type=Path, default=Path("runs/theory"), help="default runs/theory")
 
 
 def add_throughput_command(commands: Any) -> None:
@@ -122,7 +169,7 @@ def add_throughput_command(commands: Any) -> None:
         "(default sgd sam asam fsam at-linf)")  # fmt: skip
     add("--beside", nargs="*", help="of eager, fp32, fp32-nchw, uncompiled, graph, plain "
         "(default eager plain)")  # fmt: skip
-    add("--model", help="preactresnet18 (default) or smallconv")
+    add("--model", help="as in train (default preactresnet18)")
     add("--width", type=int, help="channels of the first layer (default 64)")
     add("--batch-size", type=int, help="default 128")
     add("--attack-steps", type=int, help="default 10")
@@ -170,7 +217,8 @@ def build_parser() -> argparse.ArgumentParser:
         return sub
 
     train = command("train", "train one model and evaluate it; repeat the command to resume it")
-    train.add_argument("--method", default="sgd", help=f"one of {METHODS} (default sgd)")
+    train.add_argument("--method", default=None, help=f"one of {METHODS}, or standard "
+                       "(default: the recipe's, or sgd)")  # fmt: skip
     train.add_argument("--seed", type=int)
     train.add_argument("--out", type=Path, default=None, help="default runs/PRESET/METHOD-seedN")
     compare = command("compare", "train several methods and seeds; repeat the command to resume it")
@@ -189,11 +237,14 @@ def build_parser() -> argparse.ArgumentParser:
     for sub in (train, compare):
         add_run_options(sub)
         add_evaluation_options(sub)
+    text = "the published settings: names, sources, published numbers"
+    recipes = commands.add_parser("recipes", help=text, description=text)
+    recipes.add_argument("part", nargs="?", default="", help="only names with this in them")
     evaluate = command("evaluate", "attack a trained model")
-    evaluate.add_argument("checkpoint", type=Path, help="last.pt or best.pt of a run")
-    add_evaluation_options(evaluate)
+    add_evaluate_command(evaluate)
     add_step_command(commands)
     add_report_command(commands)
+    add_theory_command(commands)
     add_throughput_command(commands)
     add_gpu_command(commands)
     return parser
@@ -208,7 +259,20 @@ def evaluation_of(data: str, options: dict[str, Any]):
         for norm in ("linf", "l2")
         if f"eval_{norm}" in options
     }
-    given |= {k: options[f"eval_{k}"] for k in ("steps", "samples") if f"eval_{k}" in options}
+    for norm in {"linf", "l2"} - set(options.get("norms", ("linf", "l2"))):
+        if norm in given:
+            raise ValueError(f"--eval-{norm} has no effect: --norms leaves {norm} out")
+        given[norm] = ()
+    for k in ("steps", "samples", "batch_size"):
+        if f"eval_{k}" in options:
+            given[k] = options[f"eval_{k}"]
+    if "eval_attacks" in options:
+        given["attacks"] = tuple(dict.fromkeys(options["eval_attacks"]))
+        if "steps" in given and "pgd" not in given["attacks"]:
+            raise ValueError(
+                f"--eval-steps {given['steps']} is of the attack pgd; add it to --attacks, or "
+                f"write pgd-{given['steps']}"
+            )
     return resolve_evaluation(data, given)
 
 
@@ -217,11 +281,12 @@ def run_train(options: dict[str, Any]) -> None:
 
     from bench.config import check_used, preset_of, resolve
     from bench.evaluate import report
+    from bench.recipe import load_recipe
     from bench.summary import train_and_evaluate
     from bench.train import refuse_early
 
-    check_used([options["method"]], options)
-    config = resolve(options["method"], options["preset"], options)
+    config = resolve(options["method"], preset_of(options), options)
+    check_used([config.method], options)
     evaluation = evaluation_of(config.data, options)
     out = options["out"] or Path("runs", preset_of(options), config.name)
     refuse_early(config, out, options["download"])  # before the bar is drawn
@@ -230,11 +295,26 @@ def run_train(options: dict[str, Any]) -> None:
         def show(row: dict[str, Any]) -> None:
             bar.update()
             if row:
-                bar.set_postfix({k: f"{row[k]:.3f}" for k in SHOWN})
+                bar.set_postfix({k: f"{row[k]:.3f}" for k in SHOWN if k in row})
 
         summary = train_and_evaluate(config, evaluation, out, options["download"], show)
     print(report(summary | {"images": summary["test_images"]}))
     print(f"{summary['images_per_second']:.0f} images/s in training; wrote {out}")
+    if published := load_recipe(preset_of(options)).published:
+        numbers = ", ".join(f"{name} {value:g}" for name, value in published.items())
+        print(f"the recipe's published numbers, in %: {numbers}")
+
+
+def combined(methods: list[str], optimizer: str | None) -> list[str]:
+    """Return a comparison's methods with its --optimizer in those that name none."""
+    from bench.methods import ADVERSARIES, method_of
+
+    open_ones = {*ADVERSARIES, "standard"} & set(methods)
+    if optimizer is not None and not open_ones:
+        raise ValueError(
+            f"optimizer {optimizer!r} has no effect on {', '.join(methods)}, which name theirs"
+        )
+    return [method_of(m, optimizer if m in open_ones else None) for m in methods]
 
 
 def run_compare(options: dict[str, Any]) -> None:
@@ -245,9 +325,10 @@ def run_compare(options: dict[str, Any]) -> None:
         options |= {"preset": "digits", "seeds": [0, 1], "jobs": 2, "threads": 1}
     if options["jobs"] < 1:
         raise ValueError(f"jobs must be at least 1, got {options['jobs']}")
-    check_used(options["methods"], options)
+    methods = combined(options["methods"], options.pop("optimizer", None))
+    check_used(methods, options)
     by_seed = [
-        [resolve(m, options["preset"], options | {"seed": seed}) for m in options["methods"]]
+        [resolve(m, preset_of(options), options | {"seed": seed}) for m in methods]
         for seed in options["seeds"]
     ]
     evaluation = evaluation_of(by_seed[0][0].data, options)
@@ -256,20 +337,29 @@ def run_compare(options: dict[str, Any]) -> None:
 
 
 def run_evaluate(options: dict[str, Any]) -> None:
+    from dataclasses import asdict
+
+    import torch
+
     from bench.checkpoint import load_checkpoint, rebuild
     from bench.config import usable_device
     from bench.data import load_data
     from bench.evaluate import evaluate, report
+    from bench.record import append_jsonl, git_hash, stamp
 
+    if unknown := set(options.get("norms", ())) - {"linf", "l2"}:
+        raise ValueError(f"unknown norm {sorted(unknown)[0]!r}; choose from linf, l2")
     device = usable_device(options.get("device", "cpu"))
     path = options["checkpoint"]
     checkpoint = load_checkpoint(path, str(device))
     model = rebuild(checkpoint, path, str(device))
+    if checkpoint["config"].get("channels_last"):
+        model = model.to(memory_format=torch.channels_last)
     config = checkpoint["config"] | {k: v for k, v in options.items() if k in checkpoint["config"]}
     evaluation = evaluation_of(config["data"], options)
     data = load_data(
         config["data"], config["val"], config["seed"], config["data_dir"], options["download"],
-        config["image_size"],
+        config["image_size"], lazily=config.get("augment") == "resized-crop",
     )  # fmt: skip
     if (data.channels, data.classes) != (checkpoint["channels"], checkpoint["classes"]):
         raise ValueError(
@@ -277,7 +367,24 @@ def run_evaluate(options: dict[str, Any]) -> None:
             f"{checkpoint['classes']}, but data {config['data']!r} has {data.channels} channels "
             f"and {data.classes}; pass the --data that it was trained on"
         )
-    print(report(evaluate(model, data.test.to(device), evaluation)))
+    git = git_hash()
+    result = evaluate(model, data.test.to(device), evaluation,
+                      say=lambda text: print(text, file=sys.stderr))  # fmt: skip
+    print(report(result))
+    if "rows" in options:
+        row = {"checkpoint": "/".join(path.parts[-2:]), **result, "config": checkpoint["config"],
+               "evaluation": asdict(evaluation), **stamp(str(device), git)}  # fmt: skip
+        options["rows"].parent.mkdir(parents=True, exist_ok=True)
+        append_jsonl(options["rows"], [row])
+
+
+def run_recipes(options: dict[str, Any]) -> None:
+    from bench.recipe import listing, recipe_names
+
+    names = [name for name in recipe_names() if options["part"] in name]
+    if not names:
+        raise ValueError(f"no recipe has {options['part']!r} in its name")
+    print(listing(names))
 
 
 def run_step(options: dict[str, Any]) -> int:
@@ -290,9 +397,24 @@ def run_step(options: dict[str, Any]) -> int:
 
 
 def run_report(options: dict[str, Any]) -> None:
-    from bench.report import report_steps
+    from bench.report_runs import report_runs
+    from bench.report_steps import report_steps
 
-    report_steps(options["step"], options["out"])
+    if bool(options["runs"]) == bool(options["step"]):
+        raise ValueError("pass directories of runs (report DIR...), or --step FILE..., one of them")
+    if options["step"]:
+        report_steps(options["step"], options["out"])
+    else:
+        report_runs(options["runs"], options["out"])
+
+
+def run_theory(options: dict[str, Any]) -> None:
+    from bench.theory_report import SETTINGS, Model, theory
+
+    given = {k: options[k] for k in ("p", "eta", "n") if options[k] is not None}
+    own = given or options["eps"] or options["rho"]
+    models = [Model(**({"p": 0.95, "eta": 0.2, "n": 100} | given))] if own else SETTINGS
+    theory(models, options["eps"], options["rho"], options["out"])
 
 
 def run_throughput(options: dict[str, Any]) -> int:
@@ -322,8 +444,9 @@ def main(argv: list[str] | None = None) -> int:
     about the input that cannot be used."""
     options = vars(build_parser().parse_args(argv))
     command = {"train": run_train, "compare": run_compare, "evaluate": run_evaluate,
-               "step": run_step, "report": run_report, "throughput": run_throughput,
-               "gpu": run_gpu}  # fmt: skip
+               "recipes": run_recipes,
+               "step": run_step, "report": run_report, "theory": run_theory,
+               "throughput": run_throughput, "gpu": run_gpu}  # fmt: skip
     try:
         return command[options["command"]](options) or 0
     except (ValueError, OSError) as e:

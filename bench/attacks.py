@@ -1,8 +1,9 @@
-"""Projected gradient descent on [0, 1] images, its eps notation, and its configuration in words.
+"""Attacks on [0, 1] images, their eps notation, and their configuration in words.
 
 PGD (Madry et al. 2018): x_adv <- Proj_eps(x_adv + alpha step(grad loss(x_adv))), from a random
-start. The gradient is taken with respect to the input only, so no parameter's .grad is touched.
-On a GPU the step is one fused kernel (fastsam.kernels), elsewhere plain PyTorch.
+start; one step of it with alpha 1.25 eps is FGSM-RS (Wong et al. 2020). The gradient is taken with
+respect to the input only, so no parameter's .grad is touched. On a GPU the step is one fused kernel
+(fastsam.kernels), elsewhere plain PyTorch.
 """
 
 import math
@@ -16,6 +17,7 @@ from torch import Tensor
 from fastsam.dispatch import why_not_triton
 
 LARGEST_LINF = 0.25
+NOISE = 2.0  # N-FGSM's k for CIFAR
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,11 @@ class Attack:
             f"PGD-{self.steps}, {self.norm}, eps {both_forms(self.eps)}, "
             f"alpha {both_forms(self.alpha)}, random start, 1 restart, cross-entropy"
         )
+
+
+def evaluation_attack(norm: str, eps: float, steps: int) -> Attack:
+    """Return SAM_AT eval.py's PGD: alpha eps/4 for l_inf, eps/8 for l2."""
+    return Attack(norm, eps, eps / (4 if norm == "linf" else 8), steps)
 
 
 def eps_key(eps: float) -> str:
@@ -131,11 +138,57 @@ def pgd(
     x: (B, C, H, W) in [0, 1]. y: (B,) labels. generator: of x's device, for the random start.
     Raises ValueError on a GPU for x that is neither contiguous nor channels_last.
     """
-    climb = fused_climb if can_fuse(x) else plain_climb
     x_adv = random_start(x, attack, generator)
+    return climbed(lambda x: F.cross_entropy(forward(x), y), x_adv, x, attack)
+
+
+def climbed(
+    loss_at: Callable[[Tensor], Tensor], x_adv: Tensor, x: Tensor, attack: Attack
+) -> Tensor:
+    """Return x_adv after the attack's steps up `loss_at`, within eps of x and [0, 1]."""
+    climb = fused_climb if can_fuse(x) else plain_climb
     for _ in range(attack.steps):
         x_adv.requires_grad_(True)
-        loss = F.cross_entropy(forward(x_adv), y)
-        (g,) = torch.autograd.grad(loss, x_adv)
+        (g,) = torch.autograd.grad(loss_at(x_adv), x_adv)
         x_adv = climb(x_adv.detach(), g, x, attack)
     return x_adv
+
+
+def n_fgsm(
+    forward: Callable[[Tensor], Tensor],
+    x: Tensor,
+    y: Tensor,
+    attack: Attack,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Return x + noise + alpha sign(grad) in [0, 1] (de Jorge et al. 2022); as pgd otherwise.
+
+    The noise is uniform up to NOISE eps, and nothing is projected on the eps ball.
+    """
+    k_eps = NOISE * attack.eps
+    noise = torch.empty_like(x).uniform_(-k_eps, k_eps, generator=generator)
+    start = (x + noise).clamp(0, 1).requires_grad_(True)
+    (g,) = torch.autograd.grad(F.cross_entropy(forward(start), y), start)
+    return (start.detach() + attack.alpha * g.sign()).clamp(0, 1)
+
+
+def trades(
+    forward: Callable[[Tensor], Tensor],
+    x: Tensor,
+    attack: Attack,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Return images on which the prediction differs most from that on x; as pgd otherwise.
+
+    Zhang et al. 2019: ascent of KL(f(x) || f(x')) from x' = x + 0.001 N(0, 1).
+    """
+    with torch.no_grad():
+        logits = forward(x)
+    noise = torch.empty_like(x).normal_(generator=generator)
+    return climbed(lambda x_adv: divergence(logits, forward(x_adv)), x + 0.001 * noise, x, attack)
+
+
+def divergence(logits: Tensor, logits_adv: Tensor) -> Tensor:
+    """Return KL(softmax(logits) || softmax(logits_adv)), the mean over the batch."""
+    log_p, log_q = (F.log_softmax(z, 1) for z in (logits, logits_adv))
+    return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)

@@ -15,6 +15,7 @@ from bench.config import Config, Evaluation
 from bench.evaluate import NORM_NAMES
 from bench.record import append_jsonl, write_json, write_text
 from bench.summary import finished, train_and_evaluate
+from bench.tables import markdown
 from bench.train import refuse_early
 
 _epochs_done: Any = None
@@ -113,24 +114,23 @@ def table(rows: list[dict[str, Any]]) -> str:
     def cell(mean: float, std: float) -> str:
         return f"{100 * mean:.1f} ± {100 * std:.1f}" if several else f"{100 * mean:.1f}"
 
-    lines = [head, ["---"] + ["---:"] * (len(head) - 1)]
+    lines = []
     for row in rows:
         accuracies = [cell(row["natural"], row["natural_std"])]
         accuracies += [cell(row["robust"][n][e], row["robust_std"][n][e]) for n, e in columns]
         cost = [f"{row['images_per_second']:.0f}", f"{row['relative_cost']:.1f}x"]
         lines.append([row["method"], *accuracies, *cost])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    padded = [[text.ljust(w) for text, w in zip(line, widths, strict=True)] for line in lines]
-    return "\n".join(f"| {' | '.join(line)} |" for line in padded)
+    return markdown(head, lines, left=1)
 
 
 def settings(config: dict[str, Any]) -> str:
     """Return what one method was trained with and the others were not."""
-    own = {k: config[k] for k in ("rho", "sigma", "lmbda", "scale") if config[k] is not None}
-    usual = {"interval": 1, "late": 0.0, "ascent_part": 1.0, "micro": 1}
+    names = ("rho", "sigma", "lmbda", "scale", "eps", "alpha", "attack_steps", "beta")
+    own = {k: config[k] for k in names if config.get(k) is not None}
+    usual = {"base": "sgd", "interval": 1, "late": 0.0, "ascent_part": 1.0, "micro": 1}
+    usual |= {"awp_gamma": 0.0, "label_noise": 0.0}
     own |= {k: config[k] for k, value in usual.items() if config.get(k, value) != value}
-    if config["eps"] is not None:
-        own |= {k: eps_key(config[k]) for k in ("eps", "alpha")} | {"steps": config["attack_steps"]}
+    own |= {k: eps_key(own[k]) for k in ("eps", "alpha") if k in own}
     return ", ".join(f"{k} {v}" for k, v in own.items())
 
 

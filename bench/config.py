@@ -1,4 +1,4 @@
-"""One run's settings: defaults, then the preset, then the method, then the command line."""
+"""One run's settings: defaults, then the method's, then the recipe's, then the command line's."""
 
 import math
 from dataclasses import asdict, dataclass, fields, replace
@@ -6,30 +6,57 @@ from typing import Any
 
 import torch
 
-from bench.attacks import Attack, parse_eps
-from bench.presets import DIGITS_EVAL_EPS, EVAL_EPS, METHODS, PRESETS
+from bench.attacks import Attack, evaluation_attack, parse_eps
+from bench.battery import split_name
+from bench.methods import PLAIN, SINGLE_STEP, USED_BY, method_of, split_method, values_of
+from bench.pipeline import PADDINGS
+from bench.recipe import load_recipe
 
+# SAM_AT eval.py's four small radii, and the larger two where adversarial training shows
+EVAL_EPS = {
+    "linf": (1 / 255, 2 / 255, 8 / 255),
+    "l2": (16 / 255, 32 / 255, 128 / 255),
+}
+DIGITS_EVAL_EPS = {
+    "linf": (*EVAL_EPS["linf"], 16 / 255, 32 / 255),
+    "l2": (*EVAL_EPS["l2"], 256 / 255),
+}
 CHOICES = {
-    "method": tuple(METHODS),
-    "augment": ("none", "crop", "crop-flip"),
+    "noise_kind": ("published", "true"),
+    "augment": ("none", "crop", "crop-flip", "resized-crop"),
+    "padding": PADDINGS,
+    "normalisation": (None, "f-sam", "imagenet"),
+    "base": PLAIN,
     "schedule": ("piecewise", "cosine"),
-    "attack_bn": ("eval", "train"),
+    "second_bn": ("frozen", "moving"),
+    "attack_bn": ("eval", "train", "moving"),
     "amp": ("off", "bf16"),
     "backend": (None, "reference", "triton"),
     "scale": (None, "all", "weights"),
 }
-AT_LEAST = {"epochs": 1, "batch_size": 1, "pad": 0, "momentum": 0, "weight_decay": 0, "seed": 0,
-            "interval": 1, "micro": 1}
+AT_LEAST = {"epochs": 1, "batch_size": 1, "pad": 0, "cutout": 0, "momentum": 0, "weight_decay": 0,
+            "seed": 0, "interval": 1, "micro": 1, "awp_gamma": 0, "awp_warmup": 0}
+AT_LEAST_IF_GIVEN = {"image_size": 1, "attack_steps": 1, "threads": 1, "workers": 0, "beta": 0}
 
 
 @dataclass(frozen=True)
 class Config:
     """Everything that decides the trained weights; two runs with equal configs are bit-equal.
 
-    rho, sigma, lmbda, eta, scale, interval: as in fastsam's optimizers. late: the share of the
-    epochs before SAM's first climb. ascent_part: the share of the batch that the climb's gradient
-    comes from. micro: in how many parts a batch is climbed from, each by itself. eps, alpha: the
-    training attack's radius and step for images in [0, 1]; None where the method does not attack.
+    label_noise, noise_kind: see bench.noise. augment "resized-crop": for directories of photographs
+    of various sizes, which are read when they are needed and become image_size pixels square
+    (224 if None). padding, cutout: see bench.pipeline.Augmentation. normalisation: see
+    bench.data.normalisation. weights: a file with the network's weights to start from.
+    base: the optimizer under SAM. rho, sigma, lmbda, eta, scale, interval: as in fastsam's
+    optimizers. late: the share of the epochs before SAM's first climb. ascent_part: the share of
+    the batch that the climb's gradient comes from. micro: in how many parts a batch is climbed
+    from, each by itself. second_bn: whether SAM's second pass moves BatchNorm's running statistics.
+    eps, alpha: the training attack's radius and step for images in [0, 1]; eps is None where the
+    method does not attack. attack_bn: BatchNorm in the training attack uses its running statistics
+    ("eval"), the batch's ("train"), or the batch's and moves the others ("moving"). beta: weight
+    of TRADES' second term. awp_gamma: adversarial weight perturbation, relative to each layer's
+    norm, after awp_warmup epochs; 0 for none. workers: processes that read images, None: by the
+    number of CPUs; they change no bit.
     """
 
     method: str
@@ -37,12 +64,19 @@ class Config:
     data_dir: str = ".data"
     image_size: int | None = None
     val: float = 0.1
+    label_noise: float = 0.0
+    noise_kind: str = "published"
     augment: str = "crop-flip"
     pad: int = 4
+    padding: str = "reflect"
+    cutout: int = 0
+    normalisation: str | None = None
     model: str = "preactresnet18"
     width: int = 64
+    weights: str | None = None
     epochs: int = 100
     batch_size: int = 128
+    base: str = "sgd"
     lr: float = 0.1
     schedule: str = "piecewise"
     momentum: float = 0.9
@@ -56,23 +90,49 @@ class Config:
     late: float = 0.0
     ascent_part: float = 1.0
     micro: int = 1
+    second_bn: str = "frozen"
     eps: float | None = None
     alpha: float | None = None
     attack_steps: int | None = None
     attack_bn: str = "eval"
+    beta: float | None = None
+    awp_gamma: float = 0.0
+    awp_warmup: int = 0
     seed: int = 0
     device: str = "cpu"
     amp: str = "off"
     channels_last: bool = False
     backend: str | None = None
     threads: int | None = None
+    workers: int | None = None
+
+    @property
+    def adversary(self) -> str | None:
+        return split_method(self.method)[0]
+
+    @property
+    def optimizer(self) -> str:
+        return split_method(self.method)[1]
+
+    @property
+    def reads_lazily(self) -> bool:
+        return self.augment == "resized-crop"
 
     @property
     def attack(self) -> Attack | None:
-        """The attack of adversarial training, or None."""
+        """The ball and the steps of the training attack, or None."""
         if self.eps is None:
             return None
-        return Attack(self.method.removeprefix("at-"), self.eps, self.alpha, self.attack_steps)
+        norm = "l2" if self.adversary == "at-l2" else "linf"
+        whole_step = 1.25 * self.eps if self.adversary == "fgsm-rs" else self.eps
+        return Attack(norm, self.eps, self.alpha or whole_step, self.attack_steps or 1)
+
+    @property
+    def validation_attack(self) -> Attack | None:
+        """PGD on the training attack's ball: the training attack, but ten steps for one."""
+        if self.adversary in SINGLE_STEP:
+            return evaluation_attack("linf", self.eps, 10)
+        return self.attack
 
     @property
     def name(self) -> str:
@@ -82,55 +142,71 @@ class Config:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What is measured after training; changing it never retrains. samples: None for all."""
+    """What is measured after training; changing it never retrains.
+
+    linf, l2: radii for images in [0, 1]. steps: of the attack "pgd". samples: how many test images,
+    None for all. attacks: names of bench.battery.
+    """
 
     linf: tuple[float, ...]
     l2: tuple[float, ...]
     steps: int = 10
     samples: int | None = None
     batch_size: int = 500
+    attacks: tuple[str, ...] = ("pgd",)
 
 
-def resolve(method: str, preset: str | None, options: dict[str, Any]) -> Config:
+def resolve(method: str | None, recipe: str | None, options: dict[str, Any]) -> Config:
     """Return the config of `method`: each value from the most specific place that gives it.
 
-    options: the command line's explicit values by field name, eps and alpha as text; data also
-    picks the default preset. Options that the method does not use (rho for sgd) are left out, so
-    that one command line serves a comparison. Raises ValueError for unknown names and values out
-    of range.
+    method: a name of bench.methods; None: the recipe's, or sgd. recipe: a recipe or a preset; None:
+    the preset that suits the data. options: the command line's explicit values by field name, eps
+    and alpha as text, and "optimizer". Values that the method does not use (rho for sgd) are left
+    out, so that one command line serves a comparison. Raises ValueError for unknown names and
+    values out of range.
     """
-    if method not in METHODS:
-        raise ValueError(f"unknown method {method!r}; choose from {', '.join(METHODS)}")
-    preset = preset_of(options | {"preset": preset})
-    if preset not in PRESETS:
-        raise ValueError(f"unknown preset {preset!r}; choose from {', '.join(PRESETS)}")
-    table = PRESETS[preset]
-    own = METHODS[method] | table.get(method, {})
-    not_own = {k for values in METHODS.values() for k in values} - set(METHODS[method])
-    known = {f.name for f in fields(Config)}
-    given = {k: v for k, v in options.items() if k in known - not_own}
-    for k in {"eps", "alpha"} & given.keys():
-        given[k] = parse_eps(given[k], method.removeprefix("at-"), options.get("force", False))
-    config = Config(**({"method": method} | table["common"] | own | given))
+    file = load_recipe(recipe or preset_of(options))
+    settings = {f.name for f in fields(Config)}
+    if odd := sorted(file.keys - settings):
+        raise ValueError(f"recipe {file.name!r} has the unknown values {odd}")
+    optimizer = options.get("optimizer")
+    if method is None:
+        adversary, own = split_method(file.config.get("method", "sgd"))
+        method, optimizer = adversary or "standard", optimizer or own
+    method = method_of(method, optimizer)
+    values = values_of(method) | file.values(*split_method(method)) | options
+    fitting = settings - (USED_BY.keys() - values_of(method).keys())
+    values = {k: v for k, v in values.items() if k in fitting} | {"method": method}
+    norm = "l2" if method.startswith("at-l2") else "linf"
+    for k in ("eps", "alpha"):
+        if isinstance(values.get(k), str):
+            values[k] = parse_eps(values[k], norm, options.get("force", False))
+    config = Config(**values)
     check(config)
     return config
 
 
 def check_used(methods: list[str], options: dict[str, Any]) -> None:
     """Raise ValueError for an option that only other methods than these have."""
-    for name in options:
-        users = [m for m, values in METHODS.items() if name in values]
-        if users and not set(users) & set(methods):
-            raise ValueError(
-                f"{name} {options[name]!r} has no effect on {', '.join(methods)}; it belongs to "
-                f"{', '.join(users)}"
-            )
+    used = {key for m in methods for key in values_of(m)}
+    for name in options.keys() & USED_BY.keys() - used:
+        raise ValueError(
+            f"{name} {options[name]!r} has no effect on {', '.join(methods)}; it belongs to "
+            f"{', '.join(USED_BY[name])}"
+        )
 
 
 def preset_of(options: dict[str, Any]) -> str:
-    """Return the preset that the command line names, or the one that suits its data."""
+    """Return the recipe or preset that the command line names, or the preset for its data.
+
+    Raises ValueError when it names both.
+    """
+    recipe, preset = options.get("recipe"), options.get("preset")
+    if recipe and preset:
+        raise ValueError(f"pass --recipe {recipe} or --preset {preset}, not both")
     by_data = {"digits": "digits", "cifar100": "sam-at-cifar100"}
-    return options["preset"] or by_data.get(options.get("data", "digits"), "sam-at-cifar10")
+    default = by_data.get(options.get("data", "digits"), "sam-at-cifar10")
+    return recipe or preset or default
 
 
 def check(config: Config) -> None:
@@ -140,20 +216,19 @@ def check(config: Config) -> None:
                 f"unknown {name} {getattr(config, name)!r}; choose from "
                 f"{', '.join(c for c in choices if c)}"
             )
-    for name, least in AT_LEAST.items():
-        if not getattr(config, name) >= least:  # so that nan is refused too
+    given = {k: least for k, least in AT_LEAST_IF_GIVEN.items() if getattr(config, k) is not None}
+    for name, least in (AT_LEAST | given).items():
+        if not least <= getattr(config, name) < math.inf:  # so that nan is refused too
             raise ValueError(f"{name} must be at least {least}, got {getattr(config, name)}")
     if not 0 < config.lr < math.inf:
         raise ValueError(f"lr must be positive and finite, got {config.lr}")
+    if not 0 <= config.label_noise <= 1:
+        raise ValueError(f"label_noise must be in [0, 1], got {config.label_noise}")
     if not (0 <= config.late < 1 and 0 < config.ascent_part <= 1):
         raise ValueError(
             "late must be in [0, 1) and ascent_part in (0, 1], "
             f"got {config.late} and {config.ascent_part}"
         )
-    if config.attack_steps is not None and config.attack_steps < 1:
-        raise ValueError(f"attack_steps must be at least 1, got {config.attack_steps}")
-    if config.threads is not None and config.threads < 1:
-        raise ValueError(f"threads must be at least 1, got {config.threads}")
     usable_device(config.device)
 
 
@@ -176,15 +251,20 @@ def resolve_evaluation(data: str, options: dict[str, Any]) -> Evaluation:
     known = {f.name for f in fields(Evaluation)}
     given = {k: v for k, v in options.items() if k in known}
     result = replace(Evaluation(**grid), **given)
-    if result.steps < 1 or (result.samples is not None and result.samples < 1):
-        raise ValueError(
-            f"evaluation steps and samples must be at least 1, got {result.steps}, {result.samples}"
-        )
+    for name in ("steps", "samples", "batch_size"):
+        if (value := getattr(result, name)) is not None and value < 1:
+            raise ValueError(f"evaluation {name} must be at least 1, got {value}")
+    for name in result.attacks:
+        split_name(name)
     return result
 
 
 def differences(old: dict[str, Any], new: Config) -> str:
-    """Return "lr 0.1 -> 0.05, ..." for the fields in which a stored config differs, or ""."""
-    now = asdict(new)
+    """Return "lr 0.1 -> 0.05, ..." for the fields in which a stored config differs, or "".
+
+    A config that was stored before a field existed has that field's default.
+    """
+    now, defaults = asdict(new), {f.name: f.default for f in fields(Config) if f.name != "method"}
+    old = defaults | old
     keys = [k for k in now | old if old.get(k) != now.get(k)]
     return ", ".join(f"{k} {old.get(k)!r} -> {now.get(k)!r}" for k in keys)

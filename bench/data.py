@@ -1,7 +1,8 @@
-"""Image data sets as uint8 tensors on the device, and augmentation of whole batches."""
+"""Image data sets, as uint8 tensors on the device or as files, their splits and their labels."""
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -9,12 +10,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench.pipeline import Augmentation, decide, gather
+from bench.noise import noisy
+from bench.photographs import Photographs, fingerprint, read_listing
+from bench.pipeline import Augmentation, Pipeline
 
 # SAM_AT utils.py (Zhang, He, Zhu, Chen, Wang, Wei 2024); other data: computed from the training set
 NORMALISATION = {
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)),
     "cifar100": ((0.50708, 0.48655, 0.44092), (0.26733, 0.25644, 0.27615)),
+}
+CONSTANTS = {
+    "f-sam": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),  # its code's, for all data
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),  # torchvision's and timm's networks
 }
 
 
@@ -42,15 +49,19 @@ class Split:
 
 @dataclass
 class Data:
-    """A data set split in three; mean and std hold one value per channel in [0, 1] units."""
+    """A data set split in three; mean and std hold one value per channel in [0, 1] units.
 
-    train: Split
-    val: Split
-    test: Split
+    wrong_labels: how many labels of training and validation label noise made wrong.
+    """
+
+    train: Split | Photographs
+    val: Split | Photographs
+    test: Split | Photographs
     classes: list[str]
     mean: list[float]
     std: list[float]
     fingerprint: str
+    wrong_labels: int = 0
 
     @property
     def channels(self) -> int:
@@ -64,23 +75,64 @@ def load_data(
     data_dir: str = ".data",
     download: bool = False,
     image_size: int | None = None,
+    label_noise: float = 0.0,
+    noise_kind: str = "published",
+    normalisation: str | None = None,
+    lazily: bool = False,
+    workers: int | None = None,
 ) -> Data:
     """Load "digits", "cifar10", "cifar100", or a directory of images in one folder per class.
 
-    A directory holds train/<class>/* and test/<class>/*, or <class>/* alone, of which a fixed
-    stratified fifth becomes the test set. val: the fraction of the training images held out,
-    stratified, chosen by `seed`; the test set never takes part. data_dir: where torchvision keeps
-    CIFAR. image_size: resize a directory's images to this many pixels square; without it, all must
-    have the size of the first. Raises ValueError when the data is missing, unreadable, or has
-    fewer than two classes.
+    A directory holds train/<class>/* and test/<class>/* (or val/<class>/*), or <class>/* alone, of
+    which a fixed stratified fifth becomes the test set. val: the fraction of the training images
+    held out, stratified, chosen by `seed`; 0 for none; the test set never takes part. data_dir:
+    where torchvision keeps CIFAR. image_size: resize a directory's images to this many pixels
+    square; without it, all must have the size of the first. lazily: read a directory's images when
+    they are needed, with `workers` processes.
+
+    label_noise, noise_kind: see bench.noise. It falls on all training images before some are held
+    out: who has only noisy labels has no clean ones to choose a checkpoint by, and under symmetric
+    noise the order of accuracies stays. Test labels are clean.
+
+    Raises ValueError when the data is missing, unreadable, or has fewer than two classes.
     """
-    if not 0 < val < 1:
-        raise ValueError(f"val must be between 0 and 1, got {val}; 0.1 holds out a tenth")
-    train, test, classes, fingerprint = read_data(name, data_dir, download, image_size)
+    if not 0 <= val < 1:
+        raise ValueError(
+            f"val must be at least 0 and below 1, got {val}; 0.1 holds out a tenth, 0 nothing"
+        )
+    if lazily:
+        train, test, classes, digest = read_lazily(name, image_size or 224, workers)
+    else:
+        train, test, classes, digest = read_data(name, data_dir, download, image_size)
+    clean, wrong = train.labels, 0
+    if label_noise:
+        given = noisy(clean, len(classes), label_noise, noise_kind, seed)
+        train, wrong = replace(train, labels=given), int((given != clean).sum())
+        digest = hashlib.sha256(digest.encode() + given.numpy().tobytes()).hexdigest()
     kept, held_out = stratified(train.labels, val, seed)
-    train, val_split = train.take(kept), train.take(held_out)
-    mean, std = NORMALISATION.get(name) or channel_statistics(train)
-    return Data(train, val_split, test, classes, list(mean), list(std), fingerprint)
+    parts = train.take(kept), train.take(held_out), test
+    mean, std = constants(name, normalisation, parts[0])
+    return Data(*parts, classes, mean, std, digest, wrong)
+
+
+def constants(
+    name: str, normalisation: str | None, train: Split | Photographs
+) -> tuple[list[float], list[float]]:
+    """Return mean and standard deviation of each channel in [0, 1] units.
+
+    normalisation: a key of CONSTANTS; None: the data's own, which for photographs are ImageNet's.
+    Raises ValueError for images of another number of channels.
+    """
+    if normalisation is None and isinstance(train, Photographs):
+        normalisation = "imagenet"
+    known = CONSTANTS.get(normalisation) or NORMALISATION.get(name)
+    mean, std = known or channel_statistics(train)
+    if len(mean) != train.images.shape[1]:
+        raise ValueError(
+            f"normalisation {normalisation!r} is for {len(mean)} channels and data {name!r} has "
+            f"{train.images.shape[1]}; leave it out"
+        )
+    return list(mean), list(std)
 
 
 @lru_cache(maxsize=1)  # a comparison asks for the same images once a run
@@ -93,15 +145,33 @@ def read_data(
     elif name in NORMALISATION:
         train, test, classes = cifar(name, data_dir, download)
     else:
-        train, test, classes = folder(Path(name), image_size)
+        train, test, classes = folder(Path(name), lambda root: read_images(root, image_size))
     digest = hashlib.sha256(train.images.numpy().tobytes() + train.labels.numpy().tobytes())
     return train, test, classes, digest.hexdigest()
+
+
+@lru_cache(maxsize=1)
+def read_lazily(
+    name: str, size: int, workers: int | None
+) -> tuple[Photographs, Photographs, list[str], str]:
+    """Return training images, test images, class names, and the training set's fingerprint."""
+    if name in ("digits", *NORMALISATION):
+        raise ValueError(
+            f"augment 'resized-crop' is for directories of photographs, not for {name!r}; use "
+            "crop-flip"
+        )
+    root = Path(name)
+    train, test, classes = folder(root, lambda root: read_listing(root, size))
+    train, test = (replace(part, workers=workers) for part in (train, test))
+    return train, test, classes, fingerprint(train, root)
 
 
 def stratified(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
     """Return sorted index tensors of the rest and of a stratified `fraction` of the labels."""
     from sklearn.model_selection import train_test_split
 
+    if fraction == 0:
+        return torch.arange(len(labels)), torch.arange(0)
     try:
         rest, part = train_test_split(
             np.arange(len(labels)), test_size=fraction, stratify=labels, random_state=seed
@@ -148,28 +218,44 @@ def cifar(name: str, data_dir: str, download: bool) -> tuple[Split, Split, list[
     return train, test, parts[0].classes
 
 
-def folder(root: Path, image_size: int | None) -> tuple[Split, Split, list[str]]:
+def folder(root: Path, read: Callable) -> tuple:
+    """Return the training images, the test images and the classes of a directory.
+
+    read: directory -> what lies in its <class>/*, as a split, and the classes. Raises ValueError.
+    """
     if not root.is_dir():
         raise ValueError(
             f"data {str(root)!r} is neither digits, cifar10, cifar100 nor a directory; give the "
             "path of a directory with train/<class>/ and test/<class>/"
         )
     if not (root / "train").is_dir():
-        everything, classes = read_images(root, image_size)
+        everything, classes = several(root, *read(root))
         train, test = stratified(everything.labels, 0.2, seed=0)
         return everything.take(train), everything.take(test), classes
-    if not (root / "test").is_dir():
+    held_out = next((root / d for d in ("test", "val") if (root / d).is_dir()), None)
+    if held_out is None:
         raise ValueError(f"{str(root)!r} has train/ but no test/; add test/<class>/ with images")
-    train, classes = read_images(root / "train", image_size)
-    test, test_classes = read_images(root / "test", image_size)
+    train, classes = several(root / "train", *read(root / "train"))
+    test, test_classes = read(held_out)
     if classes != test_classes:
         odd = sorted(set(classes) ^ set(test_classes))
-        raise ValueError(f"train/ and test/ of {str(root)!r} differ in the classes {odd}")
+        raise ValueError(f"train/ and {held_out.name}/ of {str(root)!r} differ in classes: {odd}")
     if train.images.shape[2:] != test.images.shape[2:]:
         raise ValueError(
-            f"train/ and test/ of {str(root)!r} hold images of different sizes; pass --image-size"
+            f"train/ and {held_out.name}/ of {str(root)!r} hold images of different sizes; pass "
+            "--image-size"
         )
     return train, test, classes
+
+
+def several(root: Path, split: Split | Photographs, classes: list[str]) -> tuple:
+    """Return split and classes, or raise ValueError for a single class."""
+    if len(classes) < 2:
+        raise ValueError(
+            f"{str(root)!r} has one class, {classes[0]!r}; a classifier needs at least two folders "
+            "of images"
+        )
+    return split, classes
 
 
 def read_images(root: Path, image_size: int | None) -> tuple[Split, list[str]]:
@@ -182,11 +268,6 @@ def read_images(root: Path, image_size: int | None) -> tuple[Split, list[str]]:
         listing = ImageFolder(str(root))
     except FileNotFoundError as e:
         raise ValueError(f"no images in folders by class under {str(root)!r}: {e}") from e
-    if len(listing.classes) < 2:
-        raise ValueError(
-            f"{str(root)!r} has one class, {listing.classes[0]!r}; a classifier needs at least two "
-            "folders of images"
-        )
     pixels, size = [], (image_size, image_size) if image_size else None
     for path, _ in tqdm(listing.samples, desc=f"reading {root.name}", disable=None, leave=False):
         try:
@@ -204,13 +285,9 @@ def read_images(root: Path, image_size: int | None) -> tuple[Split, list[str]]:
     return Split(images, torch.tensor(listing.targets), 255), listing.classes
 
 
-def augment(images: Tensor, pad: int, flip: bool, generator: torch.Generator) -> Tensor:
-    """Crop each image at a random place of its reflection-padded self, and mirror half of them.
-
-    images: (B, C, H, W).
-    """
-    b, _, h, w = images.shape
-    moved = decide(b, h, w, Augmentation(pad, flip=flip), generator)
-    every = torch.arange(b, device=images.device)
-    cropped = gather(images.permute(0, 2, 3, 1), every, moved, "reflect")
-    return cropped.permute(0, 3, 1, 2).clone(memory_format=torch.contiguous_format)
+def training_images(split: Split | Photographs, augmentation: Augmentation | None,
+                    fill: list[float]) -> Pipeline | Photographs:  # fmt: skip
+    """Return what `augmented(batches, generator)` draws the batches of an epoch from."""
+    if isinstance(split, Photographs):
+        return split
+    return Pipeline(split.images, split.labels, split.levels, augmentation, fill)

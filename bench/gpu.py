@@ -23,7 +23,6 @@ from typing import Any
 import torch
 
 from bench.contenders import BASES
-from bench.models import MODELS
 from bench.record import ROOT, git_hash, write_json
 from bench.watched import LEFT_OUT
 
@@ -99,7 +98,7 @@ def throughput_pieces(rows: Path) -> list[Piece]:
         "graph": ("--beside", "graph"),
         "compiled-graph": ("--compile", "--beside", "graph"),
     }
-    for model in MODELS:
+    for model in ("preactresnet18", "smallconv"):
         add(f"{model}-eager", "--model", model)
         for (form, options), method in product(forms.items(), ("sgd", "sam", "fsam", "at-linf")):
             add(f"{model}-{form}-{method}", "--model", model, "--methods", method, *options)

@@ -19,6 +19,7 @@ class Augmentation:
     """A random crop of the padded image, a mirror image half of the time, and cutout.
 
     pad: pixels added on each side. padding: "reflect" (SAM_AT) or "zero" (F-SAM's code), black.
+    Mirrored before the crop (F-SAM's code) or after it (SAM_AT's), the distribution is the same.
     cutout: side in pixels of a square that half of the images lose (DeVries and Taylor 2017; half
     as in F-SAM's code), around a uniformly random pixel and cut at the border; 0 for none.
 
@@ -156,6 +157,13 @@ class Pipeline:
         if augmentation is not None and augmentation.cutout:
             x = torch.where(cut_out(moved, h, w, augmentation.cutout), self.fill, x)
         return x, self.labels[index]
+
+    def augmented(
+        self, batches: Sequence[Tensor], generator: torch.Generator
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield a batch for each index tensor."""
+        for index in batches:
+            yield self.batch(index, generator)
 
     def batches(
         self, batch_size: int, generator: torch.Generator

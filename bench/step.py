@@ -102,7 +102,7 @@ def model_shapes(name: str, width: int | None) -> list[torch.Size]:
         if name not in models.list_models(module=models):
             raise ValueError(
                 f"unknown model {name!r}; choose one of {', '.join(MODELS)}, or a classification "
-                "model of torchvision, such as resnet18"
+                "model of torchvision, such as resnet34"
             )
         if width is not None:
             raise ValueError(f"width is an option of {', '.join(MODELS)}, not of {name!r}")
@@ -235,7 +235,7 @@ def measure(config: StepConfig) -> list[dict[str, Any]] | None:
 
 def step(config: StepConfig, rows_path: Path | None = None) -> int:
     """Measure, append the rows to `rows_path`, print a table; return the exit code, 1 on red."""
-    from bench.report import step_report
+    from bench.report_steps import step_report
 
     rows = measure(config)
     if rows is None:

@@ -4,13 +4,15 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
-from bench.__main__ import main
+from bench.__main__ import combined, main
+from bench.compare import settings
 from bench.config import check_used, resolve
 from bench.record import append_jsonl, replacing
 
@@ -57,6 +59,28 @@ def test_compare_leaves_summary_table_plots_and_rows(tmp_path, capsys):
     assert len(rows_path.read_text().splitlines()) == 6, "the same rows again"
 
 
+def test_a_combination_of_everything(tmp_path):
+    command = ["--method", "at-linf", "--optimizer", "sam", "--attack-steps", "1", "--awp-gamma",
+               "0.01", "--label-noise", "0.3", "--noise-kind", "true", "--val", "0", "--padding",
+               "zero", "--cutout", "3"]  # fmt: skip
+    assert main(["train", *TINY, *command, "--out", str(tmp_path)]) == 0
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["method"] == "at-linf+sam" and summary["config"]["rho"] == 0.1
+    assert summary["wrong_labels"] == round(0.3 * 1437) and summary["train_images"] == 1437
+    assert summary["best"]["epoch"] == 0 and summary["best"]["natural"] == summary["natural"]
+
+
+def test_comparison_of_combinations():
+    methods = combined(["fgsm-rs", "at-linf", "at-linf+sam", "standard", "sgd"], "fsam")
+    assert methods == ["fgsm-rs+fsam", "at-linf+fsam", "at-linf+sam", "fsam", "sgd"]
+    assert combined(["trades", "sam"], None) == ["trades", "sam"]
+    with pytest.raises(ValueError, match="no effect"):
+        combined(["sam", "at-linf+sam"], "fsam")
+    shown = {m: settings(asdict(resolve(m, "cifar6k", {"awp_gamma": 0.01}))) for m in methods}
+    assert shown["fgsm-rs+fsam"] == "rho 0.2, sigma 1.0, lmbda 0.6, eps 8/255, awp_gamma 0.01"
+    assert shown["at-linf+sam"].startswith("rho 0.2, eps 4/255, alpha 1/255, attack_steps 10")
+
+
 def test_evaluate_repeats_the_summary(tmp_path, capsys):
     assert main(["train", *TINY, "--epochs", "8", "--out", str(tmp_path)]) == 0
     summary = json.loads((tmp_path / "summary.json").read_text())
@@ -87,6 +111,18 @@ def test_evaluate_repeats_the_summary(tmp_path, capsys):
         (["--eval-linf", "8", "0.3"], "0.3"),
         (["--model", "transformer"], "transformer"),
         (["--schedule", "never"], "never"),
+        (["--method", "sam", "--optimizer", "fsam"], "fsam"),
+        (["--method", "at-linf", "--optimizer", "adam"], "adam"),
+        (["--method", "sam", "--base", "rmsprop"], "rmsprop"),
+        (["--method", "trades", "--beta", "-1"], "-1"),
+        (["--method", "at-linf", "--attack-bn", "sometimes"], "sometimes"),
+        (["--awp-gamma", "nan"], "nan"),
+        (["--label-noise", "1.5"], "1.5"),
+        (["--padding", "mirror"], "mirror"),
+        (["--normalisation", "f-sam"], "f-sam"),
+        (["--weights", "nowhere.pt"], "nowhere.pt"),
+        (["--augment", "resized-crop"], "digits"),
+        (["--recipe", "sam-at/none"], "sam-at/none"),
         (["--preset", "best"], "best"),
         (["--epochs", "0"], "0"),
         (["--lr", "-1"], "-1"),

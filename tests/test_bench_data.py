@@ -116,10 +116,31 @@ def test_cifar_is_not_downloaded_unasked(tmp_path):
     assert not (tmp_path / "none").exists()
 
 
-@pytest.mark.parametrize("val", [0.0, 1.0, -0.1])
-def test_val_must_leave_both_parts(val):
+@pytest.mark.parametrize("val", [1.0, -0.1, float("nan")])
+def test_val_must_leave_training_images(val):
     with pytest.raises(ValueError, match=f"{val}"):
         load_data("digits", val, 0)
+
+
+def test_val_zero_trains_on_everything():
+    data = load_data("digits", val=0, seed=0)
+    assert [len(s) for s in (data.train, data.val, data.test)] == [1437, 0, 360]
+
+
+def test_the_published_normalisations(tmp_path):
+    make_images(tmp_path, ["x", "y"], 10)
+    published = {
+        "f-sam": ([0.4914, 0.4822, 0.4465], [0.2023, 0.1994, 0.2010]),
+        "imagenet": ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
+    }
+    for name, (mean, std) in published.items():
+        data = load_data(str(tmp_path), 0.2, 0, normalisation=name)
+        assert (data.mean, data.std) == (mean, std)
+    own = load_data(str(tmp_path), 0.2, 0)
+    x, _ = own.train.batch(slice(None))
+    torch.testing.assert_close(torch.tensor(own.mean), x.mean((0, 2, 3)))
+    with pytest.raises(ValueError, match="3 channels"):
+        load_data("digits", 0.2, 0, normalisation="f-sam")
 
 
 @pytest.mark.skipif(not ARCHIVE.exists(), reason=f"no CIFAR-10 images at ../{ARCHIVE.name}")

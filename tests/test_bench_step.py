@@ -13,7 +13,7 @@ from bench.contenders import Contender, bytes_per_parameter
 from bench.parity import BASE_HYPER, SHAPES, exact_course, flat, parity_error
 from bench.peers import PerParameterFriendlySAM, PerParameterSAM, why_not_compile
 from bench.race import Runner, count_launches, line_up, race, random_like
-from bench.report import read_rows, same_parameters, same_tensors, step_report
+from bench.report_steps import read_rows, same_parameters, same_tensors, step_report
 from bench.step import StepConfig, model_shapes, workload
 from fastsam import SAM, reference
 from fastsam.dispatch import BACKENDS
@@ -323,8 +323,10 @@ def test_launches_are_kernels_copies_and_fills():
 def test_models_are_their_parameters():
     shapes = model_shapes("preactresnet18", None)
     assert (len(shapes), sum(s.numel() for s in shapes)) == (56, 11_172_170)
+    shapes = model_shapes("resnet34", None)  # torchvision's
+    assert (len(shapes), sum(s.numel() for s in shapes)) == (110, 21_289_802)
     shapes = model_shapes("resnet18", None)
-    assert (len(shapes), sum(s.numel() for s in shapes)) == (62, 11_181_642)
+    assert (len(shapes), sum(s.numel() for s in shapes)) == (62, 11_173_962)
     shapes = workload(StepConfig(params=1001, tensors=4))[1]
     assert [s.numel() for s in shapes] == [251, 250, 250, 250]
     assert len(workload(StepConfig(params=1001))[1]) == 62
@@ -391,7 +393,7 @@ def test_the_budget_knows_whose_states_are_float32(quick, tmp_path):
         (["--params", "1000", "--model", "smallconv"], "1000"),
         (["--tensors", "4"], "--params"),
         (["--model", "transformer"], "transformer"),
-        (["--model", "resnet18", "--width", "8"], "resnet18"),
+        (["--model", "resnet34", "--width", "8"], "resnet34"),
         (["--width", "-3"], "-3"),
         (["--methods", "sam", "adam"], "adam"),
         (["--base", "lion"], "lion"),

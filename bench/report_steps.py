@@ -1,4 +1,4 @@
-"""Tables and figures from committed rows alone: `python -m bench report`."""
+"""Tables and figures of the optimizer step, from rows alone: `python -m bench report --step`."""
 
 import json
 from itertools import groupby
@@ -8,6 +8,7 @@ from typing import Any
 
 from bench.contenders import METHODS
 from bench.record import write_text
+from bench.tables import markdown
 
 SETTING = ("device", "threads", "base", "dtype", "graph")
 NEEDED = (
@@ -69,7 +70,7 @@ def step_table(rows: list[dict[str, Any]]) -> str:
     """Return the rows as a Markdown table, in their order."""
     head = ["method", "implementation", "parameters", "tensors", "ms (p20-p80)", "B/param", "GB/s",
             "of copy", "of triad", "launches", "kept B/param"]  # fmt: skip
-    lines = [head, ["---"] * 2 + ["---:"] * (len(head) - 2)]
+    lines = []
     for row in rows:
         ms, note = row["ms"], " (speed only)" if row["speed_only"] else ""
         lines.append([
@@ -79,9 +80,7 @@ def step_table(rows: list[dict[str, Any]]) -> str:
             f"{row['of_triad']:.0%}", "-" if row["launches"] is None else str(row["launches"]),
             f"{row['state_bytes'] / row['parameters']:.1f}",
         ])  # fmt: skip
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    padded = [[text.ljust(w) for text, w in zip(line, widths, strict=True)] for line in lines]
-    return "\n".join(f"| {' | '.join(line)} |" for line in padded)
+    return markdown(head, lines)
 
 
 def commit(git: str | None) -> str:

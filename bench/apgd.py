@@ -1,0 +1,199 @@
+"""Auto-PGD on [0, 1] images: projected gradient ascent that sets its own step size.
+
+Croce & Hein 2020, "Reliable evaluation of adversarial robustness with an ensemble of diverse
+parameter-free attacks", Algorithm 1, with cross-entropy or the targeted DLR loss, for l_inf and l2.
+x(k) are the iterates, f the objective, eta the step size, w_j the checkpoints, all as there. Every
+image has its own course and leaves the batch when an iterate is misclassified.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench.attacks import Attack, l2_norm, random_start
+
+RHO = 0.75  # the share of a stretch's steps that must raise f
+ALPHA = 0.75  # the new step's weight beside the momentum
+TARGETS = 9  # classes that a targeted attack tries
+
+
+def checkpoints(steps: int) -> list[int]:
+    """Return w_j = ceil(p_j steps) in (0, steps], ascending, with p_0 = 0, p_1 = 0.22 and
+    p_j+1 = p_j + max(p_j - p_j-1 - 0.03, 0.06)."""
+    p = [0, 22]  # in hundredths, which are exact
+    while p[-1] < 100:
+        p.append(p[-1] + max(p[-1] - p[-2] - 3, 6))
+    return sorted({-(-percent * steps // 100) for percent in p if 0 < percent <= 100})
+
+
+def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
+    """Return every image's cross-entropy, as log(1 + e^-margin): where float32 rounds the usual
+    form to 0, this one and its gradient still tell confident images apart."""
+    own = logits.gather(1, y[:, None]).squeeze(1)
+    others = logits.scatter(1, y[:, None], -torch.inf).logsumexp(1)
+    return F.softplus(others - own)
+
+
+def targeted_dlr(logits: Tensor, y: Tensor, t: Tensor) -> Tensor:
+    """Return the targeted difference of logits ratio of every image, for the target classes t:
+    -(z_y - z_t) / (z_1st - (z_3rd + z_4th) / 2). Needs four classes."""
+    first, _, third, fourth = logits.topk(4).values.unbind(1)
+    z_y, z_t = (logits.gather(1, c[:, None]).squeeze(1) for c in (y, t))
+    return -(z_y - z_t) / (first - (third + fourth) / 2 + 1e-12)
+
+
+def project(x_adv: Tensor, x: Tensor, norm: str, eps: float) -> Tensor:
+    """Return x_adv moved into the eps ball around x, then into the box of images."""
+    delta = x_adv - x
+    if norm == "linf":
+        delta = delta.clamp(-eps, eps)
+    else:
+        delta = delta * (eps / l2_norm(delta)).clamp_max(1)
+    return (x + delta).clamp(0, 1)
+
+
+@dataclass
+class Course:
+    """The images that are still right, an entry of each tensor for every one.
+
+    index: its place in the batch. now, before: x(k) and x(k-1). g, f: the gradient and objective
+    at x(k). best, g_best, f_best: x_max, its gradient and objective. eta: the step size. rises:
+    steps since the last checkpoint that raised f. f_checked, halved: f_best at the last checkpoint,
+    and whether eta was halved there.
+    """
+
+    index: Tensor
+    x: Tensor
+    y: Tensor
+    t: Tensor
+    now: Tensor
+    before: Tensor
+    g: Tensor
+    f: Tensor
+    best: Tensor
+    g_best: Tensor
+    f_best: Tensor
+    eta: Tensor
+    rises: Tensor
+    f_checked: Tensor
+    halved: Tensor
+
+    def keep(self, kept: Tensor) -> "Course":
+        if kept.all():
+            return self
+        return Course(*(getattr(self, field.name)[kept] for field in fields(self)))
+
+    def arrive(self, f: Tensor, g: Tensor) -> None:
+        """Take the objective and the gradient at x(k)."""
+        self.rises = self.rises + (f > self.f)
+        self.f, self.g = f, g
+        better = f > self.f_best
+        wide = better.view(-1, 1, 1, 1)
+        self.best = torch.where(wide, self.now, self.best)
+        self.g_best = torch.where(wide, g, self.g_best)
+        self.f_best = torch.where(better, f, self.f_best)
+
+    def check(self, length: int) -> None:
+        """At a checkpoint, `length` steps after the last: halve eta and go back to x_max where f
+        rose in too few of the steps, or where f_best stayed although eta did."""
+        stuck = ~self.halved & (self.f_best == self.f_checked)
+        self.halved = (self.rises < RHO * length) | stuck
+        wide = self.halved.view(-1, 1, 1, 1)
+        self.eta = torch.where(wide, self.eta / 2, self.eta)
+        self.now = torch.where(wide, self.best, self.now)
+        self.g = torch.where(wide, self.g_best, self.g)
+        self.f = torch.where(self.halved, self.f_best, self.f)
+        self.rises = torch.zeros_like(self.rises)
+        self.f_checked = self.f_best
+
+    def climb(self, norm: str, eps: float, alpha: float) -> None:
+        """x(k+1) = P(x(k) + alpha (z - x(k)) + (1 - alpha) (x(k) - x(k-1))), z the plain step."""
+        direction = self.g.sign() if norm == "linf" else self.g / l2_norm(self.g)
+        z = project(self.now + self.eta * direction, self.x, norm, eps)
+        step = alpha * (z - self.now) + (1 - alpha) * (self.now - self.before)
+        self.before, self.now = self.now, project(self.now + step, self.x, norm, eps)
+
+
+def start(x: Tensor, y: Tensor, t: Tensor | None, x0: Tensor, eps: float) -> Course:
+    """Return the course of a batch that starts at x0, before f is known there."""
+    n, nothing = len(x), torch.zeros_like(x)
+    low = x.new_full((n,), -torch.inf)  # x0 is an improvement on it, and no rise
+    index = torch.arange(n, device=x.device)
+    return Course(
+        index=index, x=x, y=y, t=y if t is None else t, now=x0, before=x0, g=nothing, f=-low,
+        best=x0, g_best=nothing, f_best=low, eta=x.new_full((n, 1, 1, 1), 2 * eps),
+        rises=torch.zeros_like(index), f_checked=low, halved=torch.ones_like(index).bool(),
+    )  # fmt: skip
+
+
+def apgd(
+    forward: Callable[[Tensor], Tensor],
+    x: Tensor,
+    y: Tensor,
+    norm: str,
+    eps: float,
+    steps: int,
+    t: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return (B, C, H, W) images in [0, 1] within eps of x, and which of them are misclassified.
+
+    The first misclassified iterate of an image, or the one of highest objective. forward: images ->
+    (B, classes) logits, without randomness. norm: "linf" or "l2". t: (B,) target classes for the
+    DLR loss, None for cross-entropy. generator: of x's device, for the random start. A step takes
+    one forward and one backward pass, the start another; x(w_j) is what a checkpoint replaces.
+    """
+    x0 = random_start(x, Attack(norm, eps, eps, steps), generator)
+    found, fooled = x0.clone(), torch.zeros_like(y, dtype=torch.bool)
+    course, checks, last = start(x, y, t, x0, eps), set(checkpoints(steps)), 0
+    for k in range(steps + 1):
+        ends = k == steps
+        now = course.now.detach().requires_grad_(not ends)
+        with torch.set_grad_enabled(not ends):
+            logits = forward(now)
+            f = cross_entropy(logits, course.y) if t is None else targeted_dlr(
+                logits, course.y, course.t
+            )  # fmt: skip
+        g = course.g if ends else torch.autograd.grad(f.sum(), now)[0]
+        course.now = now.detach()
+        course.arrive(f.detach(), g)
+        right = logits.argmax(1) == course.y
+        found[course.index[~right]] = course.now[~right]
+        fooled[course.index[~right]] = True
+        course = course.keep(right)
+        if ends or not len(course.index):
+            break
+        if k in checks:
+            course.check(k - last)
+            last = k
+        course.climb(norm, eps, alpha=ALPHA if k else 1.0)
+    found[course.index] = course.best
+    return found, fooled
+
+
+def apgd_targeted(
+    forward: Callable[[Tensor], Tensor],
+    x: Tensor,
+    y: Tensor,
+    norm: str,
+    eps: float,
+    steps: int,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return what `apgd` does, after one run for each of the 9 other classes (or as many as there
+    are) that have the highest logits at x; images that one run fools take no part in the next."""
+    with torch.no_grad():
+        others = forward(x).scatter(1, y[:, None], -torch.inf)
+    targets = others.topk(min(TARGETS, others.shape[1] - 1)).indices
+    found, fooled = x.clone(), torch.zeros_like(y, dtype=torch.bool)
+    for t in targets.unbind(1):
+        left = (~fooled).nonzero().squeeze(1)
+        if not len(left):
+            break
+        found[left], fooled[left] = apgd(
+            forward, x[left], y[left], norm, eps, steps, t[left], generator
+        )
+    return found, fooled

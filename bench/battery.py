@@ -1,0 +1,139 @@
+"""The evaluation's attacks by name: FGSM, PGD with restarts, Auto-PGD, and AutoAttack itself."""
+
+import re
+import sys
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from importlib import import_module
+
+import torch
+from torch import Tensor, nn
+
+from bench.apgd import TARGETS, apgd, apgd_targeted
+from bench.attacks import Attack, both_forms, evaluation_attack, pgd, plain_climb
+from bench.record import package_version
+
+NAMES = "clean, fgsm, pgd-STEPS, pgd-STEPS-RESTARTS, apgd-ce, apgd-t, autoattack"
+PATTERN = re.compile(r"(clean|fgsm|autoattack|(pgd|apgd-ce|apgd-t)(-[1-9]\d*)?(-[1-9]\d*)?)")
+APGD_STEPS = 100
+AUTOATTACK = ("autoattack", "pyautoattack")  # the authors' module, from source and as a package
+
+Perturb = Callable[[nn.Module, Tensor, Tensor, torch.Generator], Tensor]
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """An attack at one radius.
+
+    text: its whole configuration. perturb: (model, x, y, generator) -> images to judge, of a model
+    in eval mode. restarts: how often it is tried; an image is robust when it withstands all.
+    """
+
+    name: str
+    text: str
+    perturb: Perturb
+    restarts: int = 1
+
+
+def split_name(name: str) -> tuple[str, int | None, int]:
+    """Return kind, steps (None: the kind's own) and restarts of "pgd-50-10". Raises ValueError."""
+    match = PATTERN.fullmatch(name)
+    if match is None:
+        raise ValueError(f"unknown attack {name!r}; choose from {NAMES}")
+    whole, kind, steps, restarts = match.groups()
+    return kind or whole, int(steps[1:]) if steps else None, int(restarts[1:]) if restarts else 1
+
+
+def attempt(name: str, norm: str, eps: float, steps: int, classes: int) -> Attempt:
+    """Return the attack that a name stands for; "clean" has none.
+
+    norm: "linf" or "l2". eps: for images in [0, 1]. steps: of a plain "pgd". classes: the model's.
+    Raises ValueError for an unknown name, for too few classes, and for AutoAttack that is not
+    installed.
+    """
+    kind, own_steps, restarts = split_name(name)
+    tries = f"{restarts} restart{'s' if restarts > 1 else ''}"
+    ball = f"{norm}, eps {both_forms(eps)}"
+    if kind == "fgsm":
+        text = f"FGSM, {ball}, one step of eps, no random start, cross-entropy"
+        return Attempt(name, text, one_step(norm, eps))
+    if kind == "pgd":
+        attack = evaluation_attack(norm, eps, own_steps or steps)
+        text = (f"PGD-{attack.steps}, {ball}, alpha {both_forms(attack.alpha)}, random start, "
+                f"{tries}, cross-entropy")  # fmt: skip
+        return Attempt(name, text, by_pgd(attack), restarts)
+    if kind == "autoattack":
+        return autoattack(norm, eps, classes)
+    own_steps = own_steps or APGD_STEPS
+    start = f"{ball}, step from 2 eps, random start, {tries}"
+    if kind == "apgd-ce":
+        return Attempt(
+            name, f"APGD-{own_steps}, {start}, cross-entropy",
+            lambda model, x, y, rng: apgd(model, x, y, norm, eps, own_steps, generator=rng)[0],
+            restarts,
+        )  # fmt: skip
+    if classes < 4:
+        raise ValueError(
+            f"{name!r} climbs the targeted DLR loss, which needs 4 classes, and the model has "
+            f"{classes}; use apgd-ce"
+        )
+    return Attempt(
+        name, f"APGD-{own_steps}, {start}, DLR at each of {min(TARGETS, classes - 1)} targets",
+        lambda model, x, y, rng: apgd_targeted(model, x, y, norm, eps, own_steps, rng)[0],
+        restarts,
+    )  # fmt: skip
+
+
+def by_pgd(attack: Attack) -> Perturb:
+    return lambda model, x, y, generator: pgd(model, x, y, attack, generator)
+
+
+def one_step(norm: str, eps: float) -> Perturb:
+    """The fast gradient sign method (Goodfellow et al. 2015); for l2, along the gradient itself."""
+
+    def perturb(model: nn.Module, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
+        x = x.clone().requires_grad_(True)
+        loss = nn.functional.cross_entropy(model(x), y, reduction="sum")
+        (g,) = torch.autograd.grad(loss, x)
+        x = x.detach()
+        return plain_climb(x, g, x, Attack(norm, eps, eps, 1))
+
+    return perturb
+
+
+def autoattack(norm: str, eps: float, classes: int) -> Attempt:
+    """Croce & Hein's AutoAttack, standard version, by their own code. Raises ValueError where that
+    is not installed, and for models of fewer classes than its nine targets and the right one."""
+    module = authors_module()
+    if classes <= TARGETS:
+        raise ValueError(
+            f"AutoAttack's standard version attacks {TARGETS} target classes, and the model has "
+            f"{classes - 1} beside the right one; use apgd-ce and apgd-t"
+        )
+    release = package_version(module.__name__)
+    text = (f"AutoAttack standard, {norm}, eps {both_forms(eps)}, seed 0, {module.__name__} "
+            f"{release or '(version unknown)'}")  # fmt: skip
+
+    def perturb(model: nn.Module, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
+        with redirect_stdout(sys.stderr):  # some releases print their progress
+            attack = module.AutoAttack(
+                model, norm={"linf": "Linf", "l2": "L2"}[norm], eps=eps, seed=0,
+                version="standard", device=x.device,
+            )  # fmt: skip
+            found = attack.run_standard_evaluation(x, y)
+        return found[0] if isinstance(found, tuple) else found  # some return labels, too
+
+    return Attempt("autoattack", text, perturb)
+
+
+def authors_module():
+    for name in AUTOATTACK:
+        try:
+            return import_module(name)
+        except ImportError:
+            continue
+    raise ValueError(
+        "AutoAttack is not installed; pip install pyautoattack, or use apgd-ce and apgd-t, which "
+        "are a part of what it runs"
+    )

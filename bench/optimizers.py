@@ -1,0 +1,54 @@
+"""The optimizer that a config asks for, and its learning rate at every step."""
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+import fastsam
+from bench.config import Config
+
+
+def build_optimizer(config: Config, model: nn.Module, steps: int = 0) -> torch.optim.Optimizer:
+    """Return SGD, AdamW, or fastsam's optimizer around one. Raises ValueError as they do.
+
+    steps: the number in an epoch, for a late start.
+    """
+    plain = config.base if config.rho is not None else config.optimizer
+    cls = torch.optim.AdamW if plain == "adamw" else torch.optim.SGD
+    base: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay}
+    if plain == "sgd":
+        base["momentum"] = config.momentum
+    w = model.parameters()
+    if config.rho is None:
+        return cls(w, **base)
+    base |= {
+        "rho": config.rho, "backend": config.backend, "interval": config.interval,
+        "start": round(config.late * config.epochs) * steps,
+    }  # fmt: skip
+    match config.optimizer:
+        case "asam":
+            return fastsam.ASAM(w, cls, scale=config.scale, eta=config.eta, **base)
+        case "fishersam":
+            return fastsam.FisherSAM(w, cls, eta=config.eta, **base)
+        case "fsam" | "fasam":
+            adaptive = config.optimizer == "fasam"
+            return fastsam.FriendlySAM(
+                w, cls, sigma=config.sigma, lmbda=config.lmbda, adaptive=adaptive, **base
+            )
+        case _:
+            return fastsam.SAM(w, cls, **base)
+
+
+def lr_at(config: Config, epoch: int, step: int, steps: int) -> float:
+    """Return the learning rate of one step.
+
+    piecewise: x0.1 from 75% and again from 90% of the epochs (SAM_AT 5.1). cosine: to 0, changing
+    at every step (F-SAM's code). steps: the number in an epoch.
+    """
+    if config.schedule == "piecewise":
+        drops = (epoch >= 0.75 * config.epochs) + (epoch >= 0.9 * config.epochs)
+        return config.lr * 0.1**drops
+    t = (epoch * steps + step) / (config.epochs * steps)
+    return config.lr * 0.5 * (1 + math.cos(math.pi * t))

@@ -1,0 +1,413 @@
+"""What the evaluation reports: intervals, worst cases, restarts, warnings; whom it can serve."""
+
+import json
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from types import ModuleType
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from bench import sanity
+from bench.__main__ import main
+from bench.apgd import apgd
+from bench.attacks import evaluation_attack, pgd
+from bench.battery import attempt, split_name
+from bench.checkpoint import load_model, save_checkpoint
+from bench.config import resolve, resolve_evaluation
+from bench.data import Split, load_data
+from bench.evaluate import evaluate, interval, report, robust, withstand
+
+from .trained import digits, model
+
+EPS = 16 / 255
+
+
+def evaluation(**options):
+    return resolve_evaluation("digits", {"linf": (EPS,), "l2": (), **options})
+
+
+@pytest.fixture
+def split():
+    x, y = digits()
+    return Split((x[1500:] * 16).to(torch.uint8), y[1500:], 16)
+
+
+def right(net, x, y):
+    with torch.no_grad():
+        return net(x).argmax(1) == y
+
+
+# ---- numbers
+
+
+def test_default_is_pgd_on_what_is_right_clean(split):
+    """As three lines of one's own count it."""
+    found = evaluate(model(), split, evaluation())
+    x, y = split.batch(slice(None))
+    clean = right(model(), x, y)
+    x_adv = pgd(model(), x[clean], y[clean], evaluation_attack("linf", EPS, 10),
+                torch.Generator().manual_seed(0))  # fmt: skip
+    kept = right(model(), x_adv, y[clean]).sum().item()
+    assert found["natural"] == clean.double().mean().item()
+    assert found["robust"] == {"linf": {"16/255": kept / len(x)}}
+    assert found["attacks"]["linf"]["16/255"].startswith("PGD-10, linf, eps 16/255 = 0.06275")
+    assert found["images"] == found["of"] == 297 and found["warnings"] == []
+    assert 0.1 < kept / len(x) < 0.9
+
+
+def test_worst_case_is_image_by_image_and_each_attack_its_own(split):
+    names = ("fgsm", "pgd-5-2", "apgd-ce-20", "apgd-t-10")
+    found = evaluate(model(), split, evaluation(attacks=("clean", *names), batch_size=100))
+    clean = right(model(), *split.batch(slice(None)))
+    part = split.take(clean.nonzero().squeeze(1))
+    stands = {}
+    for name in names:
+        a = attempt(name, "linf", EPS, 10, 10)
+        stands[name] = withstand(model(), part, a.perturb, a.restarts, 100)
+    each = {name: kept.sum().item() / 297 for name, kept in stands.items()}
+    worst = torch.stack(list(stands.values())).all(0).sum().item() / 297
+    assert found["each"] == {"linf": {"16/255": each}}
+    assert found["robust"]["linf"]["16/255"] == worst <= min(each.values())
+    assert len(set(each.values())) >= 3, "attacks that cannot be told apart show nothing"
+    said = found["attacks"]["linf"]["16/255"]
+    assert said == "worst case over fgsm, pgd-5-2, apgd-ce-20, apgd-t-10"
+
+
+def test_an_image_withstands_when_no_restart_fools_it_and_the_fallen_are_not_tried():
+    """A model that reads the class off the pixel; the n-th call spoils image n of the rest."""
+    images = torch.arange(10, dtype=torch.uint8).view(10, 1, 1, 1)
+    split, calls = Split(images, torch.arange(10), 10), []
+
+    def net(x):
+        return F.one_hot((x.flatten(1)[:, 0] * 10).round().long(), 11).float()
+
+    def perturb(net, x, y, generator):
+        calls.append((x.flatten() * 10).round().int().tolist())
+        x = x.clone()
+        x[(len(calls) - 1) % len(x)] = 1.0
+        return x
+
+    stands = withstand(net, split, perturb, 3, batch_size=6)
+    assert calls == [[0, 1, 2, 3, 4, 5], [1, 2, 3, 4, 5], [1, 3, 4, 5],
+                     [6, 7, 8, 9], [6, 7, 8], [6, 8]]  # fmt: skip
+    assert stands.nonzero().flatten().tolist() == [1, 3, 5, 6]
+
+
+def test_fgsm_is_one_step_of_eps_without_random_start(split):
+    x, y = split.batch(slice(0, 50))
+    z = x.clone().requires_grad_(True)
+    (g,) = torch.autograd.grad(F.cross_entropy(model()(z), y), z)
+    x_adv = attempt("fgsm", "linf", EPS, 10, 10).perturb(model(), x, y, None)
+    torch.testing.assert_close(x_adv, (x + EPS * g.sign()).clamp(0, 1))
+    x_adv = attempt("fgsm", "l2", 0.5, 10, 10).perturb(model(), x, y, None)
+    norms = g.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+    torch.testing.assert_close(x_adv, (x + 0.5 * g / norms).clamp(0, 1))
+
+
+def test_a_subset_is_fixed_mixed_and_counted(split):
+    by_class = split.take(split.labels.argsort())
+    once, again = (evaluate(model(), by_class, evaluation(samples=60)) for _ in range(2))
+    assert once == again and (once["images"], once["of"]) == (60, 297)
+    order = torch.randperm(297, generator=torch.Generator().manual_seed(0))[:60]
+    assert len(by_class.labels[order].unique()) == 10
+    assert "60 of 297 test images" in report(once)
+    assert "297 test images" in report(evaluate(model(), split, evaluation(attacks=("clean",))))
+
+
+@pytest.mark.parametrize("k, n", [(0, 20), (1, 20), (13, 20), (20, 20), (437, 1000)])
+def test_interval_is_clopper_and_pearsons(k, n):
+    """Its ends are the accuracies at which k or more, k or fewer, have a chance of 2.5%."""
+
+    def chance(p, counts):
+        return sum(math.comb(n, i) * p**i * (1 - p) ** (n - i) for i in counts)
+
+    low, high = interval(k / n, n)
+    assert low == 0 if k == 0 else chance(low, range(k, n + 1)) == pytest.approx(0.025, rel=1e-6)
+    assert high == 1 if k == n else chance(high, range(k + 1)) == pytest.approx(0.025, rel=1e-6)
+    assert low <= k / n <= high
+
+
+def test_every_line_has_its_interval_and_its_configuration(split):
+    names = ("pgd-3-2", "apgd-ce-4")
+    found = evaluate(model(), split, evaluation(l2=(0.5,), attacks=names, samples=40))
+    lines = report(found).splitlines()
+    labels = ["natural", "l_inf 16/255", "pgd-3-2", "apgd-ce-4", "l2 127.5/255", "pgd-3-2",
+              "apgd-ce-4"]  # fmt: skip
+    assert [line.split("%")[0].rsplit(maxsplit=1)[0].strip() for line in lines] == labels
+    for norm, eps, place in (("linf", "16/255", 2), ("l2", "127.5/255", 5)):
+        for line, name in zip(lines[place : place + 2], names, strict=True):
+            accuracy = found["each"][norm][eps][name]
+            low, high = interval(accuracy, 40)
+            assert f"{accuracy:7.2%} [{low:7.2%}, {high:7.2%}]" in line
+            assert found["configurations"][norm][eps][name] in line
+    assert "PGD-3, linf, eps 16/255 = 0.06275, alpha 4/255 = 0.01569, random start, 2 restarts, " \
+        "cross-entropy" in lines[2]  # fmt: skip
+    assert "APGD-4, l2, eps 127.5/255 = 0.5, step from 2 eps, random start, 1 restart, " \
+        "cross-entropy" in lines[6]  # fmt: skip
+
+
+# ---- names
+
+
+@pytest.mark.parametrize(
+    "name, parts",
+    [
+        ("clean", ("clean", None, 1)),
+        ("fgsm", ("fgsm", None, 1)),
+        ("pgd", ("pgd", None, 1)),
+        ("pgd-20", ("pgd", 20, 1)),
+        ("pgd-50-10", ("pgd", 50, 10)),
+        ("apgd-ce", ("apgd-ce", None, 1)),
+        ("apgd-t-30-2", ("apgd-t", 30, 2)),
+        ("autoattack", ("autoattack", None, 1)),
+    ],
+)
+def test_names(name, parts):
+    assert split_name(name) == parts
+
+
+@pytest.mark.parametrize("name", ["", "pgd-0", "pgd-", "pgd-5-0", "fgsm-3", "square", "aa", "PGD"])
+def test_unknown_names_are_refused_before_training(name):
+    with pytest.raises(ValueError, match="choose from clean, fgsm, pgd-STEPS"):
+        evaluation(attacks=(name,))
+
+
+@pytest.mark.parametrize("option", ["steps", "samples", "batch_size"])
+def test_numbers_below_1_are_refused(option):
+    with pytest.raises(ValueError, match=f"{option} must be at least 1, got 0"):
+        evaluation(**{option: 0})
+
+
+def test_targeted_dlr_needs_four_classes(split):
+    three = nn.Sequential(nn.Flatten(), nn.Linear(64, 3)).eval()
+    few = split.take((split.labels < 3).nonzero().squeeze(1))
+    with pytest.raises(ValueError, match="needs 4 classes.* 3; use apgd-ce"):
+        evaluate(three, few, evaluation(attacks=("apgd-t",)))
+    assert "linf" in evaluate(three, few, evaluation(attacks=("apgd-ce-2",)))["robust"]
+
+
+# ---- AutoAttack, which only the authors' code is called
+
+
+@pytest.fixture(params=["autoattack", "pyautoattack"])
+def stub(monkeypatch, request):
+    """The authors' module, from source or as a package, that inverts every other image."""
+    calls, name = [], request.param
+
+    class AutoAttack:
+        def __init__(self, net, **options):
+            self.call = {"net": net, **options}
+
+        def run_standard_evaluation(self, x, y, /):
+            calls.append(self.call | {"images": len(x)})
+            print("its progress")
+            x = x.clone()
+            x[::2] = 1 - x[::2]
+            return x if name == "autoattack" else (x, y)
+
+    monkeypatch.setitem(sys.modules, "autoattack", None)
+    module = ModuleType(name)
+    module.AutoAttack = AutoAttack
+    monkeypatch.setitem(sys.modules, name, module)
+    return calls
+
+
+def test_autoattack_gets_the_model_the_images_and_the_radius(split, stub, request, capsys):
+    options = {"l2": (0.5,), "attacks": ("autoattack", "pgd-2"), "batch_size": 200}
+    found = evaluate(model(), split, evaluation(**options))
+    x, y = split.batch(slice(None))
+    clean = right(model(), x, y)
+    n = clean.sum().item()
+    assert [call["images"] for call in stub] == [200, n - 200] * 2
+    for call, (norm, eps) in zip(stub[::2], [("Linf", EPS), ("L2", 0.5)], strict=True):
+        assert call["net"] is model() and (call["norm"], call["eps"]) == (norm, eps)
+        assert call["version"] == "standard" and call["seed"] == 0
+        assert torch.device(call["device"]).type == "cpu"
+    x, y = x[clean], y[clean]
+    flipped = x.clone()
+    for start in (0, 200):
+        flipped[start : start + 200][::2] = 1 - flipped[start : start + 200][::2]
+    stands = right(model(), flipped, y)
+    assert found["each"]["linf"]["16/255"]["autoattack"] == stands.sum().item() / 297
+    part = split.take(clean.nonzero().squeeze(1))
+    by_pgd = robust(model(), part, evaluation_attack("linf", EPS, 2), 200)
+    assert found["robust"]["linf"]["16/255"] == (stands & by_pgd).sum().item() / 297
+    assert (stands & by_pgd).sum() < min(stands.sum(), by_pgd.sum()), "one attack alone decides"
+    text = found["configurations"]["linf"]["16/255"]["autoattack"]
+    assert text.startswith("AutoAttack standard, linf, eps 16/255 = 0.06275, seed 0, ")
+    assert request.node.callspec.params["stub"] in text
+    assert capsys.readouterr().out == ""
+
+
+def test_autoattack_needs_its_nine_targets(split, stub):
+    few = nn.Sequential(nn.Flatten(), nn.Linear(64, 9))
+    with pytest.raises(ValueError, match="9 target classes, and the model has 8"):
+        evaluate(few, split, evaluation(attacks=("autoattack",)))
+
+
+def test_autoattack_that_is_missing_is_said_and_ours_is_not_called_so(split, monkeypatch):
+    for name in ("autoattack", "pyautoattack"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ValueError, match="not installed; pip install .*apgd-ce and apgd-t"):
+        evaluate(model(), split, evaluation(attacks=("autoattack",)))
+    ours = evaluate(model(), split, evaluation(attacks=("apgd-ce-2", "apgd-t-2"), samples=20))
+    assert "autoattack" not in report(ours).lower()
+
+
+# ---- warnings
+
+
+class Behind(nn.Module):
+    """The trained model, and what happens to its logits."""
+
+    def __init__(self, change):
+        super().__init__()
+        self.net, self.change = model(), change
+
+    def forward(self, x):
+        return self.change(self.net(x))
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (lambda z: 1e4 * z, "the gradient is exactly 0 for"),
+        (lambda z: z + 0.01 * torch.randn_like(z), "the model is random"),
+        (lambda z: z.softmax(1), "look like probabilities"),
+        (lambda z: z.round() + 0 * z, "the gradient is exactly 0 for 128 of 128 images"),
+    ],
+    ids=["saturated", "random", "softmax", "rounded"],
+)
+def test_a_model_that_hides_its_gradients_is_noticed(split, change, said):
+    torch.manual_seed(0)
+    x, y = split.batch(slice(0, 128))
+    assert any(said in text for text in sanity.of_model(Behind(change), x, y))
+    found = evaluate(Behind(change), split, evaluation(samples=128))
+    assert any(line.startswith("warning: ") and said in line for line in report(found).split("\n"))
+
+
+def test_a_sound_model_is_not_warned_of(split):
+    assert sanity.of_model(model(), *split.batch(slice(None))) == []
+    assert sanity.of_model(Behind(lambda z: z.log_softmax(1)), *split.batch(slice(None))) == []
+
+
+def numbers(each=(), by_eps=(), images=1000):
+    return {"images": images, "each": {"linf": {"8/255": dict(each)}},
+            "robust": {"linf": dict(by_eps)}}  # fmt: skip
+
+
+def test_numbers_that_contradict_each_other_are_noticed():
+    said = sanity.of_numbers(numbers({"fgsm": 0.3, "pgd-20": 0.4, "pgd": 0.5}))
+    assert len(said) == 1 and "FGSM (30.00%) fools more images than PGD (40.00%)" in said[0]
+    said = sanity.of_numbers(numbers(by_eps={"16/255": 0.4, "8/255": 0.3, "2/255": 0.6}))
+    assert len(said) == 1 and "40.00% at 16/255 and 30.00% at the smaller 8/255" in said[0]
+    fine = {"fgsm": 0.396, "pgd-20": 0.4}
+    assert sanity.of_numbers(numbers(fine, {"8/255": 0.4, "16/255": 0.404})) == []
+    assert sanity.of_numbers(numbers({"fgsm": 0.37, "pgd": 0.4}, images=30)) == [], "one image"
+    assert len(sanity.of_numbers(numbers({"fgsm": 0.33, "pgd": 0.4}, images=30))) == 1
+
+
+# ---- the command, and what checkpoints are good for
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    config = resolve("sgd", "digits", {"width": 8})
+    data = load_data("digits", 0.1, 0)
+    save_checkpoint(tmp_path / "last.pt", config, data, model())
+    return tmp_path / "last.pt"
+
+
+def test_the_command(checkpoint, tmp_path, capsys):
+    rows = tmp_path / "new" / "rows.jsonl"
+    command = [
+        "evaluate", str(checkpoint), "--attacks", "clean", "fgsm", "apgd-ce-5", "--norms", "linf",
+        "--eval-linf", "16", "8", "--n-examples", "50", "--rows", str(rows),
+    ]  # fmt: skip
+    assert main(command) == 0
+    printed, progress = capsys.readouterr()
+    assert "50 of 360 test images" in printed and "\nl2" not in printed
+    assert progress.count("fgsm") == printed.count("  fgsm ") == 2
+    (row,) = [json.loads(line) for line in rows.read_text().splitlines()]
+    assert printed.strip() == report(row)
+    assert row["checkpoint"].endswith("/last.pt") and not row["checkpoint"].startswith("/")
+    assert row["evaluation"]["attacks"] == ["clean", "fgsm", "apgd-ce-5"]
+    assert row["config"]["model"] == "smallconv" and row.keys() >= {"git", "versions", "device"}
+
+    assert main(["evaluate", str(checkpoint), "--eval-samples", "50", "--attacks", "clean"]) == 0
+    assert capsys.readouterr().out.splitlines() == printed.splitlines()[:1]
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        (["--attacks", "square"], "'square'"),
+        (["--norms", "l1"], "'l1'"),
+        (["--n-examples", "0"], "0"),
+        (["--eval-batch-size", "-1"], "-1"),
+        (["--norms", "linf", "--eval-l2", "64"], "--eval-l2"),
+        (["--attacks", "pgd-20", "fgsm", "--eval-steps", "5"], "pgd-5"),
+    ],
+)
+def test_the_command_refuses_in_one_sentence(checkpoint, options, said, capsys):
+    assert main(["evaluate", str(checkpoint), *options]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and said in error
+
+
+def test_a_loaded_model_is_what_robustbench_takes(checkpoint):
+    """benchmark(model): not a sequence, in eval mode, movable, [0, 1] images -> logits, and
+    gradients for the images."""
+    net = load_model(checkpoint)
+    assert isinstance(net, nn.Module) and not isinstance(net, Sequence) and not net.training
+    assert net.to(torch.device("cpu")) is net
+    x, y = digits()
+    x, y = x[1500:].requires_grad_(True), y[1500:]
+    logits = net(x)
+    assert logits.shape == (297, 10) and logits.dtype == torch.float32
+    assert logits.min() < 0 and torch.equal(logits, model()(x))
+    assert (logits.argmax(1) == y).float().mean() > 0.9
+    (g,) = torch.autograd.grad(F.cross_entropy(logits, y), x)
+    assert (g != 0).any()
+    with torch.no_grad():
+        torch.testing.assert_close(torch.cat([net(x[i : i + 1]) for i in range(5)]), logits[:5])
+    found, _ = apgd(net, x.detach()[:8], y[:8], "linf", EPS, 3)
+    assert found.shape == x[:8].shape
+
+
+def test_checkpoints_of_earlier_versions_load(tmp_path, capsys):
+    """The keys as they were first written, with the config's first fields."""
+    state = {"0.mean": torch.full((1, 1, 1, 1), 0.3), "0.std": torch.full((1, 1, 1, 1), 0.38)}
+    fresh = model().state_dict()
+    layers = [f"1.features.{i}" for i in (0, 1, 3, 4, 6, 7)] + ["1.head"]
+    for layer in layers:
+        convolution = layer in ("1.features.0", "1.features.3", "1.features.6")
+        parts = ["weight"] if convolution else ["weight", "bias"]
+        if not convolution and layer != "1.head":
+            parts += ["running_mean", "running_var", "num_batches_tracked"]
+        state |= {f"{layer}.{part}": fresh[f"{layer}.{part}"] for part in parts}
+    config = {
+        "method": "sgd", "data": "digits", "data_dir": ".data", "image_size": None, "val": 0.1,
+        "augment": "crop", "pad": 1, "model": "smallconv", "width": 8, "epochs": 30,
+        "batch_size": 64, "lr": 0.05, "schedule": "cosine", "momentum": 0.9, "weight_decay": 5e-4,
+        "rho": None, "sigma": None, "lmbda": None, "eta": None, "scale": None, "eps": None,
+        "alpha": None, "attack_steps": None, "attack_bn": "eval", "seed": 0, "device": "cpu",
+        "amp": "off", "channels_last": False, "backend": None, "threads": None,
+    }  # fmt: skip
+    checkpoint = {"format": "fastsam-bench-1", "config": config, "channels": 1, "fingerprint": "",
+                  "classes": [str(i) for i in range(10)], "model": state}  # fmt: skip
+    torch.save(checkpoint, tmp_path / "old.pt")
+    x, _ = digits()
+    assert torch.equal(load_model(tmp_path / "old.pt")(x[:9]), model()(x[:9]))
+    assert main(["evaluate", str(tmp_path / "old.pt"), "--attacks", "clean"]) == 0
+    assert "360 test images" in capsys.readouterr().out
+
+
+def test_an_evaluation_survives_json():
+    plain = json.loads(json.dumps(asdict(evaluation(attacks=("pgd", "fgsm")))))
+    assert plain["attacks"] == ["pgd", "fgsm"] and plain["l2"] == []
