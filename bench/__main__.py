@@ -131,6 +131,8 @@ def add_step_command(commands: Any) -> None:
         help="also time the per-parameter peers through torch.compile (default: on a GPU)",
     )
     add("--graph", action="store_true", help="replay each pass as a CUDA graph")
+    add("--keep-memory", action="store_true", help="let the C library keep freed memory, as it "
+        "does in a training loop (glibc)")  # fmt: skip
     add("--reps", type=int, help="timed steps (default 20, on a GPU 100, for about a minute)")
     add("--threads", type=int, help="CPU threads")
     add("--rows", type=Path, help="append a row per optimizer to this JSONL file")

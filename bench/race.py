@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.bandwidth import cache_bytes, elapsed_ms
+from bench.bandwidth import cache_bytes, elapsed_ms, wait
 from bench.contenders import Contender
 from fastsam import SAM
 
@@ -21,7 +21,8 @@ class Runner:
     passes: the gradients of the first and of the second pass, fixed tensors.
     phases: (gradients, call) pairs that make one step: the climb and the return, or, for plain
     SGD, the one step with the second pass's gradients.
-    kept: the most bytes of state that the optimizer has kept after a phase.
+    kept: the most bytes of state that the optimizer has kept after a phase. first_ms: how long the
+    first step took, compilation included.
     """
 
     def __init__(self, contender: Contender, weights: list[Tensor],
@@ -33,7 +34,7 @@ class Runner:
             self.phases = [(passes[1], self.opt.step)]
         else:
             self.phases = [(passes[0], self.opt.first_step), (passes[1], self.opt.second_step)]
-        self.kept, self.ms = 0, []
+        self.kept, self.ms, self.first_ms = 0, [], None
 
     def point_at(self, grads: list[Tensor]) -> None:
         for p, g in zip(self.params, grads, strict=True):
@@ -127,8 +128,12 @@ def line_up(found: list[Contender], shapes: list[torch.Size], hyper: dict, dtype
     runners, first = [], [g.clone() for g in passes[0]]
     for contender in found:
         runners.append(Runner(contender, weights, passes, hyper))
-        for _ in range(3):
+        start = time.perf_counter()
+        for i in range(3):
             list(runners[-1].step())
+            if i == 0:
+                wait(device)
+                runners[-1].first_ms = 1e3 * (time.perf_counter() - start)
         if graph:
             runners[-1].capture()
     return runners, first

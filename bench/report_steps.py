@@ -10,7 +10,7 @@ from bench.contenders import METHODS
 from bench.record import write_text
 from bench.tables import markdown
 
-SETTING = ("device", "threads", "base", "dtype", "graph")
+SETTING = ("device", "threads", "base", "dtype", "graph", "keep_memory")
 NEEDED = (
     *SETTING, "method", "implementation", "speed_only", "workload", "parameters", "tensors", "ms",
     "bytes_per_parameter", "gb_per_s", "of_copy", "of_triad", "launches", "state_bytes",
@@ -46,9 +46,10 @@ def read_rows(paths: list[Path]) -> list[dict[str, Any]]:
 def setting(row: dict[str, Any]) -> str:
     """Return what rows must share to be compared, in words."""
     graph = ", in CUDA graphs" if row["graph"] else ""
+    kept = ", freed memory kept" if row["keep_memory"] else ""
     plural = "s" * (row["threads"] != 1)
     threads = f", {row['threads']} thread{plural}" if row["device"].startswith("cpu") else ""
-    return f"{row['device']}{threads}, over {row['base']}, {row['dtype']}{graph}"
+    return f"{row['device']}{threads}, over {row['base']}, {row['dtype']}{graph}{kept}"
 
 
 def by_setting(rows: list[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:

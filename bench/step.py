@@ -1,5 +1,6 @@
 """Time of the optimizer's step alone: fastsam's backends beside their peers, parity first."""
 
+import ctypes
 import subprocess
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -43,10 +44,12 @@ class StepConfig:
     dtype: of weights and gradients. compile: also time the per-parameter peers through
     torch.compile; None: on a GPU. graph: replay each pass as a CUDA graph. reps: timed steps;
     None: 100 on a GPU, else 20, and no more than a minute takes. threads: of the CPU; None:
-    torch's choice.
+    torch's choice. keep_memory: let the C library keep freed memory, as it does in a training loop
+    that has freed larger tensors than an optimizer's; else temporaries of a fresh process come
+    from the system each time, zeroed page by page, which can take longer than filling them.
 
     Raises ValueError for an unknown name, a number below 1, options of a model and of params at
-    once, more tensors than params, or a graph without a CUDA device.
+    once, more tensors than params, a graph without a CUDA device, or keep_memory without glibc.
     """
 
     model: str | None = None
@@ -59,6 +62,7 @@ class StepConfig:
     device: str = "cpu"
     compile: bool | None = None
     graph: bool = False
+    keep_memory: bool = False
     reps: int | None = None
     threads: int | None = None
 
@@ -136,6 +140,20 @@ def refuse_too_large(found: list[Contender], n: int, config: StepConfig,
         )
 
 
+def keep_freed_memory() -> None:
+    """Make glibc serve every allocation from its heap, and give nothing back to the system.
+
+    Raises ValueError where the C library is another.
+    """
+    trim_threshold, most_maps = -1, -4  # malloc.h's M_TRIM_THRESHOLD and M_MMAP_MAX
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError):
+        raise ValueError("keep-memory needs glibc's mallopt; leave --keep-memory out") from None
+    if not (mallopt(trim_threshold, 2**31 - 1) and mallopt(most_maps, 0)):
+        raise ValueError("mallopt refuses to keep memory; leave --keep-memory out")
+
+
 def driver() -> str | None:
     """Return the NVIDIA driver's version, where nvidia-smi tells it."""
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
@@ -182,6 +200,7 @@ def row(runner: Runner, error: float, config: StepConfig,
         "tensors": len(runner.params),
         "ms": {"p20": p20, "p50": p50, "p80": p80},
         "reps": len(runner.ms),
+        "first_ms": runner.first_ms,
         "bytes_per_parameter": budget,
         "bytes": budget * n,
         "gb_per_s": gb_per_s,
@@ -214,6 +233,8 @@ def measure(config: StepConfig) -> list[dict[str, Any]] | None:
         torch.cuda.set_device(device)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
+    if config.keep_memory:
+        keep_freed_memory()
     dtype, (label, shapes) = DTYPES[config.dtype], workload(config)
     found, left_out = contenders(
         config.methods, config.base, dtype, device, config.graph, config.compile
@@ -221,13 +242,15 @@ def measure(config: StepConfig) -> list[dict[str, Any]] | None:
     refuse_too_large(found, sum(shape.numel() for shape in shapes), config, device)
     for line in left_out:
         print(f"left out: {line}")
+    # before the gate, which compiles the same functions: the first step is timed too
+    runners, first = line_up(found, shapes, config.hyper, dtype, device, config.graph)
     errors = gate(found, config, device)
     if errors is None:
         return None
     speeds = bandwidth(device)
-    runners, first = line_up(found, shapes, config.hyper, dtype, device, config.graph)
     race(runners, first, config.reps)
     shared = {"workload": label, "base": config.base, "dtype": config.dtype, "graph": config.graph}
+    shared |= {"keep_memory": config.keep_memory}
     shared |= {"bandwidth": speeds, "config": asdict(config), "hyper": config.hyper}
     shared |= provenance(device, git)
     return [row(r, e, config, speeds) | shared for r, e in zip(runners, errors, strict=True)]

@@ -439,13 +439,29 @@ def test_on_a_gpu(graph, tmp_path, quick):
     assert all(row["graph"] == bool(graph) and row["launches"] > 0 for row in rows)
 
 
+def test_keeping_freed_memory_is_part_of_the_setting(tmp_path, quick, monkeypatch):
+    asked = []
+    monkeypatch.setattr("bench.step.keep_freed_memory", lambda: asked.append(True))
+    path = tmp_path / "rows.jsonl"
+    assert main([*TINY, "--no-compile", "--keep-memory", "--rows", str(path)]) == 0
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert asked == [True] and all(row["keep_memory"] for row in rows)
+    assert all(row["first_ms"] > 0 for row in rows)
+
+
+def test_keeping_freed_memory_needs_glibc(capsys, monkeypatch):
+    monkeypatch.setattr("ctypes.CDLL", lambda name: object())
+    assert main([*TINY, "--no-compile", "--keep-memory"]) == 2
+    assert "needs glibc" in capsys.readouterr().err
+
+
 # ---- report
 
 
 def made(n, k, method="sam", implementation="fastsam reference", ms=1.0, **more):
     return {
         "kind": "step", "device": "cpu: an abacus", "threads": 2, "base": "sgd", "dtype": "fp32",
-        "graph": False, "method": method, "implementation": implementation, "speed_only": False,
+        "graph": False, "keep_memory": False, "method": method, "implementation": implementation, "speed_only": False,
         "workload": f"{k} equal tensors", "parameters": n, "tensors": k, "reps": 20,
         "ms": {"p20": 0.9 * ms, "p50": ms, "p80": 1.2 * ms}, "bytes_per_parameter": 40,
         "gb_per_s": 40 * n / ms / 1e6, "of_copy": 0.5, "of_triad": 0.25, "launches": None,
