@@ -462,7 +462,8 @@ def made(n, k, method="sam", implementation="fastsam reference", ms=1.0, **more)
     return {
         "kind": "step", "device": "cpu: an abacus", "threads": 2, "base": "sgd", "dtype": "fp32",
         "graph": False, "keep_memory": False, "method": method, "implementation": implementation,
-        "speed_only": False, "workload": f"{k} equal tensors", "parameters": n, "tensors": k, "reps": 20,
+        "speed_only": False, "workload": f"{k} equal tensors", "parameters": n, "tensors": k,
+        "reps": 20,
         "ms": {"p20": 0.9 * ms, "p50": ms, "p80": 1.2 * ms}, "bytes_per_parameter": 40,
         "gb_per_s": 40 * n / ms / 1e6, "of_copy": 0.5, "of_triad": 0.25, "launches": None,
         "state_bytes": 8 * n, "bandwidth": {"copy": 20.0, "triad": 25.0},
