@@ -70,6 +70,21 @@ def adaptive(method: str) -> dict[str, bool]:
     return {} if method == "sgd" else {"adaptive": method in ADAPTIVE}
 
 
+def why_not_step(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Return why a step by torch.compile fails on a GPU, where nobody has tried it; else None."""
+    if backend != "compiled" or device.type == "cpu":
+        return None
+    p = nn.Parameter(torch.zeros(100, dtype=dtype, device=device))
+    opt = FriendlySAM([p], torch.optim.SGD, backend=backend, lr=0.1, momentum=0.9)
+    try:
+        for call in (opt.first_step, opt.second_step):
+            p.grad = torch.ones_like(p)
+            call()
+    except Exception as error:  # whatever the toolchain says
+        return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return None
+
+
 def of_fastsam(methods: tuple[str, ...], base: str, dtype: torch.dtype, device: torch.device,
                graph: bool) -> tuple[list[Contender], list[str]]:  # fmt: skip
     """Return a contender per method and usable backend, and why the other backends are not."""
@@ -86,6 +101,12 @@ def of_fastsam(methods: tuple[str, ...], base: str, dtype: torch.dtype, device: 
             continue
         if graph and not fused:
             left_out.append(f"fastsam {backend}: over {base} its step waits for the device")
+            continue
+        if graph and backend == "compiled":
+            left_out.append("fastsam compiled: it is not made for graphs")
+            continue
+        if obstacle := why_not_step(backend, device, dtype):
+            left_out.append(f"fastsam {backend}: a step fails ({obstacle})")
             continue
         for method in methods:
             cls = FriendlySAM if method in FRIENDLY else SAM
