@@ -67,7 +67,7 @@ def step_pieces(rows: Path) -> list[Piece]:
     workloads = {
         "preactresnet18": ("--model", "preactresnet18"),
         "resnet18": ("--model", "resnet18"),
-        "36m": ("--params", "36479194", "--tensors", "80"),  # WRN-28-10's
+        "wrn28-10": ("--model", "wrn28-10"),
         "100m": ("--params", "100000000"),
         "1b-plain": (*billion, "sgd"), "1b-sam": (*billion, "sam"), "1b-fsam": (*billion, "fsam"),
     }  # fmt: skip
@@ -98,7 +98,7 @@ def throughput_pieces(rows: Path) -> list[Piece]:
         "graph": ("--beside", "graph"),
         "compiled-graph": ("--compile", "--beside", "graph"),
     }
-    for model in ("preactresnet18", "smallconv"):
+    for model in ("preactresnet18", "wrn28-10"):
         add(f"{model}-eager", "--model", model)
         for (form, options), method in product(forms.items(), ("sgd", "sam", "fsam", "at-linf")):
             add(f"{model}-{form}-{method}", "--model", model, "--methods", method, *options)

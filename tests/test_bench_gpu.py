@@ -267,7 +267,7 @@ def test_the_agenda_is_whole_and_every_command_of_it_can_be_parsed(tmp_path):
         assert options["device"] == "cuda" and options["rows"] == p.rows
     steps = [p for p in benches if p.arguments[2] == "step"]
     for base in ("sgd", "adamw"):
-        for size in ("preactresnet18", "resnet18", "36479194", "100000000", "1000000000"):
+        for size in ("preactresnet18", "resnet18", "wrn28-10", "100000000", "1000000000"):
             forms = {"--graph" in p.arguments for p in steps
                      if size in p.arguments and base in p.arguments}
             assert forms == {True, False}, (base, size)
