@@ -1,6 +1,6 @@
 # make demo: train and attack four small networks, end with a table and two plots (4 minutes)
 # make test: everything CI runs (ruff, then pytest)
-# make fuzz: 20,000 drawn sequences of events beside the oracle, with fresh seeds (25 minutes)
+# make fuzz: 32,000 drawn sequences of events beside the oracle, with fresh seeds (35 minutes)
 .PHONY: demo test fuzz lint bench clean
 
 PYTHON ?= python3
@@ -14,6 +14,7 @@ test: lint
 
 fuzz: .venv/ready
 	$(BIN)/python -m tests.sequences --examples 20000
+	$(BIN)/python -m tests.sequences --examples 10000 --backend compiled
 	$(BIN)/python -m tests.sequences --examples 2000 --backend triton --events 4
 
 lint: .venv/ready

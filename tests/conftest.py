@@ -63,10 +63,10 @@ def run_uncompiled() -> None:
 
 @pytest.fixture(autouse=True)
 def uncompiled(request, monkeypatch) -> None:
-    """As `run_uncompiled`, except in tests marked `compiles`."""
+    """As `run_uncompiled`, except in tests marked `compiles`, and where times are taken."""
     for name in ("compiled", "LARGE"):
         monkeypatch.setattr(compiled, name, getattr(compiled, name))
-    if "compiles" not in request.keywords:
+    if "compiles" not in request.keywords and not request.config.getoption("benchmark_enable"):
         run_uncompiled()
 
 

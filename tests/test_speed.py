@@ -40,10 +40,11 @@ def shapes_of(parameters: int, tensors: int) -> list[torch.Size]:
 
 
 @cache
-def contender(method: str, who: str) -> Contender:
-    """torch, a per-parameter peer, or fastsam with the backend it chooses; checked for parity."""
+def contender(method: str, who: str, parameters: int) -> Contender:
+    """torch, a per-parameter peer, or fastsam with the backend it chooses for so many parameters;
+    checked for parity."""
     if who == "fastsam":
-        p = nn.Parameter(torch.zeros(1, device=DEVICE))
+        p = nn.Parameter(torch.zeros(parameters, device=DEVICE))
         who = f"fastsam {SAM([p], torch.optim.SGD, lr=0.1).backend_report()['backend']}"
     found, _ = contenders((method,), "sgd", torch.float32, DEVICE)
     (one,) = (c for c in found if c.name == who)
@@ -60,7 +61,7 @@ def test_optimizer_step(method, who, parameters, tensors, benchmark):
     benchmark.group = f"optimizer step, {parameters:,} parameters in {tensors} tensors"
     shapes = shapes_of(parameters, tensors)
     w, g1, g2 = (random_like(shapes, torch.float32, DEVICE, seed, 0.1) for seed in range(3))
-    runner = Runner(contender(method, who), w, (g1, g2), HYPER)
+    runner = Runner(contender(method, who, parameters), w, (g1, g2), HYPER)
 
     def step() -> None:
         for gradients, phase in runner.phases:
