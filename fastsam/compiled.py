@@ -9,13 +9,14 @@ compiles nothing; what is compiled anew is another structure (`Plan`).
 
 import functools
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import reference
+from .dispatch import first_line
 from .flat import PAD, SHARES, Hyper, Slot, Space
 
 LARGE = 2**16  # elements: from here on a call of its own costs less than gathering the gradient
@@ -23,6 +24,8 @@ LARGE = 2**16  # elements: from here on a call of its own costs less than gather
 # Otherwise the climb's radius reads w once more, and Inductor, which moves w in place, makes a
 # second loop over memory for it.
 OPTIONS = {"realize_reads_threshold": 0, "emulate_precision_casts": True}
+TINY = 1.2e-38  # an eps below is 0, or nothing beside a root, in float32
+REMEMBERED = 8  # ways to cut a space, such as those of the steps with a climb and of those without
 BUFFERS = {"g1": ("backup", "m"), "g2": ("backup", "v", "u")}
 TABLES = ("hyper", "scalings", "steps")
 FEATURES = ("momentum", "dampening", "weight_decay", "nesterov", "decoupled")
@@ -92,26 +95,53 @@ def on_stand_in(function: Callable, plan: Plan, tensors: dict[str, Tensor], more
 
 
 class Compiled:
-    """A function of the reference, compiled at its first call for one plan and tensors of any
+    """A function of the reference, compiled for one plan, one setting of torch, and tensors of any
     length."""
 
-    def __init__(self, function: Callable, plan: Plan):
+    def __init__(self, function: Callable, plan: Plan, setting: tuple):
         # code of its own: torch.compile counts recompilations, and gives up after a few, per code
         own = types.FunctionType(on_stand_in.__code__.replace(), globals(), function.__name__)
-        self.arguments, self.called = (function, plan), False
+        self.arguments, self.tried = (function, plan), False
         self.run = torch.compile(own, fullgraph=True, options=OPTIONS)
 
+    def try_out(self, tensors: dict[str, Tensor], more: dict) -> None:
+        """Compile it, before anything is written, on zeros of LARGE elements. No two lengths are
+        alike there, nor the real ones: torch.compile takes equal lengths for one.
+
+        Raises:
+            RuntimeError: torch.compile failed.
+        """
+        if self.tried:
+            return
+        function, plan = self.arguments
+        lengths = dict(hyper=3, scalings=7, steps=7) if plan.many else dict.fromkeys(TABLES)
+        zeros = {}
+        for name, t in tensors.items():
+            length = lengths.get(name, LARGE // PAD if plan.many else LARGE)
+            grows = length is not None and t.ndim and len(t) > 1
+            zeros[name] = t.new_zeros((length, *t.shape[1:]) if grows else t.shape)
+            if grows:
+                torch._dynamo.mark_dynamic(zeros[name], 0)
+        try:
+            self.run(function, plan, zeros, more)
+        except Exception as error:
+            raise RuntimeError(
+                f"torch.compile failed on {function.__name__} ({first_line(error)}), before the "
+                "weights changed: use backend='reference', which needs no compiler") from error
+        self.tried = True
+
     def __call__(self, tensors: dict[str, Tensor], more: dict) -> Tensor | None:
-        if not self.called:
-            many = self.arguments[1].many
-            for name, t in tensors.items():
-                if (many or name not in TABLES) and t.ndim and len(t) > 1:
-                    torch._dynamo.mark_dynamic(t, 0)
-            self.called = True
         return self.run(*self.arguments, tensors, more)
 
 
 compiled = functools.cache(Compiled)
+
+
+def setting() -> tuple:
+    """What torch compiles anew for, whatever it compiles."""
+    return (torch.get_num_threads(), torch.is_autocast_enabled("cpu"),
+            torch.is_autocast_enabled("cuda"), torch.are_deterministic_algorithms_enabled(),
+            torch.is_inference_mode_enabled(), torch.get_default_dtype())
 
 
 def flattened(t: Tensor) -> Tensor:
@@ -129,11 +159,12 @@ class Stretch:
     """A large slot, or a run of small neighbours, with one gradient each, g1 or g2.
 
     A large slot's tensors are its parts of the flat buffers, (numel,); a run's are (chunks, PAD),
-    so that what differs between its slots is looked up once per PAD elements.
+    so that what differs between its slots is looked up once per PAD elements, and its gradients
+    are gathered in scratch memory, as are weights that are not packed.
     """
 
     def __init__(self, space: Space, slots: list[Slot], gradient: str):
-        self.space, self.slots, self.gradient, self.scratch = space, slots, gradient, {}
+        self.slots, self.gradient = slots, gradient
         self.many, first, last = len(slots) > 1, slots[0], slots[-1]
         self.start, self.size = first.offset, last.offset - first.offset + last.w.numel()
         self.size += -self.size % PAD if self.many else 0
@@ -142,67 +173,62 @@ class Stretch:
                  else (None, None, space.base, features(space.rows[first.group])))
         self.plan = Plan(space.dtype, space.device, space.masters, *phase, first.climbed,
                          scale if space.is_set(scale) else None, self.many)
-        self.tensors = {"inv_scale": getattr(space.control, scale), **self.tables(gradient)}
+        self.tensors = {"inv_scale": getattr(space.control, scale), **self.tables(space)}
         for name in BUFFERS[gradient]:
             if getattr(space, name) is not None:
-                self.tensors[name] = self.view(getattr(space, name), self.start)
-        self.packed = space.flat_w is not None and all(
+                self.tensors[name] = self.part(getattr(space, name), self.start)
+        packed = space.flat_w is not None and all(
             s.w.data_ptr() == space.flat_w.data_ptr() + s.offset * s.w.itemsize for s in slots)
-        if self.packed:
-            self.tensors["w"] = self.view(space.flat_w, self.start)
+        if packed:
+            self.tensors["w"] = self.part(space.flat_w, self.start)
         self.tensors = {name: alias(t) for name, t in self.tensors.items()}
+        self.gathers = (gradient,) if packed else (gradient, "w")
+        self.scratch = {name: self.shared_scratch(space, name[0]) for name in self.gathers
+                        if self.many}
 
-    def tables(self, gradient: str) -> dict[str, Tensor]:
-        space, rows = self.space, [(self.space.slots.index(s), s.group) for s in self.slots]
-        steps = space.steps[int(gradient == "g2")]
+    def tables(self, space: Space) -> dict[str, Tensor]:
+        rows = [(space.slots.index(s), s.group) for s in self.slots]
+        steps = space.steps[int(self.gradient == "g2")]
         if not self.many:
             (number, group), = rows
             return dict(hyper=space.hyper[group], scalings=space.scalings()[number],
                         steps=steps[number])
-        chunks = torch.tensor([-(-s.w.numel() // PAD) for s in self.slots])
+        chunks = torch.tensor([-(-s.w.numel() // PAD) for s in self.slots], device="cpu")
         numbers, groups = (x.repeat_interleave(chunks).unsqueeze(1).to(space.device)
-                           for x in torch.tensor(rows).unbind(1))
+                           for x in torch.tensor(rows, device="cpu").unbind(1))
         return dict(hyper=space.hyper, scalings=space.scalings(), steps=steps, numbers=numbers,
                     groups=groups)
 
-    def view(self, flat: Tensor, start: int) -> Tensor:
+    def part(self, flat: Tensor, start: int) -> Tensor:
         part = flat.narrow(0, start, self.size)
         return part.view(-1, PAD) if self.many else part
 
-    def gathered(self, name: str) -> Tensor:
-        """The slots' `name` (w or the gradient) in one tensor; 0 between them."""
+    def shared_scratch(self, space: Space, kind: str) -> tuple[Tensor, list[Tensor]]:
+        """The run's part of the scratch memory that all small slots of the space have for their
+        gradients ("g") or weights ("w"), 0 between them; and every slot's part of that."""
+        tail = min(s.offset for s in space.slots if s.w.numel() < LARGE)
+        if kind not in space.scratch:
+            space.scratch[kind] = torch.zeros(space.size - tail, dtype=space.dtype,
+                                              device=space.device)
+        flat = space.scratch[kind]
+        return self.part(flat, self.start - tail), [
+            flat.as_strided(s.w.shape, s.w.stride(), s.offset - tail) for s in self.slots]
+
+    def gathered(self) -> dict[str, Tensor]:
+        """All tensors of this by name, with what other people own copied to where it is read."""
         if not self.many:
-            return flattened(getattr(self.slots[0], name))
-        if name not in self.scratch:
-            self.scratch[name] = self.parts(*scratch(self.space, name[0], self.start))
-        flat, parts = self.scratch[name]
-        torch._foreach_copy_(parts, [getattr(s, name) for s in self.slots])
-        return flat
+            slot, = self.slots
+            return {**self.tensors,
+                    **{name: flattened(getattr(slot, name)) for name in self.gathers}}
+        for name, (_, parts) in self.scratch.items():
+            torch._foreach_copy_(parts, [getattr(s, name) for s in self.slots])
+        return {**self.tensors, **{name: whole for name, (whole, _) in self.scratch.items()}}
 
-    def parts(self, flat: Tensor, start: int) -> tuple[Tensor, list[Tensor]]:
-        """The run's part of a flat buffer, and every slot's in that."""
-        return self.view(flat, start), [
-            flat.as_strided(s.w.shape, s.w.stride(), start + s.offset - self.start)
-            for s in self.slots]
-
-    def call(self, function: Callable, more: dict) -> Tensor | None:
-        """Run a function of the reference."""
-        tensors = {**self.tensors, self.gradient: self.gathered(self.gradient)}
-        if not self.packed:
-            tensors["w"] = self.gathered("w")
-        result = compiled(function, self.plan)(tensors, more)
-        if self.many and not self.packed:
+    def call(self, run: "Compiled", more: dict) -> Tensor | None:
+        result = run(self.gathered(), more)
+        if "w" in self.scratch:
             torch._foreach_copy_([s.w for s in self.slots], self.scratch["w"][1])
         return result
-
-
-def scratch(space: Space, kind: str, start: int) -> tuple[Tensor, int]:
-    """A flat buffer for the small slots' part of the space, and where `start` is in it."""
-    tail = min(s.offset for s in space.slots if s.w.numel() < LARGE)
-    if kind not in space.scratch:
-        space.scratch[kind] = torch.zeros(space.size - tail, dtype=space.dtype,
-                                          device=space.device)
-    return space.scratch[kind], start - tail
 
 
 def features(h: Hyper) -> tuple[str, ...]:
@@ -212,13 +238,16 @@ def features(h: Hyper) -> tuple[str, ...]:
 def stretches(space: Space, gradient: str) -> list[Stretch | Slot]:
     """The slots that have a gradient: as stretches, or by themselves where they cannot be."""
     state = tuple((getattr(s, gradient) is not None, s.climbed) for s in space.slots)
-    kinds = tuple((features(h), h.eps == 0) for h in space.rows)
+    kinds = tuple((features(h), h.eps < TINY) for h in space.rows)
     objects = space._memory, space.v, space.hyper, space.scalings()
-    key = state, kinds, space.scaling, space.is_set("inv_scale" + gradient[1]), *map(id, objects)
-    known = space.stretches.get(gradient)
-    if known is None or known[0] != key:
-        known = space.stretches[gradient] = key, cut(space, gradient, state, kinds), objects
-    return known[1]
+    key = (gradient, state, kinds, space.scaling, space.is_set("inv_scale" + gradient[1]),
+           *map(id, objects))
+    if key not in space.stretches:
+        if len(space.stretches) == REMEMBERED:
+            space.stretches.clear()
+        with torch.inference_mode(False):  # what is made here is used outside of it, too
+            space.stretches[key] = cut(space, gradient, state, kinds), objects
+    return space.stretches[key][0]
 
 
 def cut(space: Space, gradient: str, state: tuple, kinds: tuple) -> list[Stretch | Slot]:
@@ -227,11 +256,12 @@ def cut(space: Space, gradient: str, state: tuple, kinds: tuple) -> list[Stretch
     found, last = [], None
     for s, (present, climbed) in sorted(zip(space.slots, state, strict=True),
                                         key=lambda pair: pair[0].offset):
-        if not present or s.w.numel() == 0:
+        if not present:
             last = None
             continue
-        alone = s.w.numel() >= LARGE or not s.dense or (space.base == "adam" and kinds[s.group][1])
-        kind = None if alone else (kinds[s.group][0], climbed)
+        n, (base, no_eps) = s.w.numel(), kinds[s.group]
+        alone = n >= LARGE or n == 0 or not s.dense or (space.base == "adam" and no_eps)
+        kind = None if alone else (base, climbed)
         if kind is not None and kind == last:
             found[-1].append(s)
         else:
@@ -242,23 +272,36 @@ def cut(space: Space, gradient: str, state: tuple, kinds: tuple) -> list[Stretch
             for slots in found]
 
 
-def each(space: Space, gradient: str, function: Callable, **more) -> Tensor | float:
-    """The sum of what the function of the reference gives for every stretch."""
-    parts = [x.call(function, more) if isinstance(x, Stretch) else function(space, x, **more)
-             for x in stretches(space, gradient)]
-    return torch.stack(parts).sum(0) if parts and parts[0] is not None else 0.0
+def each(space: Space, gradient: str, function: Callable, **more
+         ) -> Iterator[tuple[list[Slot], Tensor | None]]:
+    """What the function of the reference gives for every stretch, with the stretch's slots.
+    Nothing runs before all of it is compiled: what cannot be leaves everything as it was."""
+    found, now = stretches(space, gradient), setting()
+    runs = [compiled(function, x.plan, now) if isinstance(x, Stretch) else None for x in found]
+    for x, run in zip(found, runs, strict=True):
+        if run is not None and not run.tried:
+            run.try_out(x.gathered(), more)
+    for x, run in zip(found, runs, strict=True):
+        if run is None:
+            yield [x], function(space, x, **more)
+        else:
+            yield x.slots, x.call(run, more)
+
+
+def total_of(parts: list[Tensor]) -> Tensor | float:
+    return torch.stack(parts).sum(0) if parts else 0.0
 
 
 def dots(space: Space) -> None:
     """As `reference.dots`."""
     space.dots.zero_()
-    space.dots[:, 0] = each(space, "g1", reference.dots_of)
+    space.dots[:, 0] = total_of([x for _, x in each(space, "g1", reference.dots_of)])
 
 
 def norm(space: Space) -> None:
     """As `reference.norm`."""
     space.partials.zero_()
-    space.partials[0] = each(space, "g1", reference.norm_of)
+    space.partials[0] = total_of([x for _, x in each(space, "g1", reference.norm_of)])
 
 
 def climb(space: Space, partials: Tensor) -> None:
@@ -266,10 +309,12 @@ def climb(space: Space, partials: Tensor) -> None:
     total = partials.sum().sqrt()
     ok = total.isfinite()
     space.radii.zero_()
-    radii = each(space, "g1", reference.climb_slot, total=total, ok=ok)
-    space.radii[:1 + reference.rounds(space), 0] = radii
-    for slot in space.climbing():
-        slot.climbed = True
+    radii = []
+    for slots, squares in each(space, "g1", reference.climb_slot, total=total, ok=ok):
+        radii.append(squares)
+        for slot in slots:
+            slot.climbed = True
+    space.radii[:1 + reference.rounds(space), 0] = total_of(radii)
     if space.mode in ("algorithm1", "official"):
         count(space.steps[0], [slot.climbed for slot in space.slots], ok)
     space.control.norm.copy_(total)
@@ -280,7 +325,8 @@ def step(space: Space, perturbed: bool) -> None:
     """As `reference.step`."""
     c = space.control
     ok = (c.found_inf == 0) & (c.ok != 0) if perturbed else c.found_inf == 0
-    each(space, "g2", reference.step_slot, perturbed=perturbed, ok=ok)
+    for _ in each(space, "g2", reference.step_slot, perturbed=True, ok=ok):
+        pass  # a slot that has climbed is perturbed
     for slot in space.slots:
         if slot.g2 is None and perturbed and slot.climbed:
             slot.w.copy_(slot.backup)

@@ -41,23 +41,44 @@ def why_not_triton(device: torch.device, dtype: torch.dtype, dense: bool) -> str
 
 @cache
 def why_not_compiled(kind: str) -> str | None:
-    """Why torch.compile cannot serve parameters on this kind of device; None when it can."""
+    """Why torch.compile cannot serve parameters on this kind of device; None when it can. It is
+    tried, on a small function, which takes a few seconds once per process."""
     if kind not in ("cpu", "cuda"):
         return f"parameters are on {kind!r}: torch.compile is used on 'cpu' and 'cuda'"
     if not torch._dynamo.is_dynamo_supported() or torch._dynamo.config.disable:
         return "torch.compile is switched off, or does not know this Python"
-    if kind == "cuda":
-        return None
+    return (no_toolchain() if kind == "cpu" else None) or failure(kind)
+
+
+def no_toolchain() -> str | None:
+    """What a CPU's code cannot be built without, where that is missing."""
     from torch._inductor import exc
     from torch._inductor.cpp_builder import get_cpp_compiler
 
     try:
         get_cpp_compiler()
     except exc.InvalidCxxCompiler as error:
-        return f"there is no C++ compiler ({str(error).strip().splitlines()[0]}): install g++"
+        return f"there is no C++ compiler ({first_line(error)}): install g++"
+    except Exception as error:
+        return f"the C++ compiler does not work ({first_line(error)})"
     if not Path(sysconfig.get_paths()["include"], "Python.h").exists():
         return "Python.h is missing: install Python's headers (python3-dev)"
     return None
+
+
+def failure(kind: str) -> str | None:
+    """How torch.compile fails on this kind of device, if it does."""
+    try:
+        torch.compile(lambda x: x + 1, fullgraph=True)(torch.zeros(64, device=kind))
+    except Exception as error:
+        return f"torch.compile fails on {kind!r} ({first_line(error)})"
+    return None
+
+
+def first_line(error: Exception) -> str:
+    """An error in one line: its class, and how its message begins."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def resolve(backend: str | None, kinds: list[Kind]) -> tuple[ModuleType, dict[str, str]]:

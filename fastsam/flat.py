@@ -188,7 +188,7 @@ class Space:
         self.hyper, self._hyper_values = None, None
         self._tables: dict[str, tuple[list, Tensor]] = {}
         self._memory: list | None = None
-        self.stretches: dict[str, tuple] = {}  # of the compiled backend, as is the scratch
+        self.stretches: dict[tuple, tuple] = {}  # of the compiled backend, as is the scratch
         self.scratch: dict[str, Tensor] = {}
 
     def __getstate__(self) -> dict:

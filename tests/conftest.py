@@ -53,12 +53,15 @@ if os.environ.get("TRITON_INTERPRET") == "1":
         round_to_bfloat16_as_gpus_do()
 
 
+class Uncompiled(compiled.Compiled):
+    def __init__(self, function, plan, setting):
+        self.arguments, self.run, self.tried = (function, plan), compiled.on_stand_in, True
+
+
 def run_uncompiled() -> None:
     """Let the compiled backend do all that it does but compile, which takes seconds for each
     structure, and meet its large parameters early."""
-    compiled.LARGE = 20
-    compiled.compiled = lambda function, plan: (
-        lambda tensors, more: compiled.on_stand_in(function, plan, tensors, more))
+    compiled.LARGE, compiled.compiled = 20, Uncompiled
 
 
 @pytest.fixture(autouse=True)
