@@ -1,7 +1,8 @@
 # make demo: train and attack four small networks, end with a table and two plots (4 minutes)
 # make test: everything CI runs (ruff, then pytest)
 # make fuzz: 32,000 drawn sequences of events beside the oracle, with fresh seeds (35 minutes)
-.PHONY: demo test fuzz lint bench clean
+# make survive: kill trainings at random moments, 30 times a method; the bits must be the same
+.PHONY: demo test fuzz survive lint bench clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -16,6 +17,9 @@ fuzz: .venv/ready
 	$(BIN)/python -m tests.sequences --examples 20000
 	$(BIN)/python -m tests.sequences --examples 10000 --backend compiled
 	$(BIN)/python -m tests.sequences --examples 2000 --backend triton --events 4
+
+survive: .venv/ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.survive --kills 30
 
 lint: .venv/ready
 	$(BIN)/ruff check .

@@ -1,13 +1,15 @@
-"""python -m bench train | compare | evaluate | recipes | step | throughput | gpu | report |
-theory: the command line, in a checkout."""
+"""python -m bench train | compare | sweep | study | evaluate | recipes | step | throughput | gpu |
+report | theory: the command line, in a checkout."""
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
 OPTIMIZERS = (
-    "sgd, adamw, sam, asam, fishersam, fsam, fasam, sam-interval, sam-late, sam-part, sam-micro"
+    "sgd, adamw, sam, asam, fishersam, fsam, fasam, sam-interval, sam-late, sam-part, sam-micro, "
+    "sam-full, sam-noise, sam-db"
 )
 METHODS = f"{OPTIMIZERS}, at-linf, at-l2, fgsm-rs, n-fgsm, trades, or two of them as at-linf+sam"
 SHOWN = ("train_loss", "train_acc", "val_acc")
@@ -53,6 +55,8 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     add("--interval", type=int, help="sam-interval: climb at every so-many-th step")
     add("--late", type=float, help="sam-late: share of the epochs before the first climb")
     add("--ascent-part", type=float, help="sam-part: share of the batch to climb from")
+    add("--full-every", type=int, help="sam-full, sam-noise: steps between full gradients")
+    add("--projection", help="sam-full, sam-noise: cosine (as printed, default) or orthogonal")
     add("--micro", type=int, help="sam-micro: parts of the batch, each with a climb of its own")
     add("--scale", help="ASAM: all, or weights (the authors' form)")
     add("--eps", help="training attack's radius: 8/255, 8 (the same), or 0.031")
@@ -69,7 +73,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     add("--awp-warmup", type=int, help="epochs before it (default 0)")
     add("--amp", help="off or bf16, for training; evaluation is always float32")
     add("--channels-last", action=argparse.BooleanOptionalAction)
-    add("--backend", help="fastsam's: reference or triton (default: fastsam chooses)")
+    add("--backend", help="fastsam's: triton, compiled or reference (default: fastsam chooses)")
     add("--threads", type=int, help="CPU threads of one run")
     add("--workers", type=int, help="processes that read photographs (default: by CPUs)")
 
@@ -96,6 +100,20 @@ def add_evaluation_options(parser: argparse.ArgumentParser) -> None:
     add("--n-examples", "--eval-samples", type=int, dest="eval_samples",
         help="attack this many test images, drawn once for all (default all)")  # fmt: skip
     add("--eval-batch-size", type=int, help="images attacked at a time (default 500)")
+
+
+def add_sitting_options(parser: argparse.ArgumentParser) -> None:
+    """Options of bench.sitting.Sitting, and those of several processes."""
+    add = parser.add_argument
+    add("--save-every", type=float, metavar="MINUTES", help="checkpoints within an epoch (default "
+        "10); every epoch ends with one")  # fmt: skip
+    add("--time-budget", type=float, metavar="MINUTES", help="save and stop when they are over; "
+        "repeat the command to go on")  # fmt: skip
+    add("--tensorboard", action="store_true", help="write TensorBoard's files too")
+    add("--sync-bn", action="store_true", help="under torchrun on GPUs: BatchNorm over the whole "
+        "batch (default: over each process's share)")  # fmt: skip
+    add("--local-ascent", action="store_true", help="under torchrun: SAM climbs in each process by "
+        "its own share's gradient (default: by the whole batch's)")  # fmt: skip
 
 
 def add_evaluate_command(evaluate: argparse.ArgumentParser) -> None:
@@ -203,6 +221,31 @@ def add_gpu_command(commands: Any) -> None:
         help="for state.json, log.txt and the rows (default runs/gpu)")  # fmt: skip
 
 
+def add_sweep_command(sweep: argparse.ArgumentParser) -> None:
+    add = sweep.add_argument
+    add("--methods", nargs="+", required=True, help=f"of {METHODS}")
+    add("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    add("--grid", nargs="+", default=[], metavar="OPTION=VALUE,...",
+        help="such as rho=0.05,0.1 label-noise=0,0.4; any option of a run that has a "
+        "value")  # fmt: skip
+    add("--jobs", type=int, default=1, help="runs at a time (default 1)")
+    add("--rows", type=Path, default=None, help="append a row a run to this JSONL")
+    add("--out", type=Path, default=None, help="default runs/sweep-PRESET")
+    add_run_options(sweep)
+    add_evaluation_options(sweep)
+
+
+def add_study_command(commands: Any) -> None:
+    text = "make a study of docs/studies.md again; repeat the command to go on with it"
+    add = commands.add_parser("study", help=text, description=text).add_argument
+    add("name", metavar="NAME", help="rho, parts, noise or batch")
+    add("--jobs", type=int, default=2, help="runs at a time, a thread each (default 2)")
+    add("--rows", type=Path, help="append a row a run to this JSONL")
+    add("--out", type=Path, help="default runs/study-NAME")
+    add("--show", type=Path, metavar="ROWS", help="train nothing; print the table of these rows")
+    add("--figure", type=Path, help="with --show: draw the figure there")
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m bench",
@@ -223,6 +266,7 @@ def build_parser() -> argparse.ArgumentParser:
                        "(default: the recipe's, or sgd)")  # fmt: skip
     train.add_argument("--seed", type=int)
     train.add_argument("--out", type=Path, default=None, help="default runs/PRESET/METHOD-seedN")
+    add_sitting_options(train)
     compare = command("compare", "train several methods and seeds; repeat the command to resume it")
     compare.add_argument(
         "--methods", nargs="+", default=["sgd", "sam", "fsam", "at-linf"],
@@ -239,6 +283,9 @@ def build_parser() -> argparse.ArgumentParser:
     for sub in (train, compare):
         add_run_options(sub)
         add_evaluation_options(sub)
+    add_sweep_command(command("sweep", "train every method with every value of a grid; repeat the "
+                              "command to go on with it"))  # fmt: skip
+    add_study_command(commands)
     text = "the published settings: names, sources, published numbers"
     recipes = commands.add_parser("recipes", help=text, description=text)
     recipes.add_argument("part", nargs="?", default="", help="only names with this in them")
@@ -278,28 +325,51 @@ def evaluation_of(data: str, options: dict[str, Any]):
     return resolve_evaluation(data, given)
 
 
-def run_train(options: dict[str, Any]) -> None:
+def run_train(options: dict[str, Any]) -> int:
+    from bench import parallel
+    from bench.sitting import TERMINATED, Sitting, Stopped
+
+    given = ("save_every", "time_budget", "tensorboard")
+    sitting = Sitting(heeds_sigterm=True, **{k: options[k] for k in given if k in options})
+    with parallel.joined(options.get("device", "cpu")):
+        try:
+            train_in(sitting, options)
+        except Stopped as where:
+            if parallel.rank() == 0:
+                print(f"stopped {where}: {sitting.why()}; repeat the command to go on")
+            return TERMINATED if sitting.terminated else 0
+    return 0
+
+
+def train_in(sitting: Any, options: dict[str, Any]) -> None:
     from tqdm import tqdm
 
+    from bench import parallel
     from bench.config import check_used, preset_of, resolve
     from bench.evaluate import report
     from bench.recipe import load_recipe
     from bench.summary import train_and_evaluate
     from bench.train import refuse_early
 
+    options = options | {"processes": parallel.processes()}
     config = resolve(options["method"], preset_of(options), options)
     check_used([config.method], options)
     evaluation = evaluation_of(config.data, options)
     out = options["out"] or Path("runs", preset_of(options), config.name)
     refuse_early(config, out, options["download"])  # before the bar is drawn
-    with tqdm(total=config.epochs, unit="epoch", desc=config.name) as bar:
+    quiet = parallel.rank() > 0
+    with tqdm(total=config.epochs, unit="epoch", desc=config.name, disable=quiet) as bar:
 
         def show(row: dict[str, Any]) -> None:
             bar.update()
             if row:
                 bar.set_postfix({k: f"{row[k]:.3f}" for k in SHOWN if k in row})
 
-        summary = train_and_evaluate(config, evaluation, out, options["download"], show)
+        summary = train_and_evaluate(
+            config, evaluation, out, options["download"], show, sitting
+        )
+    if quiet:
+        return
     print(report(summary | {"images": summary["test_images"]}))
     print(f"{summary['images_per_second']:.0f} images/s in training; wrote {out}")
     if published := load_recipe(preset_of(options)).published:
@@ -325,8 +395,6 @@ def run_compare(options: dict[str, Any]) -> None:
 
     if options["demo"]:
         options |= {"preset": "digits", "seeds": [0, 1], "jobs": 2, "threads": 1}
-    if options["jobs"] < 1:
-        raise ValueError(f"jobs must be at least 1, got {options['jobs']}")
     methods = combined(options["methods"], options.pop("optimizer", None))
     check_used(methods, options)
     by_seed = [
@@ -336,6 +404,32 @@ def run_compare(options: dict[str, Any]) -> None:
     evaluation = evaluation_of(by_seed[0][0].data, options)
     out = options["out"] or Path("runs", preset_of(options))
     compare(by_seed, evaluation, out, options["jobs"], options["rows"], options["download"])
+
+
+def run_sweep(options: dict[str, Any]) -> None:
+    from bench.config import preset_of
+    from bench.sweep import parse_grid, runs_of, sweep
+
+    methods = combined(options["methods"], options.pop("optimizer", None))
+    grid = parse_grid(options["grid"], options)
+    preset = preset_of(options)
+    runs = runs_of(methods, options["seeds"], grid, preset, options)
+    evaluation = evaluation_of(next(iter(runs.values())).data, options)
+    out = options["out"] or Path("runs", f"sweep-{Path(preset).stem}")
+    sweep(runs, list(grid), evaluation, out, options["jobs"], options["rows"], options["download"])
+
+
+def run_study_command(options: dict[str, Any]) -> None:
+    from bench.study import run_study, show
+
+    name = options["name"]
+    if options["show"]:
+        show(name, options["show"], options["figure"])
+    elif options["figure"]:
+        raise ValueError("--figure is drawn from rows; add --show ROWS")
+    else:
+        out = options["out"] or Path("runs", f"study-{name}")
+        run_study(name, out, options["jobs"], options["rows"])
 
 
 def run_evaluate(options: dict[str, Any]) -> None:
@@ -446,10 +540,12 @@ def main(argv: list[str] | None = None) -> int:
     about the input that cannot be used."""
     options = vars(build_parser().parse_args(argv))
     command = {"train": run_train, "compare": run_compare, "evaluate": run_evaluate,
-               "recipes": run_recipes,
+               "recipes": run_recipes, "sweep": run_sweep, "study": run_study_command,
                "step": run_step, "report": run_report, "theory": run_theory,
                "throughput": run_throughput, "gpu": run_gpu}  # fmt: skip
     try:
+        if "TORCHELASTIC_RUN_ID" in os.environ and options["command"] != "train":
+            raise ValueError(f"torchrun is for train alone; start {options['command']} without it")
         return command[options["command"]](options) or 0
     except (ValueError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)

@@ -6,6 +6,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from bench import parallel
+
 GUARD = 1e-20
 
 
@@ -18,7 +20,7 @@ def climbs(model: nn.Module, loss: Tensor) -> list[tuple[Tensor, Tensor]]:
         p for name, p in model.named_parameters()
         if p.requires_grad and p.ndim > 1 and "weight" in name
     ]  # fmt: skip
-    gs = torch.autograd.grad(loss, ws)
+    gs = parallel.mean(torch.autograd.grad(loss, ws))
     return [(w, w.detach().norm() / (g.norm() + GUARD) * g) for w, g in zip(ws, gs, strict=True)]
 
 

@@ -39,21 +39,43 @@ def work(config: Config, evaluation: Evaluation, out: Path) -> dict[str, Any]:
         with _epochs_done.get_lock():
             _epochs_done.value += 1
 
-    return train_and_evaluate(config, evaluation, out / config.name, after_epoch=count)
+    return train_and_evaluate(config, evaluation, out, after_epoch=count)
 
 
 def run_all(
-    configs: list[Config], evaluation: Evaluation, out: Path, jobs: int
+    runs: dict[str, Config], evaluation: Evaluation, out: Path, jobs: int, download: bool = False
 ) -> list[dict[str, Any]]:
-    """Return every config's summary, `jobs` runs at a time, in the configs' order."""
+    """Return every run's summary, in the runs' order.
+
+    runs: by their directories' names in `out`. Finished ones there are not repeated, interrupted
+    ones continue. jobs: runs at a time. Raises ValueError for what set_up and load_state refuse,
+    before anything is written.
+    """
+    if jobs < 1:
+        raise ValueError(f"jobs must be at least 1, got {jobs}")
+    summaries = {name: finished(config, evaluation, out / name) for name, config in runs.items()}
+    left = {name: runs[name] for name, summary in summaries.items() if summary is None}
+    for name, config in left.items():
+        refuse_early(config, out / name, download)
+    if left:
+        summaries |= make(left, evaluation, out, jobs)
+    return list(summaries.values())
+
+
+def make(
+    runs: dict[str, Config], evaluation: Evaluation, out: Path, jobs: int
+) -> dict[str, dict[str, Any]]:
+    """Train and evaluate, `jobs` runs at a time; return the summaries by the runs' names."""
     context = multiprocessing.get_context("spawn")
     epochs_done = context.Value("q", 0)
-    total = sum(config.epochs for config in configs)
+    total = sum(config.epochs for config in runs.values())
     with (
         ProcessPoolExecutor(jobs, context, start_worker, (epochs_done,)) as pool,
-        tqdm(total=total, unit="epoch", desc=f"{len(configs)} runs", smoothing=0.02) as bar,
+        tqdm(total=total, unit="epoch", desc=f"{len(runs)} runs", smoothing=0.02) as bar,
     ):
-        futures = {pool.submit(work, config, evaluation, out): config for config in configs}
+        futures = {
+            pool.submit(work, config, evaluation, out / name): name for name, config in runs.items()
+        }
         pending = set(futures)
         while pending:
             done, pending = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
@@ -62,8 +84,8 @@ def run_all(
                 if future.exception() is not None:
                     pool.shutdown(wait=False, cancel_futures=True)
                 summary = future.result()
-                bar.write(f"{futures[future].name}: {one_line(summary)}")
-    return [future.result() for future in futures]
+                bar.write(f"{futures[future]}: {one_line(summary)}")
+    return {name: future.result() for future, name in futures.items()}
 
 
 def one_line(summary: dict[str, Any]) -> str:
@@ -166,6 +188,15 @@ def write_outputs(rows: list[dict[str, Any]], out: Path) -> list[Path]:
     return paths
 
 
+def append_rows(path: Path | None, summaries: list[dict[str, Any]]) -> list[Path]:
+    """Append the rows that the file does not hold yet; return the paths written."""
+    if path is None:
+        return []
+    path.parent.mkdir(parents=True, exist_ok=True)
+    append_jsonl(path, summaries)
+    return [path]
+
+
 def compare(
     by_seed: list[list[Config]],
     evaluation: Evaluation,
@@ -176,22 +207,15 @@ def compare(
 ) -> list[dict[str, Any]]:
     """Run every method of the first seed, then of the next; write, print and return the result.
 
-    by_seed: one list of configs a seed. Finished runs in `out` are not repeated and interrupted
-    ones continue. jobs: runs at a time. rows_path: a JSONL file to append one row a run to.
-    Raises ValueError for what set_up and load_state refuse, before anything is written.
+    by_seed: one list of configs a seed. rows_path: a JSONL file to append one row a run to. The
+    rest is as in run_all.
     """
-    configs = [config for of_seed in by_seed for config in of_seed]
-    for config in configs:
-        if finished(config, evaluation, out / config.name) is None:
-            refuse_early(config, out / config.name, download)
-    summaries = run_all(configs, evaluation, out, jobs)
+    runs = {config.name: config for of_seed in by_seed for config in of_seed}
+    summaries = run_all(runs, evaluation, out, jobs, download)
     methods = [config.method for config in by_seed[0]]
     rows = [aggregate(m, [s for s in summaries if s["method"] == m]) for m in methods]
     paths = write_outputs(rows, out)
-    if rows_path is not None:
-        rows_path.parent.mkdir(parents=True, exist_ok=True)
-        append_jsonl(rows_path, summaries)
-        paths.append(rows_path)
+    paths += append_rows(rows_path, summaries)
     print(f"\n{table(rows)}\n\n{caption(rows)}\n")
     print("\n".join(f"wrote {path}" for path in paths))
     return rows

@@ -8,9 +8,19 @@ import torch
 
 from bench.attacks import Attack, evaluation_attack, parse_eps
 from bench.battery import split_name
-from bench.methods import PLAIN, SINGLE_STEP, USED_BY, method_of, split_method, values_of
+from bench.methods import (
+    FULL,
+    OTHER_IMAGES,
+    PLAIN,
+    SINGLE_STEP,
+    USED_BY,
+    method_of,
+    split_method,
+    values_of,
+)
 from bench.pipeline import PADDINGS
 from bench.recipe import load_recipe
+from fastsam.dispatch import BACKENDS
 
 # SAM_AT eval.py's four small radii, and the larger two where adversarial training shows
 EVAL_EPS = {
@@ -30,19 +40,22 @@ CHOICES = {
     "schedule": ("piecewise", "cosine"),
     "second_bn": ("frozen", "moving"),
     "attack_bn": ("eval", "train", "moving"),
-    "amp": ("off", "bf16"),
-    "backend": (None, "reference", "triton"),
+    "amp": ("off", "bf16", "fp16"),
+    "backend": (None, *BACKENDS),
     "scale": (None, "all", "weights"),
+    "projection": (None, "cosine", "orthogonal"),
 }
 AT_LEAST = {"epochs": 1, "batch_size": 1, "pad": 0, "cutout": 0, "momentum": 0, "weight_decay": 0,
             "seed": 0, "interval": 1, "micro": 1, "awp_gamma": 0, "awp_warmup": 0}
-AT_LEAST_IF_GIVEN = {"image_size": 1, "attack_steps": 1, "threads": 1, "workers": 0, "beta": 0}
+AT_LEAST_IF_GIVEN = {"image_size": 1, "attack_steps": 1, "threads": 1, "workers": 0, "beta": 0,
+                     "full_every": 1}
 
 
 @dataclass(frozen=True)
 class Config:
     """Everything that decides the trained weights; two runs with equal configs are bit-equal.
 
+    recipe: the published row that the run stands for, whatever else was changed of it.
     label_noise, noise_kind: see bench.noise. augment "resized-crop": for directories of photographs
     of various sizes, which are read when they are needed and become image_size pixels square
     (224 if None). padding, cutout: see bench.pipeline.Augmentation. normalisation: see
@@ -50,13 +63,17 @@ class Config:
     base: the optimizer under SAM. rho, sigma, lmbda, eta, scale, interval: as in fastsam's
     optimizers. late: the share of the epochs before SAM's first climb. ascent_part: the share of
     the batch that the climb's gradient comes from. micro: in how many parts a batch is climbed
-    from, each by itself. second_bn: whether SAM's second pass moves BatchNorm's running statistics.
-    eps, alpha: the training attack's radius and step for images in [0, 1]; eps is None where the
-    method does not attack. attack_bn: BatchNorm in the training attack uses its running statistics
-    ("eval"), the batch's ("train"), or the batch's and moves the others ("moving"). beta: weight
-    of TRADES' second term. awp_gamma: adversarial weight perturbation, relative to each layer's
-    norm, after awp_warmup epochs; 0 for none. workers: processes that read images, None: by the
-    number of CPUs; they change no bit.
+    from, each by itself. full_every: sam-full and sam-noise measure the gradient G of all training
+    images, not augmented, at every so-many-th step of the run. projection: as in
+    fastsam.FullGradientSAM. second_bn: whether SAM's second pass moves BatchNorm's running
+    statistics. eps, alpha: the training attack's radius and step for images in [0, 1]; eps is None
+    where the method does not attack. attack_bn: BatchNorm in the training attack uses its running
+    statistics ("eval"), the batch's ("train"), or the batch's and moves the others ("moving").
+    beta: weight of TRADES' second term. awp_gamma: adversarial weight perturbation, relative to
+    each layer's norm, after awp_warmup epochs; 0 for none. workers: processes that read images,
+    None: by the number of CPUs; they change no bit. processes: torchrun's; each has its share of
+    every batch. sync_bn: BatchNorm's batch statistics are those of all processes. local_ascent:
+    each process climbs by its own share's gradient.
     """
 
     method: str
@@ -90,6 +107,8 @@ class Config:
     late: float = 0.0
     ascent_part: float = 1.0
     micro: int = 1
+    full_every: int | None = None
+    projection: str | None = None
     second_bn: str = "frozen"
     eps: float | None = None
     alpha: float | None = None
@@ -105,6 +124,10 @@ class Config:
     backend: str | None = None
     threads: int | None = None
     workers: int | None = None
+    processes: int = 1
+    sync_bn: bool = False
+    local_ascent: bool = False
+    recipe: str | None = None
 
     @property
     def adversary(self) -> str | None:
@@ -177,6 +200,7 @@ def resolve(method: str | None, recipe: str | None, options: dict[str, Any]) -> 
     values = values_of(method) | file.values(*split_method(method)) | options
     fitting = settings - (USED_BY.keys() - values_of(method).keys())
     values = {k: v for k, v in values.items() if k in fitting} | {"method": method}
+    values["recipe"] = file.name if file.published else None
     norm = "l2" if method.startswith("at-l2") else "linf"
     for k in ("eps", "alpha"):
         if isinstance(values.get(k), str):
@@ -229,7 +253,39 @@ def check(config: Config) -> None:
             "late must be in [0, 1) and ascent_part in (0, 1], "
             f"got {config.late} and {config.ascent_part}"
         )
+    check_processes(config)
+    check_other_images(config)
+    if config.amp == "fp16" and (config.attack is not None or config.awp_gamma):
+        raise ValueError(
+            "amp 'fp16' scales the loss of the optimizer's passes alone, and small gradients of "
+            "attacks and of awp_gamma would become 0; use bf16 or off"
+        )
     usable_device(config.device)
+
+
+def check_processes(config: Config) -> None:
+    for name in ("sync_bn", "local_ascent"):
+        if getattr(config, name) and config.processes == 1:
+            raise ValueError(f"{name} has no effect in one process; start several with torchrun")
+    if config.sync_bn and torch.device(config.device).type == "cpu":
+        raise ValueError("sync_bn needs GPUs, torch has it for no CPU; leave it out")
+    if config.local_ascent and (config.rho is None or config.sigma is not None):
+        raise ValueError(
+            f"local_ascent is not for {config.method!r}: it needs SAM without F-SAM's average, of "
+            "which every process would have another; use sam or asam"
+        )
+
+
+def check_other_images(config: Config) -> None:
+    if config.optimizer not in OTHER_IMAGES:
+        return
+    if config.adversary is not None or config.reads_lazily:
+        raise ValueError(
+            f"{config.optimizer} climbs by other images than the batch's, which are neither "
+            "attacked nor read from files: leave out the adversary and resized-crop, or use sam"
+        )
+    if config.amp == "fp16" and config.optimizer in FULL:
+        raise ValueError(f"amp 'fp16' does not scale {config.optimizer}'s G; use bf16 or off")
 
 
 def usable_device(name: str) -> torch.device:

@@ -16,6 +16,10 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "sam-late": SAM | {"late": 0.75},
     "sam-part": SAM | {"ascent_part": 0.25},
     "sam-micro": SAM | {"micro": 4},
+    # F-SAM section 4: which part of the gradient climbs; G anew at every tenth step
+    "sam-full": SAM | {"full_every": 10, "projection": "cosine"},
+    "sam-noise": SAM | {"full_every": 10, "projection": "cosine"},
+    "sam-db": SAM,
     # F-SAM table 1 (CIFAR-10), whose rho belongs to the form that scales all parameters by |w|
     "asam": SAM | {"rho": 2.0, "scale": "all", "eta": 0.01},
     "fishersam": SAM | {"eta": 1.0},  # F-SAM table 1; its eta is not stated
@@ -35,6 +39,8 @@ ADVERSARIES: dict[str, dict[str, Any]] = {
     "trades": {"eps": 8 / 255, "alpha": 2 / 255, "attack_steps": 10, "beta": 6.0},
 }
 SINGLE_STEP = ("fgsm-rs", "n-fgsm")
+FULL = ("sam-full", "sam-noise")  # need the gradient G of all training images
+OTHER_IMAGES = (*FULL, "sam-db")  # climb by other images than the batch's
 PLAIN = ("sgd", "adamw")  # optimizers that make one pass
 
 USED_BY = {

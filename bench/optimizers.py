@@ -37,6 +37,9 @@ def build_optimizer(config: Config, model: nn.Module, steps: int = 0) -> torch.o
             return fastsam.FriendlySAM(
                 w, cls, sigma=config.sigma, lmbda=config.lmbda, adaptive=adaptive, **base
             )
+        case "sam-full" | "sam-noise":
+            part = config.optimizer.removeprefix("sam-")
+            return fastsam.FullGradientSAM(w, cls, part, projection=config.projection, **base)
         case _:
             return fastsam.SAM(w, cls, **base)
 

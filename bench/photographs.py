@@ -7,7 +7,7 @@ image's randomness has a seed of its own, so that the number of reading processe
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -98,20 +98,25 @@ class Photographs:
         loader = DataLoader(
             Reader(self.paths, transform, seed), batch_sampler=[b.tolist() for b in batches],
             num_workers=min(workers, len(batches)), pin_memory=on_gpu,
+            generator=torch.Generator(),  # it would draw from the global one, which is dropout's
         )  # fmt: skip
         for x, i in loader:
             x = x.to(self.images.device, non_blocking=True)
             yield x.float() / self.levels, self.labels[i.to(self.labels.device)]
 
     def augmented(
-        self, batches: Sequence[Tensor], generator: torch.Generator
+        self,
+        batches: Sequence[Tensor],
+        generator: torch.Generator,
+        part: Callable[[Tensor], Tensor] = lambda t: t,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the training crops of each batch, (B, 3, size, size) in [0, 1], and its labels.
 
-        generator: gives one number, from which every image's seed follows.
+        generator: gives one number, from which every image's seed follows, and stays as it is, so
+        that an epoch can be taken up in its middle. part: takes some of a batch's images.
         """
-        seed = torch.randint(2**62, (), generator=generator, device=generator.device)
-        yield from self.read(batches, cropped(self.size), int(seed))
+        seed = torch.randint(2**62, (), generator=generator.clone_state(), device=generator.device)
+        yield from self.read([part(b) for b in batches], cropped(self.size), int(seed))
 
 
 def read_listing(root: Path, size: int) -> tuple[Photographs, list[str]]:

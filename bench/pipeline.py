@@ -4,7 +4,7 @@ What happens to each image is decided by a few random numbers (`decide`); one ga
 whole batch, index, crop and mirror included, out of the data set (`gather`).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -141,17 +141,26 @@ class Pipeline:
         self.labels, self.levels, self.augmentation = labels, levels, augmentation
         self.fill = torch.tensor(fill, device=images.device).view(1, -1, 1, 1)
 
-    def batch(self, index: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def batch(
+        self,
+        index: Tensor,
+        generator: torch.Generator,
+        part: Callable[[Tensor], Tensor] = lambda t: t,
+    ) -> tuple[Tensor, Tensor]:
         """Return augmented images in [0, 1], (B, C, H, W) float32 channels_last, and labels.
 
         index: (B,) int64. generator: of the same device; three draws, and three more for cutout.
+        part: takes some of the images; what happens to each does not depend on it.
         """
         h, w = self.images.shape[1:3]
         augmentation = self.augmentation
         if augmentation is None:
+            index = part(index)
             pixels = self.images[index]
         else:
             moved = decide(len(index), h, w, augmentation, generator)
+            moved = Decisions(*(None if t is None else part(t) for t in moved))
+            index = part(index)
             pixels = gather(self.images, index, moved, augmentation.padding)
         x = pixels.permute(0, 3, 1, 2).float() / self.levels
         if augmentation is not None and augmentation.cutout:
@@ -159,11 +168,14 @@ class Pipeline:
         return x, self.labels[index]
 
     def augmented(
-        self, batches: Sequence[Tensor], generator: torch.Generator
+        self,
+        batches: Sequence[Tensor],
+        generator: torch.Generator,
+        part: Callable[[Tensor], Tensor] = lambda t: t,
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield a batch for each index tensor."""
+        """Yield a batch for each index tensor, or the part of it."""
         for index in batches:
-            yield self.batch(index, generator)
+            yield self.batch(index, generator, part)
 
     def batches(
         self, batch_size: int, generator: torch.Generator

@@ -200,9 +200,11 @@ def plot_trade_off(
 
 
 def plot_rho(
-    series: dict[str, list[tuple[float, dict[str, Any]]]], flat: list[dict[str, Any]], path: Path
-) -> None:
-    """Draw accuracies against rho, a panel an attack, a line a method, bars one std.
+    series: dict[str, list[tuple[float, dict[str, Any]]]], flat: list[dict[str, Any]], path: Path,
+    label: str = "rho",
+) -> None:  # fmt: skip
+    """Draw accuracies against rho, or what `label` says, a panel an attack, a line a method, bars
+    one std.
 
     series: method -> (rho, row), by rho. flat: rows of methods without rho, drawn level.
     """
@@ -226,7 +228,7 @@ def plot_rho(
         panel.set_xticks(ticks, [f"{t:g}" for t in ticks])
         panel.minorticks_off()
         panel.set_title(pretty(name), fontsize=9)
-    figure.supxlabel("rho", fontsize=10)
+    figure.supxlabel(label, fontsize=10)
     figure.supylabel("test accuracy, %", fontsize=10)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     save(figure, path)

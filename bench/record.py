@@ -29,6 +29,12 @@ def replacing(path: Path) -> Iterator[Path]:
         tmp.unlink(missing_ok=True)
 
 
+def remove_unfinished(folder: Path) -> None:
+    """Remove what `replacing` left behind in a directory when it was killed."""
+    for tmp in folder.glob(".*.tmp"):
+        tmp.unlink()
+
+
 def write_text(path: Path, text: str) -> None:
     """Write `text` to `path` atomically."""
     with replacing(path) as tmp:

@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 
+from bench import parallel
 from bench.checkpoint import load_checkpoint, rebuild
-from bench.config import Config, Evaluation
+from bench.config import Config, Evaluation, differences
 from bench.evaluate import evaluate
 from bench.record import git_hash, stamp, write_json
+from bench.sitting import Sitting
 from bench.train import Run, train
 
 
@@ -22,8 +24,8 @@ def finished(config: Config, evaluation: Evaluation, out: Path) -> dict[str, Any
     if not path.exists():
         return None
     summary = json.loads(path.read_text())
-    wanted = json.loads(json.dumps({"config": asdict(config), "evaluation": asdict(evaluation)}))
-    return summary if all(summary[k] == v for k, v in wanted.items()) else None
+    same = summary["evaluation"] == json.loads(json.dumps(asdict(evaluation)))
+    return summary if same and not differences(summary["config"], config) else None
 
 
 def summarise(run: Run, evaluation: Evaluation, out: Path, git: str | None) -> dict[str, Any]:
@@ -68,14 +70,21 @@ def train_and_evaluate(
     out: Path,
     download: bool = False,
     after_epoch: Callable[[dict[str, Any]], None] = lambda row: None,
+    sitting: Sitting | None = None,
 ) -> dict[str, Any]:
-    """Return the summary of a run, training and evaluating what of it is not yet in `out`."""
+    """Return the summary of a run, training and evaluating what of it is not yet in `out`.
+
+    Of several processes the first alone evaluates; the others return {}. Raises Stopped where
+    `sitting` ends before the training does.
+    """
     if (summary := finished(config, evaluation, out)) is not None:
         for _ in range(config.epochs):
             after_epoch({})
         return summary
     git = git_hash()
-    run = train(config, out, download, after_epoch)
+    run = train(config, out, download, after_epoch, sitting)
+    if parallel.rank() > 0:
+        return {}
     summary = summarise(run, evaluation, out, git)
     write_json(out / "summary.json", summary)
     return summary

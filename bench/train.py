@@ -1,7 +1,8 @@
 """Train one model by one method, so that a killed run continues to bit-equal weights.
 
-All randomness of an epoch comes from generators seeded by (seed, epoch, purpose), so the state at
-an epoch's end is the weights and the optimizer; last.pt holds both and is replaced atomically.
+last.pt holds weights, optimizer, loss scale and, within an epoch, bench.position's state. It is
+replaced atomically, at every epoch's end and every few minutes. Several processes (torchrun) train
+the same weights; the first alone writes.
 """
 
 import math
@@ -11,10 +12,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
+from bench import parallel
 from bench.adversarial import attacked, watch_single_step
+from bench.board import open_board, write_row
 from bench.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from bench.config import Config, differences, usable_device
 from bench.data import load_data, training_images
@@ -23,8 +25,10 @@ from bench.models import build_model
 from bench.optimizers import build_optimizer, lr_at
 from bench.passes import step
 from bench.pipeline import Augmentation
-from bench.record import write_json, write_jsonl
+from bench.position import Position
+from bench.record import remove_unfinished, write_json, write_jsonl
 from bench.run import Run, forward_of
+from bench.sitting import STOP, Sitting, Stopped
 from bench.weights import start_from
 
 
@@ -55,8 +59,23 @@ def set_up(config: Config, download: bool = False) -> Run:
     if config.channels_last:
         model = model.to(memory_format=torch.channels_last)
     steps = math.ceil(len(data.train) / config.batch_size)
+    refuse_empty_shares(len(data.train) // steps, len(data.val))
     opt = build_optimizer(config, model, steps)
-    return Run(config, data, model, opt, device, [], images=images)
+    net = parallel.replicated(model, config.sync_bn)
+    scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
+    return Run(config, data, model, opt, device, [], images=images, net=net, scaler=scaler)
+
+
+def refuse_empty_shares(smallest: int, held_out: int) -> None:
+    """Raise ValueError where a process would have no image of the smallest batch, or none of those
+    held out."""
+    counts = (("a batch", smallest, "--batch-size"), ("validation", held_out, "--val"))
+    for what, n, option in counts:
+        if 0 < n < parallel.processes():
+            raise ValueError(
+                f"{what} has {n} images for {parallel.processes()} processes; raise {option}, or "
+                "lower torchrun's --nproc-per-node"
+            )
 
 
 def augmentation_of(config: Config) -> Augmentation | None:
@@ -66,14 +85,14 @@ def augmentation_of(config: Config) -> Augmentation | None:
     return Augmentation(config.pad, config.padding, config.augment == "crop-flip", config.cutout)
 
 
-def load_state(run: Run, out: Path) -> int:
-    """Continue what `out` holds: return the next epoch, 0 for a new run. Raises ValueError.
+def load_state(run: Run, out: Path) -> None:
+    """Continue what `out` holds; where it holds nothing, the run stays new. Raises ValueError.
 
     The directory must belong to the same config and data, and its last.pt to the same model.
     """
     path = out / "last.pt"
     if not path.exists():
-        return 0
+        return
     checkpoint = load_checkpoint(path, str(run.device))
     if changed := differences(checkpoint["config"], run.config):
         raise ValueError(
@@ -87,8 +106,8 @@ def load_state(run: Run, out: Path) -> int:
         )
     load_weights(run.model, checkpoint, path)
     run.opt.load_state_dict(checkpoint["optimizer"])
-    run.history = checkpoint["history"]
-    return len(run.history)
+    run.scaler.load_state_dict(checkpoint.get("scaler", {}))
+    run.history, run.position = checkpoint["history"], checkpoint.get("position")
 
 
 def refuse_early(config: Config, out: Path, download: bool = False) -> None:
@@ -96,34 +115,54 @@ def refuse_early(config: Config, out: Path, download: bool = False) -> None:
     load_state(set_up(config, download), out)
 
 
-def generator(run: Run, epoch: int, purpose: int) -> torch.Generator:
-    """Return a generator of its own for (seed, epoch, purpose)."""
-    seeds = np.random.SeedSequence([run.config.seed, epoch, purpose])
-    return torch.Generator(run.device).manual_seed(int(seeds.generate_state(1, np.uint64)[0] >> 1))
+def save(run: Run, out: Path, position: dict[str, Any] | None = None) -> None:
+    """Write last.pt, from which the run continues to the same bits.
+
+    position: where in an epoch the run is; None: between two of them.
+    """
+    if parallel.rank() == 0:
+        save_checkpoint(
+            out / "last.pt", run.config, run.data, run.model, epoch=len(run.history) - 1,
+            optimizer=run.opt.state_dict(), scaler=run.scaler.state_dict(), history=run.history,
+            position=position,
+        )  # fmt: skip
 
 
-def train_epoch(run: Run, epoch: int) -> dict[str, Any]:
-    """Train one epoch; return its row of metrics. Sums stay on the device until its end."""
+def train_epoch(run: Run, epoch: int, out: Path, sitting: Sitting) -> dict[str, Any]:
+    """Train one epoch, or the rest of it; return its row of metrics.
+
+    Sums stay on the device until its end. Writes last.pt when it is due. Raises Stopped.
+    """
     config, n = run.config, len(run.data.train)
-    order_rng, augment_rng, attack_rng, others = (generator(run, epoch, i) for i in range(4))
-    torch.manual_seed(others.initial_seed())  # dropout's
-    order = torch.randperm(n, generator=order_rng, device=run.device)
-    batches = order.tensor_split(math.ceil(n / config.batch_size))
-    sums = torch.zeros(2, dtype=torch.float64, device=run.device)
-    forward = forward_of(run)
+    here = Position(run, epoch)
+    if run.position is not None:
+        here.load_state_dict(run.position)
+        run.position = None
+    to_attack, to_train = forward_of(run), forward_of(run, run.net)
+    steps = len(here.batches)
+    images = run.images.augmented(here.batches[here.done :], here.augmentation, parallel.share)
     run.epoch = epoch
     run.model.train()
     start = time.perf_counter()
-    for i, (x, y) in enumerate(run.images.augmented(batches, augment_rng)):
+    for i, (x, y) in enumerate(images, here.done):
         for group in run.opt.param_groups:
-            group["lr"] = lr_at(config, epoch, i, len(batches))
+            group["lr"] = lr_at(config, epoch, i, steps)
+        parallel.same_statistics(run.model)
+        run.weight = parallel.weight(len(here.batches[i]))
         # a copy: .contiguous() would leave grey images the strides of channels_last
         x = x.clone(memory_format=torch.contiguous_format)
-        x = attacked(run, forward, x, y, attack_rng)
-        loss, logits = step(run, forward, x, y)
-        sums += torch.stack([loss * len(y), (logits.argmax(1) == y).sum()])
-    loss_sum, right = sums.tolist()
-    seconds = time.perf_counter() - start
+        x = attacked(run, to_attack, x, y, here.attack)
+        loss, logits = step(run, to_train, x, y)
+        here.sums += torch.stack([loss * len(y), (logits.argmax(1) == y).sum()])
+        here.done = i + 1
+        if here.done < steps and (demand := sitting.demand(run.device, here.done)):
+            here.seconds += time.perf_counter() - start
+            save(run, out, here.state_dict())
+            if demand == STOP:
+                raise Stopped(f"after {here.done} of {steps} steps of epoch {epoch + 1}")
+            sitting.saved, start = time.monotonic(), time.perf_counter()
+    loss_sum, right = parallel.total(here.sums).tolist()
+    seconds = here.seconds + time.perf_counter() - start
     return {
         "epoch": epoch,
         "lr": run.opt.param_groups[0]["lr"],
@@ -141,11 +180,12 @@ def validate(run: Run) -> dict[str, Any]:
     split, attack = run.data.val, run.config.validation_attack
     if not len(split):
         return {"best": True}
+    mine = split.take(parallel.share(torch.arange(len(split), device=run.device)))
     if attack is None:
-        right = correct(run.model, split, 500)
+        right = correct(run.model, mine, 500)
     else:
-        right = robust(run.model, split, attack, 500, seed=run.epoch)
-    accuracy = right.double().mean().item()
+        right = robust(run.model, mine, attack, 500, seed=run.epoch)
+    accuracy = parallel.total(right.double().sum()).item() / len(split)
     return {"val_acc": accuracy, "best": all(accuracy > old["val_acc"] for old in run.history)}
 
 
@@ -154,31 +194,62 @@ def train(
     out: Path,
     download: bool = False,
     after_epoch: Callable[[dict[str, Any]], None] = lambda row: None,
+    sitting: Sitting | None = None,
 ) -> Run:
     """Train in `out`, or continue there after an interruption; return the finished run.
 
     Writes config.json, metrics.jsonl, last.pt, and best.pt, the first epoch of the highest
     validation accuracy, the last where nothing is held out. after_epoch: called with every
     finished epoch's row, those of earlier sittings included. Raises ValueError, before anything is
-    written, for what set_up and load_state refuse.
+    written, for what set_up and load_state refuse, and Stopped where `sitting` ends before.
     """
+    sitting = sitting or Sitting()
     run = set_up(config, download)
-    first = load_state(run, out)
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "config.json", asdict(config))
+    load_state(run, out)
+    refuse_different_places(run, out)
+    first = parallel.rank() == 0
+    if first:
+        out.mkdir(parents=True, exist_ok=True)
+        remove_unfinished(out)
+        write_json(out / "config.json", asdict(config))
     for row in run.history:
         after_epoch(row)
-    for epoch in range(first, config.epochs):
-        row = train_epoch(run, epoch)
-        row |= validate(run) | watch_single_step(run)
-        run.history.append(row)
-        if row["best"]:
-            save_checkpoint(out / "best.pt", config, run.data, run.model, epoch=epoch)
-        save_checkpoint(
-            out / "last.pt", config, run.data, run.model, epoch=epoch,
-            optimizer=run.opt.state_dict(), history=run.history,
-        )  # fmt: skip
+    done = len(run.history)
+    board = open_board(out / "tensorboard", done) if first and sitting.tensorboard else None
+    with sitting.training():
+        for epoch in range(done, config.epochs):
+            row = train_epoch(run, epoch, out, sitting)
+            finish_epoch(run, row, out, board)
+            after_epoch(row)
+            sitting.saved = time.monotonic()
+            if sitting.demand(run.device, 0) == STOP:
+                raise Stopped(f"after epoch {epoch + 1} of {config.epochs}")
+    if first:
         write_jsonl(out / "metrics.jsonl", run.history)
-        after_epoch(row)
-    write_jsonl(out / "metrics.jsonl", run.history)
     return run
+
+
+def finish_epoch(run: Run, row: dict[str, Any], out: Path, board: Any) -> None:
+    """Validate, complete the epoch's row, and write what an epoch leaves."""
+    parallel.same_statistics(run.model)
+    row |= validate(run) | parallel.from_first(watch_single_step, run)
+    run.history.append(row)
+    first = parallel.rank() == 0
+    if board is not None:
+        write_row(board, row)
+    if first and row["best"]:
+        save_checkpoint(out / "best.pt", run.config, run.data, run.model, epoch=row["epoch"])
+    save(run, out)
+    if first:
+        write_jsonl(out / "metrics.jsonl", run.history)
+
+
+def refuse_different_places(run: Run, out: Path) -> None:
+    """Raise ValueError where processes found different checkpoints; wait until all have read."""
+    position = run.position or {"done": 0}
+    places = set(parallel.gathered((len(run.history), position["done"])))
+    if len(places) > 1:
+        raise ValueError(
+            f"the processes found different checkpoints in {str(out)!r} (epochs, steps: "
+            f"{sorted(places)}); give an --out that all of them see"
+        )

@@ -282,6 +282,88 @@ def test_every_optimizer_has_a_builder():
         assert type(run.opt).__module__.startswith("fastsam" if run.config.rho else "torch")
 
 
+def in_float64(run, x):
+    """A twin of the run in float64, its weights, and the images."""
+    twin = set_up(run.config)
+    twin.model.double().train()
+    return twin, [p.detach().clone() for p in twin.model.parameters()], x.double()
+
+
+def dot(a, b):
+    return sum((s * t).sum() for s, t in zip(a, b, strict=True))
+
+
+def assert_stepped(run, w, gradients, lr=0.2, decay=0.03):
+    for p, old, t in zip(run.model.parameters(), w, gradients, strict=True):
+        expected = old - lr * (t + decay * old)
+        torch.testing.assert_close(p.detach().double(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("projection", ["cosine", "orthogonal"])
+@pytest.mark.parametrize("method", ["sam-full", "sam-noise"])
+def test_a_step_climbs_by_its_part_of_the_gradient(method, projection):
+    options = {"rho": 0.3, "lr": 0.2, "momentum": 0.0, "weight_decay": 0.03, "full_every": 2}
+    run, x, y = started(method, projection=projection, val=0.9, **options)
+    twin, w, images = in_float64(run, x)
+    n = len(run.data.train)
+    assert 64 < n < 256  # more than one batch
+    full = [torch.zeros_like(p) for p in w]
+    for part in torch.arange(n).split(64):
+        g = gradient(twin, w, *(t.double() if t.is_floating_point() else t
+                                for t in run.data.train.batch(part)))  # fmt: skip
+        full = [f + t * len(part) / n for f, t in zip(full, g, strict=True)]
+    for _ in range(2):  # the second step keeps the first one's G
+        w = [p.detach().double() for p in run.model.parameters()]
+        g = gradient(twin, w, images, y)
+        c = dot(g, full) / dot(full, full)
+        if projection == "cosine":
+            c = dot(g, full) / (dot(g, g) * dot(full, full)).sqrt()
+        d = [c * f for f in full]
+        if method == "sam-noise":
+            d = [t - s for t, s in zip(g, d, strict=True)]
+        climbed = [p + 0.3 * t / dot(d, d).sqrt() for p, t in zip(w, d, strict=True)]
+        step(run, forward_of(run), x, y)
+        assert_stepped(run, w, gradient(twin, climbed, images, y))
+
+
+def test_the_full_gradient_is_measured_at_every_so_many_th_step(monkeypatch):
+    run, x, y = started("sam-full", full_every=3, val=0.9)
+    measured, measure = [], passes.measure_full_gradient
+    monkeypatch.setattr(passes, "measure_full_gradient",
+                        lambda run: measured.append(i) or measure(run))  # fmt: skip
+    before = {k: b.clone() for k, b in run.model.named_buffers()}
+    measure(run)
+    assert all(torch.equal(b, before[k]) for k, b in run.model.named_buffers())
+    for i in range(7):  # noqa: B007 read by the lambda
+        step(run, forward_of(run), x, y)
+    assert measured == [0, 3, 6]
+
+
+def test_sam_db_climbs_by_another_batch(monkeypatch):
+    options = {"rho": 0.3, "lr": 0.2, "momentum": 0.0, "weight_decay": 0.03}
+    run, x, y = started("sam-db", **options)
+    drawn, draw = [], passes.another_batch
+    monkeypatch.setattr(passes, "another_batch", lambda *a: drawn.append(draw(*a)) or drawn[-1])
+    twin, w, images = in_float64(run, x)
+    loss, _ = step(run, forward_of(run), x, y)
+    ((other_x, other_y),) = drawn
+    assert other_x.shape == x.shape and not torch.equal(other_x, x)
+    g = gradient(twin, w, other_x.double(), other_y)
+    climbed = [p + 0.3 * t / dot(g, g).sqrt() for p, t in zip(w, g, strict=True)]
+    assert_stepped(run, w, gradient(twin, climbed, images, y))
+    assert loss == pytest.approx(F.cross_entropy(twin.model(images), y).item(), rel=1e-4)
+
+
+def test_methods_with_other_images_refuse_what_they_would_ignore():
+    for method in ("at-linf+sam-full", "at-linf+sam-db"):
+        with pytest.raises(ValueError, match="leave out the adversary"):
+            resolve(method, "digits", {})
+    with pytest.raises(ValueError, match="use bf16 or off"):
+        tiny("sam-noise", amp="fp16")
+    with pytest.raises(ValueError, match="full_every must be at least 1"):
+        tiny("sam-full", full_every=0)
+
+
 # ---- catastrophic overfitting
 
 

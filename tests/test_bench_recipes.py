@@ -120,7 +120,8 @@ def test_sweeps_change_one_value():
         if not key or name.startswith("sam-at"):
             continue
         one, base = (vars(resolve(None, n, {})) for n in (name, stem))
-        assert {k for k in one if one[k] != base[k]} == {key}
+        assert {k for k in one if one[k] != base[k]} - {"recipe"} == {key}
+        assert one["recipe"] in (name, None) and base["recipe"] in (stem, None)
         assert f"{one[key]:g}" == last.removeprefix("rho").removeprefix("batch")
 
 

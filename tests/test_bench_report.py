@@ -183,6 +183,7 @@ def test_a_recipe_brings_the_papers_numbers(tmp_path):
 def test_a_run_with_all_of_a_recipes_values_is_that_recipes(tmp_path):
     row = made("sam", recipe="sam-at/cifar100/sam-rho0.4", epochs=100, threads=3, seed=5)
     del row["recipe"]
+    row["config"]["recipe"] = None
     (group,) = sections(tmp_path, [row])[0].groups
     assert recipe_of(group) == "sam-at/cifar100/sam-rho0.4"
     row["config"]["rho"] = 0.3

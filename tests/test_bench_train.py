@@ -2,13 +2,7 @@
 
 import json
 import os
-import random
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -24,35 +18,14 @@ from bench.run import forward_of
 from bench.summary import train_and_evaluate
 from bench.train import set_up, train
 
-ROOT = Path(__file__).resolve().parent.parent
+from .survive import learning, same, state
+
 TINY = {"width": 4, "epochs": 3, "batch_size": 256, "threads": 1}
 EVALUATION = resolve_evaluation("digits", {"linf": (8 / 255,), "l2": (128 / 255,), "steps": 2})
 
 
 def tiny(method, **options):
     return resolve(method, "digits", TINY | options)
-
-
-def same(a, b):
-    """Bit-equality of nested state."""
-    if isinstance(a, torch.Tensor):
-        return a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
-
-
-def state(path):
-    checkpoint = load_checkpoint(path)
-    return {k: v for k, v in checkpoint.items() if k != "history"}
-
-
-def learning(out):
-    """The rows of metrics without the times, which no two runs share."""
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in r.items() if k not in ("seconds", "images_per_second")} for r in rows]
 
 
 class Killed(Exception):
@@ -79,33 +52,6 @@ def test_stopping_after_any_epoch_changes_no_bit(method, tmp_path):
         assert same(state(tmp_path / "whole" / name), state(tmp_path / "cut" / name))
     assert learning(tmp_path / "whole") == learning(tmp_path / "cut")
     assert len(learning(tmp_path / "cut")) == config.epochs
-
-
-def test_kill_at_random_moments_changes_no_bit(tmp_path):
-    options = ["--method", "fsam", "--width", "4", "--epochs", "12", "--threads", "1",
-               "--eval-linf", "8", "--eval-l2", "128", "--eval-steps", "1"]  # fmt: skip
-    command = [sys.executable, "-m", "bench", "train", *options, "--out"]
-    quiet = {"cwd": ROOT, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    subprocess.run([*command, tmp_path / "whole"], check=True, **quiet)
-    cut = tmp_path / "cut"
-    for _ in range(3):
-        process = subprocess.Popen([*command, cut], **quiet)
-        before = (cut / "last.pt").stat().st_mtime_ns if (cut / "last.pt").exists() else 0
-        while process.poll() is None:  # until it has trained past where it was
-            if (cut / "last.pt").exists() and (cut / "last.pt").stat().st_mtime_ns > before:
-                break
-            time.sleep(0.01)
-        time.sleep(random.uniform(0, 0.1))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        json.loads((cut / "config.json").read_text())
-        load_checkpoint(cut / "last.pt")
-    assert not (cut / "summary.json").exists(), "it finished before it was killed"
-    subprocess.run([*command, cut], check=True, **quiet)
-    for name in ("last.pt", "best.pt"):
-        assert same(state(tmp_path / "whole" / name), state(cut / name))
-    assert learning(tmp_path / "whole") == learning(cut)
-    assert sorted(os.listdir(cut)) == sorted(os.listdir(tmp_path / "whole"))
 
 
 def test_metrics_past_the_checkpoint_are_dropped(tmp_path):
