@@ -11,7 +11,7 @@ demo: .venv/ready
 	$(BIN)/python -m bench compare --demo
 
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 fuzz: .venv/ready
 	$(BIN)/python -m tests.sequences --examples 20000

@@ -73,6 +73,16 @@ def uncompiled(request, monkeypatch) -> None:
         run_uncompiled()
 
 
+LONGEST = ("test_sequences", "test_compiled", "test_recipes", "test_aot", "test_kernels",
+           "test_distributed", "test_bench_parallel", "test_bench_resume")
+
+
+def pytest_collection_modifyitems(items: list) -> None:
+    """The longest files first, so that two processes end at about the same time."""
+    order = {name: i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+
+
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     """Where the kernels are tested: the GPU, or the CPU through the interpreter."""
