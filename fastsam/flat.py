@@ -302,7 +302,7 @@ class Space:
             self._hyper_values = numbers
         for i, row in enumerate(table):
             for j, value in enumerate(row):
-                if isinstance(value, Tensor):
+                if isinstance(value, Tensor) and self.late_uploads is None:
                     self.hyper[i, j].copy_(value, non_blocking=True)
 
     def multiply_sigma(self, c: Tensor) -> None:
@@ -387,20 +387,21 @@ class Space:
     def layout(self) -> Tensor:
         """Each slot's (offset, numel, group), int64 (slots, 3)."""
         return self._constant("layout", lambda: torch.tensor(
-            [[s.offset, s.w.numel(), s.group] for s in self.slots]))
+            [[s.offset, s.w.numel(), s.group] for s in self.slots], device="cpu"))
 
     def scalings(self) -> Tensor:
         """Each slot's (a, b) of its scaling T, (slots, 2)."""
         return self._constant("scalings", lambda: torch.tensor(
-            [[s.a, s.b] for s in self.slots], dtype=self.acc))
+            [[s.a, s.b] for s in self.slots], dtype=self.acc, device="cpu"))
 
     def blocks(self, block: int) -> Tensor:
         """(slot, index within the slot) of every stretch of `block` elements, int32 (blocks, 2)."""
         def build() -> Tensor:
-            counts = torch.tensor([-(-s.w.numel() // block) for s in self.slots])
-            slot = torch.repeat_interleave(torch.arange(len(counts)), counts)
+            counts = torch.tensor([-(-s.w.numel() // block) for s in self.slots], device="cpu")
+            slot = torch.repeat_interleave(torch.arange(len(counts), device="cpu"), counts)
             start = torch.repeat_interleave(counts.cumsum(0) - counts, counts)
-            return torch.stack([slot, torch.arange(len(slot)) - start], 1).to(torch.int32)
+            index = torch.arange(len(slot), device="cpu") - start
+            return torch.stack([slot, index], 1).to(torch.int32)
 
         return self._constant(f"blocks{block}", build)
 
@@ -414,5 +415,5 @@ class Space:
             self.late_uploads.append((values, target))
             return
         pinned = self.device.type == "cuda"
-        target.copy_(torch.tensor(values, dtype=target.dtype, pin_memory=pinned),
+        target.copy_(torch.tensor(values, dtype=target.dtype, device="cpu", pin_memory=pinned),
                      non_blocking=True)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .batchnorm import freeze_bn_stats
+from .checks import refuse_shared
 from .optimizer import SAM
 
 
@@ -21,16 +22,18 @@ class GraphedStep:
         optimizer.second_step(zero_grad=True)
 
     The graph is captured at the first call, after warm-up steps whose effect on the model and the
-    optimizer is undone, and again after `optimizer.load_state_dict`, a new group, or moved
-    parameters. Learning rate, rho and the other hyper-parameters may change between calls. Steps
-    that do not climb (`interval`, `start`) have a graph of their own. On a CPU the same step runs
-    without a graph.
+    optimizer is undone, and again after `optimizer.load_state_dict`, a new group, moved or frozen
+    parameters, or a change of what the kernels branch on (`adaptive`, `eta`, `perturb`, a first
+    momentum). Learning rate, rho and the other hyper-parameters are data of the graph and may
+    change between calls. Steps that do not climb (`interval`, `start`) have a graph of their own.
+    Where a capture fails, weights and state are as before. On a CPU the same step runs without a
+    graph.
 
     Args:
         model: in training mode, on one device.
         loss_fn: (output, target) -> mean loss, a scalar.
-        optimizer: a SAM-family optimizer of the model's parameters; on a GPU its base optimizer
-            must be fused.
+        optimizer: a SAM-family optimizer of the model's parameters; on a GPU one of the Triton
+            kernels, base optimizer included.
         sample: (x, y) of the shapes, dtypes and device of every batch to come.
         attack: (model, x, y) -> x_adv, without host synchronisation. Default None.
         autocast: dtype of torch.autocast around the forward passes, such as torch.bfloat16; there
@@ -40,7 +43,7 @@ class GraphedStep:
         output: the model's output of the last step's first pass; overwritten by the next.
 
     Raises:
-        ValueError: the optimizer is not of this package; its base is not fused, on a GPU.
+        ValueError: the optimizer is not of this package; on a GPU, it is not the kernels'.
     """
 
     def __init__(self, model: nn.Module, loss_fn: Callable, optimizer: SAM,
@@ -50,9 +53,8 @@ class GraphedStep:
             raise ValueError(f"optimizer is a {type(optimizer).__name__}: GraphedStep takes an "
                              "optimizer of fastsam")
         self.device = sample[0].device
-        if self.device.type == "cuda" and not optimizer.backend_report()["fused_base"]:
-            raise ValueError(f"{type(optimizer.base_optimizer).__name__} takes a step of its own, "
-                             "which no graph can hold: use torch.optim.SGD, Adam or AdamW")
+        if self.device.type == "cuda":
+            refuse_uncapturable(optimizer)
         self.model, self.loss_fn, self.optimizer = model, loss_fn, optimizer
         self.attack, self.autocast = attack, autocast
         self.output: Tensor | None = None
@@ -81,10 +83,7 @@ class GraphedStep:
             static.copy_(given, non_blocking=True)
         if self.device.type != "cuda":
             return self._eager()
-        climbs, spaces = self.optimizer.climbs_next, self.optimizer._spaces
-        for space in spaces:
-            space.follow_parameters()
-        built_for = [(space, space._memory, id(space.v)) for space in spaces]
+        climbs, built_for = self.optimizer.climbs_next, self._structure()
         if built_for != self._built_for:
             self._graphs.clear()
             self._built_for = built_for
@@ -92,6 +91,18 @@ class GraphedStep:
             self._graphs[climbs] = Captured(self)
         self.output = self._graphs[climbs].output
         return self._graphs[climbs].replay(self.optimizer)
+
+    def _structure(self) -> list:
+        """What a graph has in it as it was at the capture. Brings the rest to the device."""
+        optimizer = self.optimizer
+        optimizer._bring_hyper()
+        if any([space.follow_parameters() for space in optimizer._spaces]):
+            refuse_shared([slot.param for slot in optimizer._slots()])
+            optimizer._link_state()
+        slots = [[(s.a, s.b, s.param.requires_grad) for s in space.slots]
+                 for space in optimizer._spaces]
+        return [self.model.training, [group["perturb"] for group in optimizer.param_groups], slots,
+                [(space, space._memory, space.v is None) for space in optimizer._spaces]]
 
     def _eager(self) -> Tensor:
         x, *rest = self._batch
@@ -120,51 +131,58 @@ class Captured:
     WARM_UPS = 3
 
     def __init__(self, step: GraphedStep):
-        spaces = step.optimizer._spaces
-        self._warm_up(step)
-        step.optimizer._bring_hyper()
-        for space in spaces:
-            space.follow_parameters()
-            space.late_uploads = []
-        self.graph = torch.cuda.CUDAGraph()
+        optimizer = step.optimizer
+        counts = [group["sam_steps"] for group in optimizer.param_groups]
         try:
-            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+            with torch.cuda.device(step.device):
+                self._warm_up(step, counts)
+                self._capture(step)
+        except BaseException:
+            optimizer.zero_grad()  # gradients of a capture that nothing has computed
+            raise
+        finally:  # neither is a step, nor is half of one
+            optimizer._leave_phase([])
+            set_counts(optimizer, counts)
+
+    def _capture(self, step: GraphedStep) -> None:
+        spaces = step.optimizer._spaces
+        for space in spaces:
+            space.late_uploads = []
+        self.graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        try:  # a capture that fails leaves its stream current, but for the outer block
+            with torch.cuda.stream(stream), torch.cuda.graph(
+                    self.graph, stream=stream, capture_error_mode="thread_local"):
                 self.loss = step._eager()
-        finally:
-            late = [space.late_uploads for space in spaces]
+        finally:  # also where it failed: the tables hold what their spaces think
             for space in spaces:
-                space.late_uploads = None
-        for space, uploads in zip(spaces, late, strict=True):
-            for values, target in uploads:
-                space._upload(values, target)
+                uploads, space.late_uploads = space.late_uploads, None
+                for values, target in uploads:
+                    space._upload(values, target)
         self.output = step.output
         self.tables = [{name: space._tables[name] for name in ("w", "g1", "g2")
                         if name in space._tables} for space in spaces]
-        for group in step.optimizer.param_groups:
-            group["sam_steps"] -= 1  # capturing is no step
 
     @staticmethod
-    def _warm_up(step: GraphedStep) -> None:
+    def _warm_up(step: GraphedStep, counts: list[int]) -> None:
         """Run the step a few times on a stream of its own, and undo it."""
         kept = [(t, t.detach().clone()) for t in state_of(step.model, step.optimizer)]
-        counts = [group["sam_steps"] for group in step.optimizer.param_groups]
-        random = torch.cuda.get_rng_state(step.device)
-        stream = torch.cuda.Stream(step.device)
-        stream.wait_stream(torch.cuda.current_stream(step.device))
-        with torch.cuda.stream(stream):
-            for _ in range(Captured.WARM_UPS):
-                step._eager()
-                for group, count in zip(step.optimizer.param_groups, counts, strict=True):
-                    group["sam_steps"] = count
-        torch.cuda.current_stream(step.device).wait_stream(stream)
-        with torch.no_grad():
-            for t, value in kept:
-                t.copy_(value)
-        torch.cuda.set_rng_state(random, step.device)
+        random = torch.cuda.get_rng_state()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        try:
+            with torch.cuda.stream(stream):
+                for _ in range(Captured.WARM_UPS):
+                    step._eager()
+                    set_counts(step.optimizer, counts)
+        finally:
+            torch.cuda.current_stream().wait_stream(stream)
+            with torch.no_grad():
+                for t, value in kept:
+                    t.copy_(value)
+            torch.cuda.set_rng_state(random)
 
     def replay(self, optimizer: SAM) -> Tensor:
         """One step with the batch that lies in the static buffers."""
-        optimizer._bring_hyper()
         for space, tables in zip(optimizer._spaces, self.tables, strict=True):
             for name, (values, target) in tables.items():
                 if space._tables[name][0] is not values:  # an eager step came between
@@ -178,8 +196,26 @@ class Captured:
 
 def state_of(model: nn.Module, optimizer: SAM) -> list[Tensor]:
     """Every tensor that a training step changes in place."""
-    tensors = [*model.parameters(), *model.buffers()]
+    # the optimizer may have parameters that are not the model's, such as the loss's own
+    tensors = [*{*model.parameters(), *optimizer._parameters()}, *model.buffers()]
     for s in optimizer._spaces:
         tensors += [t for t in (s.backup, s.m, s.v, s.u, s.steps, s.counters, s.control_buffer)
                     if t is not None]
     return tensors
+
+
+def set_counts(optimizer: SAM, counts: list[int]) -> None:
+    for group, count in zip(optimizer.param_groups, counts, strict=True):
+        group["sam_steps"] = count
+
+
+def refuse_uncapturable(optimizer: SAM) -> None:
+    """Raise ValueError for a step that a graph cannot hold, or would hold with its numbers."""
+    report = optimizer.backend_report()
+    if not report["fused_base"]:
+        raise ValueError(f"{type(optimizer.base_optimizer).__name__} takes a step of its own, "
+                         "which no graph can hold: use torch.optim.SGD, Adam or AdamW")
+    if report["backend"] != "triton":
+        raise ValueError(f"the backend is {report['backend']!r} ({report['why']}), whose learning "
+                         "rate would stay in a graph as it was at the capture: use "
+                         "backend='triton', which names what it cannot serve, or the plain loop")

@@ -411,3 +411,29 @@ def test_plain_sam_keeps_no_average_and_no_momentum_it_does_not_need(device):
     opt.param_groups[0]["momentum"] = 0.9
     train(opt, [p], steps=1)
     assert space.v is not None and int(opt.state[p]["momentum_steps"]) == 1
+
+
+def test_a_default_device_of_the_users_is_not_where_tables_are_made(backend, device):
+    params = [torch.nn.Parameter(t) for t in normals([5, 40], 0, device)]
+    before = [p.detach().clone() for p in params]
+    for p, g in zip(params, normals([5, 40], 1, device), strict=True):
+        p.grad = g
+    with torch.device("meta"):  # torch.set_default_device("cuda") is the usual one
+        opt = optimizer(params, backend)
+        opt.first_step()
+        opt.second_step()
+    assert all(p.isfinite().all() and not torch.equal(p, q)
+               for p, q in zip(params, before, strict=True))
+
+
+def test_a_tensor_hyper_parameter_is_no_part_of_a_captured_step(device):
+    """A graph would copy, at every replay, from where the tensor of the capture was."""
+    p = torch.nn.Parameter(torch.ones(3, device=device))
+    opt = optimizer([p], "reference", lr=torch.tensor(0.1, device=device))
+    (space,), (group,) = opt._spaces, opt.param_groups
+    space.late_uploads, group["lr"] = [], torch.tensor(0.5, device=device)
+    opt._bring_hyper()
+    assert space.hyper[0, 3].item() == pytest.approx(0.1) and space.late_uploads == []
+    space.late_uploads = None
+    opt._bring_hyper()
+    assert space.hyper[0, 3].item() == pytest.approx(0.5)

@@ -1,11 +1,17 @@
-"""GraphedStep: the same weights as the loop it stands for, with a graph on a GPU."""
+"""GraphedStep: the same weights as the loop it stands for, with a graph on a GPU; and what the host
+does around a graph, with a pretended one."""
+
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 from torch.nn.functional import cross_entropy
 
-from fastsam import SAM, FriendlySAM, GraphedStep, freeze_bn_stats
+from fastsam import ASAM, SAM, FriendlySAM, GraphedStep, freeze_bn_stats
 from fastsam.flat import Space
+from fastsam.graph import Captured, refuse_uncapturable, set_counts, state_of
 
 from .contract import assert_bits, batch, bits, network
 
@@ -124,3 +130,194 @@ def test_tables_that_change_during_a_capture_are_uploaded_after_it(device):
     space.late_uploads = None
     space._upload(values, target)
     assert target is table and table.tolist() == [other.data_ptr()]
+
+
+# ---- around a graph: captures and replays as the host sees them
+
+
+class Pretended:
+    """A graph on the CPU, of steps by the reference: a capture changes no tensor, a replay takes
+    the step and counts nothing."""
+
+    step: GraphedStep
+    captures = 0
+
+    @contextmanager
+    def capture(self, graph, **how):
+        graph.owner = self
+        kept = [(t, t.detach().clone()) for t in state_of(self.step.model, self.step.optimizer)]
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for t, value in kept:
+                    t.copy_(value)
+            Pretended.captures += 1
+
+
+class Graph:
+    def replay(self):
+        step = self.owner.step
+        counts = [group["sam_steps"] for group in step.optimizer.param_groups]
+        step._graphs[step.optimizer.climbs_next].loss.copy_(step._eager())
+        set_counts(step.optimizer, counts)
+
+
+@pytest.fixture
+def graphed(monkeypatch):
+    """Makes a GraphedStep of CPU tensors that takes its device for a GPU."""
+    pretended, stream = Pretended(), SimpleNamespace(wait_stream=lambda other: None)
+    monkeypatch.setattr(Pretended, "captures", 0)
+    for name, value in {
+        "CUDAGraph": Graph, "graph": pretended.capture, "Stream": lambda: stream,
+        "current_stream": lambda: stream, "stream": nullcontext, "device": nullcontext,
+        "get_rng_state": torch.get_rng_state, "set_rng_state": torch.set_rng_state,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, value)
+
+    def make(net, opt, loss=cross_entropy, **how) -> GraphedStep:
+        pretended.step = GraphedStep(net, loss, opt, batch(0, "cpu"), **how)
+        pretended.step.device = torch.device("cuda")
+        return pretended.step
+
+    monkeypatch.setattr(torch, "autocast", lambda *how, **more: nullcontext())
+    return make
+
+
+def reference(ps, cls=SAM, **own):
+    return cls(ps, torch.optim.SGD, backend="reference", lr=0.07, **own)
+
+
+def test_a_graph_is_captured_once_for_each_kind_of_step(graphed):
+    ours, theirs = network("cpu"), network("cpu")
+    opt, plain = (reference(net.parameters(), rho=0.08, momentum=0.9, interval=2, start=1)
+                  for net in (ours, theirs))
+    step = graphed(ours, opt)
+    for t in range(5):
+        schedule(opt, t)
+        schedule(plain, t)
+        x, y = batch(t, "cpu")
+        assert torch.equal(step(x, y), plain_step(theirs, plain, x, y))
+        assert_bits(ours, bits(theirs))
+        assert opt.param_groups[0]["sam_steps"] == t + 1
+    assert Pretended.captures == 2
+
+
+@pytest.mark.parametrize("change", [
+    dict(momentum=0.9), dict(adaptive=False), dict(eta=0.5), dict(perturb=False)], ids=str)
+def test_what_the_kernels_branch_on_makes_another_graph_at_once(change, graphed):
+    net = network("cpu")
+    opt = reference(net.parameters(), ASAM, scale="weights")
+    step = graphed(net, opt)
+    for captures in (1, 1, 2, 2):
+        opt.param_groups[0].update(change if captures == 2 else {})
+        schedule(opt, captures)
+        step(*batch(0, "cpu"))
+        assert Pretended.captures == captures
+
+
+def test_a_frozen_layer_makes_another_graph_and_stays(graphed):
+    net = network("cpu")
+    step = graphed(net, reference(net.parameters(), momentum=0.9))
+    step(*batch(0, "cpu"))
+    net.conv.weight.requires_grad_(False)
+    before = net.conv.weight.clone()
+    step(*batch(1, "cpu"))
+    assert Pretended.captures == 2 and torch.equal(net.conv.weight, before)
+
+
+def test_the_state_of_a_reordered_parameter_is_shown_in_its_new_order(graphed):
+    net = network("cpu")
+    opt = reference(net.parameters(), momentum=0.9)
+    step = graphed(net, opt)
+    step(*batch(0, "cpu"))
+    net.to(memory_format=torch.channels_last)
+    step(*batch(1, "cpu"))
+    shown, slot = opt.state[net.conv.weight]["momentum_buffer"], opt._spaces[0].slots
+    (own,) = (s.v for s in slot if s.param is net.conv.weight)
+    assert shown.stride() == own.stride() == net.conv.weight.stride()
+    assert torch.equal(shown, own) and Pretended.captures == 2
+
+
+def test_warm_ups_leave_parameters_of_the_loss_alone(graphed):
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.tensor(2.0))
+
+        def forward(self, output, target):
+            return cross_entropy(self.scale * output, target)
+
+    net, twin, loss, same = network("cpu"), network("cpu"), Scaled(), Scaled()
+    opt = reference([*net.parameters(), *loss.parameters()])
+    plain = reference([*twin.parameters(), *same.parameters()])
+    graphed(net, opt, loss)(*batch(0, "cpu"))
+    x, y = batch(0, "cpu")
+    same(twin(x), y).backward()
+    plain.first_step(zero_grad=True)
+    with freeze_bn_stats(twin):
+        same(twin(x), y).backward()
+    plain.second_step()
+    assert_bits(net, bits(twin))
+    assert torch.equal(loss.scale, same.scale)
+
+
+@pytest.mark.parametrize("failing", range(8), ids=lambda i: f"forward {i + 1}")
+def test_a_step_that_cannot_be_captured_changes_nothing(failing, graphed):
+    """Three warm-ups and the capture, of two forward passes each; the loop goes on without it."""
+    net, twin = network("cpu"), network("cpu")
+    opt, plain = (reference(n.parameters(), momentum=0.9) for n in (net, twin))
+    plain_step(net, opt, *batch(0, "cpu"))
+    plain_step(twin, plain, *batch(0, "cpu"))
+    w, buffers = bits(net), [b.clone() for b in net.buffers()]
+    state = [{k: x.clone() for k, x in opt.state[p].items()} for p in net.parameters()]
+    calls = []
+
+    def read_by_the_host(module, args, output):
+        calls.append(1)
+        if len(calls) == failing + 1:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    hook = net.head.register_forward_hook(read_by_the_host)
+    with pytest.raises(RuntimeError, match="not permitted"):
+        graphed(net, opt)(*batch(1, "cpu"))
+    hook.remove()
+    assert not opt.is_perturbed and opt.param_groups[0]["sam_steps"] == 1
+    assert_bits(net, w)
+    assert all(torch.equal(b, c) for b, c in zip(net.buffers(), buffers, strict=True))
+    for p, entry in zip(net.parameters(), state, strict=True):
+        assert p.grad is None
+        assert all(torch.equal(opt.state[p][k], x) for k, x in entry.items())
+    opt.restore()
+    assert_bits(net, w)
+    for n, o in ((net, opt), (twin, plain)):
+        plain_step(n, o, *batch(2, "cpu"))
+    assert_bits(net, bits(twin))
+
+
+def test_tables_hold_what_is_thought_of_them_after_a_capture_that_failed(graphed):
+    p = nn.Parameter(torch.ones(4))
+    space = Space([(p, None, 0)])
+    space.slots[0].g1 = torch.ones(4)
+    space.addresses("g1")
+    net = network("cpu")
+    step = graphed(net, reference(net.parameters()))
+    step.optimizer = SimpleNamespace(_spaces=[space], _parameters=lambda: [])
+
+    def fails():
+        space.slots[0].g1 = other
+        space.addresses("g1")
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    other, step._eager = torch.ones(4), fails
+    with pytest.raises(RuntimeError, match="not permitted"):
+        Captured.__new__(Captured)._capture(step)
+    assert space.late_uploads is None and space.addresses("g1").tolist() == [other.data_ptr()]
+
+
+def test_what_a_graph_cannot_hold_is_refused():
+    p = nn.Parameter(torch.ones(3))
+    with pytest.raises(ValueError, match="'reference' .asked for.* learning rate would stay"):
+        refuse_uncapturable(reference([p]))
+    with pytest.raises(ValueError, match="RMSprop takes a step of its own"):
+        refuse_uncapturable(SAM([p], torch.optim.RMSprop, lr=0.1))
