@@ -59,13 +59,15 @@ def free_bytes(device: torch.device) -> int | None:
 def bandwidth(device: torch.device, nbytes: int | None = None, reps: int = 10) -> dict[str, float]:
     """Return the memory bandwidth of STREAM's copy (a = b) and triad (a = b + s c).
 
-    nbytes: size of each of the three float32 buffers; default 256 MiB, and never less than four
-    times the last-level cache. The median of `reps` passes counts; copy moves 2 and triad 3
+    nbytes: size of each of the three float32 buffers; default 256 MiB, on a GPU 1 GiB, beside whose
+    half millisecond a launch is little, and never less than four times the last-level cache. The
+    median of `reps` passes counts; copy moves 2 and triad 3
     buffers, without the reads that a CPU may add before it writes.
 
     Returns {"copy": GB/s, "triad": GB/s, "buffer_bytes": nbytes}, with 1 GB = 1e9 bytes.
     """
-    nbytes = nbytes or max(2**28, 4 * cache_bytes(device))
+    least = 2**30 if device.type == "cuda" else 2**28
+    nbytes = nbytes or max(least, 4 * cache_bytes(device))
     a, b, c = (torch.full((nbytes // 4,), x, device=device) for x in (0.0, 1.0, 2.0))
 
     def gb_per_s(buffers: int, call: Callable[[], object]) -> float:

@@ -86,10 +86,16 @@ def why_not_step(backend: str, device: torch.device, dtype: torch.dtype) -> str 
 
 
 def of_fastsam(methods: tuple[str, ...], base: str, dtype: torch.dtype, device: torch.device,
-               graph: bool) -> tuple[list[Contender], list[str]]:  # fmt: skip
-    """Return a contender per method and usable backend, and why the other backends are not."""
+               graph: bool, compiled: bool) -> tuple[list[Contender], list[str]]:  # fmt: skip
+    """Return a contender per method and usable backend, and why the other backends are not.
+
+    compiled: also the backend of that name on a GPU, where compiling it takes a minute.
+    """
     found, left_out = [], []
     for backend in BACKENDS:
+        if backend == "compiled" and device.type == "cuda" and not compiled:
+            left_out.append("fastsam compiled: only with --compile on a GPU")
+            continue
         p = nn.Parameter(torch.zeros(1, dtype=dtype, device=device))
         try:
             fused = SAM([p], BASES[base], backend=backend, lr=0.1).backend_report()["fused_base"]
@@ -163,7 +169,7 @@ def contenders(
             raise ValueError(f"torch.compile does not work here ({obstacle}); leave --compile out")
         compiled = obstacle is None
     state = dtype.itemsize  # others' states have the parameters' dtype
-    found, left_out = of_fastsam(methods, base, dtype, device, graph)
+    found, left_out = of_fastsam(methods, base, dtype, device, graph, bool(compiled))
     peers, missing = of_peers(methods, base, state, graph, bool(compiled))
     found += peers + (of_torch(base, state, graph) if "sgd" in methods else [])
     left_out += missing + ([f"per-parameter compiled: {obstacle}"] if obstacle else [])

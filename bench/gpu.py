@@ -16,6 +16,7 @@ import sys
 import time
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,16 @@ from bench.watched import LEFT_OUT
 LIMIT = 570  # seconds: leased machines take commands of ten minutes
 TIMED_OUT = 124  # the exit code of coreutils' timeout
 RED = "parity is red"  # what `bench step` and `bench throughput` print then
+PARITY_NEEDS = ("triton", "pytest", "pytest_benchmark", "hypothesis")
+LONG = {"test_kernels": 240, "test_sequences": 180, "test_launches": 120}  # seconds
+# What the rest waits for: a session may not reach all of it.
+FIRST = (
+    "step-preactresnet18-sgd", "step-preactresnet18-sgd-graph", "step-wrn28-10-sgd-graph",
+    "step-100m-sgd-graph", "counters",
+    *(f"throughput-preactresnet18-{form}-{method}" for form in ("eager", "graph")
+      for method in ("sgd", "fsam", "at-linf")),
+    "step-preactresnet18-adamw-graph", "step-1b-fsam-sgd-graph",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -55,9 +66,10 @@ def test_pieces() -> list[Piece]:
         on_device = re.search(r"def test_\w+\([^)]*\bdevice\b", path.read_text()) is not None
         name = "tests-" + path.stem.removeprefix("test_").replace("_", "-")
         arguments = ("-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/{path.name}")
-        estimate = 300 if path.stem == "test_kernels" else 60
-        pieces.append(Piece(name, arguments, estimate,
-                            gate=on_device and not name.startswith("tests-bench")))
+        if path.stem == "test_sequences":  # the other backends' are many, and no slower on a CPU
+            arguments = (*arguments[:-1], "-k", "triton", arguments[-1])
+        gate = on_device and not name.startswith("tests-bench")
+        pieces.append(Piece(name, arguments, LONG.get(path.stem, 60), gate=gate))
     return pieces
 
 
@@ -85,23 +97,21 @@ def step_pieces(rows: Path) -> list[Piece]:
 
 
 def throughput_pieces(rows: Path) -> list[Piece]:
-    """Return, for every model, all methods eagerly, then each with a compiled model, as one CUDA
-    graph, and both."""
-    pieces = []
-
-    def add(name: str, *options: str) -> None:
-        arguments = ("-m", "bench", "throughput", "--device", "cuda", *options, "--rows", str(rows))
-        pieces.append(Piece(f"throughput-{name}", arguments, 200, rows=rows))
-
+    """Return, for every model and method, a piece each for the eager loops, the model compiled, as
+    one CUDA graph, and both."""
     forms = {
+        "eager": (),
         "compiled": ("--compile", "--beside", "eager"),
         "graph": ("--beside", "graph"),
         "compiled-graph": ("--compile", "--beside", "graph"),
     }
-    for model in ("preactresnet18", "wrn28-10"):
-        add(f"{model}-eager", "--model", model)
-        for (form, options), method in product(forms.items(), ("sgd", "sam", "fsam", "at-linf")):
-            add(f"{model}-{form}-{method}", "--model", model, "--methods", method, *options)
+    models, methods = ("preactresnet18", "wrn28-10"), ("sgd", "sam", "fsam", "at-linf")
+    pieces = []
+    for model, (form, options), method in product(models, forms.items(), methods):
+        arguments = ("-m", "bench", "throughput", "--device", "cuda", "--model", model,
+                     "--methods", method, *options, "--rows", str(rows))  # fmt: skip
+        estimate = 300 if "--compile" in options else 150
+        pieces.append(Piece(f"throughput-{model}-{form}-{method}", arguments, estimate, rows=rows))
     return pieces
 
 
@@ -112,13 +122,16 @@ def agenda(out: Path) -> list[Piece]:
     def program(name: str, *arguments: str, **how: Any) -> Piece:
         return Piece(name, ("-m", "bench.watched", name, *arguments), 240, **how)
 
+    measured = [
+        *step_pieces(out / "step.jsonl"),
+        program("counters", str(counted), rows=counted),
+        *throughput_pieces(out / "throughput.jsonl"),
+    ]
     return [
         *(p for p in tests if p.gate),
         program("memcheck", gate=True),
         program("racecheck", gate=True),
-        *step_pieces(out / "step.jsonl"),
-        program("counters", str(counted), rows=counted),
-        *throughput_pieces(out / "throughput.jsonl"),
+        *sorted(measured, key=lambda p: (*FIRST, p.name).index(p.name)),
         *(p for p in tests if not p.gate),
     ]
 
@@ -168,7 +181,9 @@ def run_piece(piece: Piece, log: Path, limit: float) -> tuple[int, str]:
         start = f.tell()
         child = subprocess.Popen(
             [sys.executable, *piece.arguments], cwd=ROOT, env=env | {"PYTHONUNBUFFERED": "1"},
-            stdin=subprocess.DEVNULL, stdout=f, stderr=f, start_new_session=True,
+            stdin=subprocess.DEVNULL, stdout=f, stderr=f,
+            # a group to end it by, but no session of its own, which would outlive this one's
+            preexec_fn=os.setpgrp,
         )  # fmt: skip
         try:
             code = child.wait(limit)
@@ -265,7 +280,8 @@ def gpu(out: Path, minutes: float | None = None, only: list[str] | None = None,
     """Run the agenda, or the pieces named by `only`, done or not and whatever the gates' state;
     `show` lists it, and where there is no GPU, what any device has done.
 
-    Raises ValueError without a CUDA device, for minutes that are not positive, for an unknown name.
+    Raises ValueError without a CUDA device or what the tests of parity import, for minutes that
+    are not positive, for an unknown name.
     """
     if minutes is not None and not minutes > 0:
         raise ValueError(f"minutes must be positive, got {minutes}")
@@ -283,5 +299,10 @@ def gpu(out: Path, minutes: float | None = None, only: list[str] | None = None,
     if show:
         print(table(pieces, read_state(out), here))
         return 0
+    if absent := [name for name in PARITY_NEEDS if find_spec(name) is None]:
+        raise ValueError(
+            f"{', '.join(absent)} cannot be imported, and no parity shown without; install "
+            "fastsam[bench,test]"
+        )
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends the piece too
     return run(pieces, out, here, minutes, again=only is not None)

@@ -31,7 +31,8 @@ from bench.loops import (
     random_data,
 )
 from bench.peers import PerParameterSAM, why_not_compile
-from bench.record import append_jsonl, git_hash, stamp
+from bench.record import append_jsonl, git_hash
+from bench.step import provenance
 
 PARTS = ("data", "attack", "forward and backward", "climb", "return and step")
 
@@ -183,7 +184,8 @@ def throughput(configs: list[Config], options: Options, rows_path: Path | None =
             f"{options.images} images are less than a batch of {configs[0].batch_size}"
         )
     if device.type == "cuda":
-        torch.cuda.set_device(device)
+        if device.index is not None:  # torch refuses to set "cuda"
+            torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
     if configs[0].threads is not None:
         torch.set_num_threads(configs[0].threads)
@@ -212,7 +214,7 @@ def throughput(configs: list[Config], options: Options, rows_path: Path | None =
     for config, error in zip(configs, errors, strict=True):
         shared = {"data": f"random uint8, {options.images} images", "steps": steps}
         shared |= {"errors": error, "config": asdict(config), "options": asdict(options)}
-        shared |= stamp(str(device), git)
+        shared |= provenance(device, git)
         for result in race(loops_of(config, data, options), steps, options.turns, device):
             rows.append({"kind": "throughput", "method": config.method} | result | shared)
     if rows_path is not None:

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from bench.contenders import ADAPTIVE, BASE_STATES, BASES, FRIENDLY, contenders
+from bench.bandwidth import wait
+from bench.contenders import ADAPTIVE, BASE_STATES, BASES, FRIENDLY, Contender, adaptive
 from bench.parity import BASE_HYPER, SHAPES
 from bench.race import Runner, random_like
-from bench.record import append_jsonl, git_hash, stamp
+from bench.record import append_jsonl, git_hash
 from bench.step import BASE_HYPER as STEP_HYPER
-from bench.step import PERTURBATION
+from bench.step import PERTURBATION, provenance
 from fastsam import ASAM, SAM, FisherSAM, FriendlySAM, FullGradientSAM
 
 LEFT_OUT = 77  # exit code: the tool is not here
@@ -84,7 +86,9 @@ def sanitize(check: str) -> int:
     if tool is None:
         return LEFT_OUT
     env = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # every tensor has an end of its own
-    command = [tool, "--tool", check, "--error-exitcode", "86", sys.executable]
+    command = [tool, "--tool", check, "--error-exitcode", "86"]
+    command += ["--report-api-errors", "no"]  # PyTorch asks the driver for what it may not have,
+    command += ["--launch-timeout", "0", sys.executable]  # and takes long to import
     trivial = "import torch; torch.ones(1, device='cuda').item()"
     if subprocess.run([*command, "-c", trivial], env=env).returncode:
         print("compute-sanitizer cannot watch even a trivial program on this device", flush=True)
@@ -114,17 +118,18 @@ def kernel_bytes(method: str, base: str) -> dict[str, int]:
     return step if method == "sgd" else {"norm": 4 + w + ema, "climb": 16 + 2 * ema} | step
 
 
-def counted() -> int:
+def counted(kind: str = "cuda") -> int:
     """Two steps of each of COUNTED, for ncu to watch."""
-    device, shapes = torch.device("cuda"), [(PARAMETERS // 64,)] * 64
+    device, shapes = torch.device(kind), [(PARAMETERS // 64,)] * 64
     for base, method in COUNTED:
-        found, _ = contenders((method,), base, torch.float32, device)
-        (ours,) = (c for c in found if c.name == "fastsam triton")
+        cls = FriendlySAM if method in FRIENDLY else SAM
+        build = partial(cls, base_optimizer=BASES[base], backend="triton", **adaptive(method))
+        ours = Contender(method, "fastsam triton", build, state=4)
         w, g1, g2 = (random_like(shapes, torch.float32, device, seed, 0.1) for seed in range(3))
         runner = Runner(ours, w, (g1, g2), PERTURBATION | STEP_HYPER[base])
         for _ in range(2):
             list(runner.step())
-    torch.cuda.synchronize()
+    wait(device)
     return 0
 
 
@@ -179,8 +184,12 @@ def counters(rows_path: Path) -> int:
     if code:
         print(f"{text}\nncu ended with {code}")
         return code
-    rows = counter_rows(parse_counters(text))
-    append_jsonl(rows_path, [row | stamp("cuda", git) for row in rows])
+    try:
+        rows = counter_rows(parse_counters(text))
+    except (ValueError, KeyError):
+        print(text)
+        raise
+    append_jsonl(rows_path, [row | provenance(torch.device("cuda"), git) for row in rows])
     return 0
 
 

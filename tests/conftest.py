@@ -92,3 +92,11 @@ def device() -> torch.device:
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def repeatable_convolutions(monkeypatch) -> None:
+    """On a GPU: the same bits every time, and float32's precision, which torch does not ask of
+    cuDNN by default."""
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)

@@ -129,6 +129,15 @@ def test_a_piece_past_its_limit_ends_with_its_children(tmp_path):
     wait_until(lambda: not is_running(int(child.read_text())))
 
 
+def test_a_piece_stays_in_the_session_that_it_is_run_from(tmp_path):
+    """So that what ends a session with all that is in it ends its piece too."""
+    said = tmp_path / "session"
+    code = f"import os; open({str(said)!r}, 'w').write(f'{{os.getsid(0)}} {{os.getpgrp()}}')"
+    assert run([piece(tmp_path, "a", code)], tmp_path, HERE) == 0
+    session, group = map(int, said.read_text().split())
+    assert session == os.getsid(0) and group != os.getpgrp()
+
+
 def test_a_budget_starts_only_what_fits(tmp_path, capsys):
     pieces = [piece(tmp_path, "long", estimate=400), piece(tmp_path, "short", estimate=20)]
     assert run(pieces, tmp_path, HERE, minutes=5) == 0
@@ -229,6 +238,18 @@ def test_what_cannot_be_is_refused_in_one_sentence(arguments, said, tmp_path, mo
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("absent", gpu.PARITY_NEEDS)
+def test_without_what_the_tests_import_nothing_is_called_red(absent, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "an abacus")
+    find = gpu.find_spec
+    monkeypatch.setattr(gpu, "find_spec", lambda name: None if name == absent else find(name))
+    assert main(["gpu", "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {absent} cannot be imported") and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_state_that_is_none_is_refused(tmp_path, capsys):
     (tmp_path / "state.json").write_text('{"memcheck": ')
     assert main(["gpu", "--list", "--out", str(tmp_path)]) == 2
@@ -259,6 +280,8 @@ def test_the_agenda_is_whole_and_every_command_of_it_can_be_parsed(tmp_path):
     assert gates == names[:len(gates)]
     assert {"memcheck", "racecheck", "tests-kernels", "tests-pgd-kernels", "tests-launches",
             "tests-invariants", "tests-optimizer", "tests-state"} <= set(gates)
+    measured = [p.name for p in pieces if not p.gate and not p.name.startswith("tests-")]
+    assert tuple(measured[:len(gpu.FIRST)]) == gpu.FIRST
     files = [p.arguments[-1] for p in pieces if p.name.startswith("tests-")]
     assert sorted(files) == sorted(f"tests/{p.name}" for p in (ROOT / "tests").glob("test_*.py"))
     benches = [p for p in pieces if p.arguments[1] == "bench"]
@@ -313,7 +336,8 @@ def test_the_sanitizers_words(script, code, said, tmp_path, monkeypatch, capfd):
         tool(tmp_path, "compute-sanitizer", f"print(*sys.argv[1:], flush=True)\n{script}")
     assert watched.sanitize("racecheck") == code
     printed = capfd.readouterr().out
-    assert said in printed and (script is None or "--tool racecheck --error-exitcode 86" in printed)
+    told = "--tool racecheck --error-exitcode 86 --report-api-errors no --launch-timeout 0"
+    assert said in printed and (script is None or told in printed)
 
 
 @pytest.mark.parametrize("base", ["sgd", "adamw"])
@@ -344,7 +368,7 @@ def test_counters_of_every_launch_beside_the_budget(tmp_path, monkeypatch):
     tool(tmp_path, "ncu", "import shutil\nassert '--clock-control' in sys.argv\n"
          f"shutil.copy({str(tmp_path / 'table')!r}, sys.argv[sys.argv.index('--log-file') + 1])")
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    monkeypatch.setattr(watched, "stamp", lambda device, git: {"device": device})
+    monkeypatch.setattr(watched, "provenance", lambda device, git: {"device": device.type})
     path = tmp_path / "rows.jsonl"
     assert watched.counters(path) == 0
     rows = [json.loads(line) for line in path.read_text().splitlines()]
@@ -354,6 +378,30 @@ def test_counters_of_every_launch_beside_the_budget(tmp_path, monkeypatch):
     assert climb["budget"] == 24 and climb["bytes_per_parameter"] == pytest.approx(30)
     assert (climb["ns"], climb["registers"], climb["occupancy_percent"]) == (12345.5, 80, 48.7)
     assert headline(rows).startswith("fsam at most 1.25 times its budget")
+
+
+def test_what_ncu_says_in_place_of_counters_is_shown(tmp_path, monkeypatch, capfd):
+    tool(tmp_path, "ncu", "open(sys.argv[sys.argv.index('--log-file') + 1], 'w').write("
+         "'==ERROR== ERR_NVGPUCTRPERM')")
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    with pytest.raises(ValueError, match="saw 0 launches"):
+        watched.counters(tmp_path / "rows.jsonl")
+    assert "==ERROR== ERR_NVGPUCTRPERM" in capfd.readouterr().out
+
+
+def test_the_counted_optimizers_are_the_kernels_alone(monkeypatch, device):
+    """Not what else could do the step, and would be compiled to see whether it can."""
+    built = []
+    init = watched.Runner.__init__
+    monkeypatch.setattr(watched, "PARAMETERS", 64)
+    monkeypatch.setattr(watched.Runner, "step", lambda self: ())
+    monkeypatch.setattr(watched.Runner, "__init__", lambda self, *args: (
+        built.append(self), init(self, *args))[0])
+    monkeypatch.setattr("fastsam.dispatch.failure", None)
+    assert watched.counted(device.type) == 0
+    assert [(runner.contender.method, len(runner.phases)) for runner in built] == [
+        (method, 1 if method == "sgd" else 2) for _, method in watched.COUNTED]
+    assert {runner.opt.backend_report()["backend"] for runner in built} == {"triton"}
 
 
 @pytest.mark.parametrize("change", [lambda launches: launches[1:], lambda launches: []],

@@ -495,3 +495,16 @@ def test_compiled_loop_trains_the_same_network():
     errors = loops.disagreement(tiny_config("at-linf", amp="off"), options)
     for part, allowed in loops.TOLERANCE.items():
         assert errors[part] <= allowed / 10, part
+
+
+def test_a_gpu_needs_no_number(monkeypatch):
+    """torch.cuda.set_device("cuda") is an error."""
+    def reached(*args):
+        raise InterruptedError
+
+    monkeypatch.setattr(throughput, "usable_device", torch.device)
+    monkeypatch.setattr(throughput, "disagreement", reached)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    config = replace(tiny_config("sgd"), device="cuda")
+    with pytest.raises(InterruptedError):
+        throughput.throughput([config], loops.Options(images=config.batch_size))

@@ -218,14 +218,14 @@ def test_freeze_bn_stats_keeps_the_buffers_and_nests():
 # ---- mixed precision
 
 
-def test_autocast_does_not_train_on_stale_weights(backend):
-    net, twin = network("cpu"), network("cpu")
+def test_autocast_does_not_train_on_stale_weights(backend, device):
+    net, twin = network(device), network(device)
     opt, other = build(net, "sam", backend, rho=5.0), build(twin, "sam", backend, rho=5.0)
-    with torch.autocast("cpu", torch.bfloat16):
-        two_passes(net, opt, 0, "cpu")
+    with torch.autocast(device.type, torch.bfloat16):
+        two_passes(net, opt, 0, device)
     for phase in ("first", "second"):
-        with torch.autocast("cpu", torch.bfloat16):
-            x, y = batch(0, "cpu")
+        with torch.autocast(device.type, torch.bfloat16):
+            x, y = batch(0, device)
             loss = cross_entropy(twin(x), y)
         loss.backward()
         getattr(other, f"{phase}_step")(zero_grad=True)

@@ -115,8 +115,8 @@ def test_no_gradient_at_all_is_a_quiet_step(variant, backend, device):
     assert opt.skipped_steps == 0
 
 
-def test_bad_arguments_are_refused_by_name_and_value():
-    p = [nn.Parameter(torch.ones(3))]
+def test_bad_arguments_are_refused_by_name_and_value(device):
+    p, double = [nn.Parameter(torch.ones(3))], torch.ones(3, dtype=torch.float64, device=device)
     for match, call in {
         "rho=-0.1": lambda: SAM(p, torch.optim.SGD, rho=-0.1, lr=0.1),
         "rho=nan": lambda: SAM(p, torch.optim.SGD, rho=float("nan"), lr=0.1),
@@ -130,8 +130,7 @@ def test_bad_arguments_are_refused_by_name_and_value():
         "maximize=True": lambda: SAM(p, torch.optim.SGD, maximize=True, lr=0.1),
         "complex64": lambda: SAM([torch.ones(2, dtype=torch.complex64).requires_grad_()],
                                  torch.optim.SGD, lr=0.1),
-        "float64": lambda: SAM([nn.Parameter(torch.ones(3).double())], torch.optim.SGD,
-                               backend="triton", lr=0.1),
+        "float64": lambda: SAM([nn.Parameter(double)], torch.optim.SGD, backend="triton", lr=0.1),
         "learning rate": lambda: SAM(p, torch.optim.SGD, lr=-1),
     }.items():
         with pytest.raises(ValueError, match=match):
