@@ -126,6 +126,8 @@ def add_evaluate_command(evaluate: argparse.ArgumentParser) -> None:
         "fools the model")  # fmt: skip
     add("--norms", nargs="+", metavar="NORM", help="of linf, l2 (default both)")
     add("--rows", type=Path, help="append the result as a row to this JSONL file")
+    add("--robustbench", type=Path, metavar="FILE", help="write RobustBench's model_info there: "
+        "needs autoattack on all test images of CIFAR at a leaderboard's radius")  # fmt: skip
 
 
 def add_step_command(commands: Any) -> None:
@@ -238,7 +240,7 @@ def add_sweep_command(sweep: argparse.ArgumentParser) -> None:
 def add_study_command(commands: Any) -> None:
     text = "make a study of docs/studies.md again; repeat the command to go on with it"
     add = commands.add_parser("study", help=text, description=text).add_argument
-    add("name", metavar="NAME", help="rho, parts, noise or batch")
+    add("name", metavar="NAME", help="trade-off, rho, parts, noise or batch")
     add("--jobs", type=int, default=2, help="runs at a time, a thread each (default 2)")
     add("--rows", type=Path, help="append a row a run to this JSONL")
     add("--out", type=Path, help="default runs/study-NAME")
@@ -441,12 +443,13 @@ def run_evaluate(options: dict[str, Any]) -> None:
     from bench.config import usable_device
     from bench.data import load_data
     from bench.evaluate import evaluate, report
-    from bench.record import append_jsonl, git_hash, stamp
+    from bench.record import append_jsonl, git_hash, stamp, write_json
+    from bench.robustbench import leaderboard, model_info
 
     if unknown := set(options.get("norms", ())) - {"linf", "l2"}:
         raise ValueError(f"unknown norm {sorted(unknown)[0]!r}; choose from linf, l2")
     device = usable_device(options.get("device", "cpu"))
-    path = options["checkpoint"]
+    path, file = options["checkpoint"], options.get("robustbench")
     checkpoint = load_checkpoint(path, str(device))
     model = rebuild(checkpoint, path, str(device))
     if checkpoint["config"].get("channels_last"):
@@ -463,6 +466,7 @@ def run_evaluate(options: dict[str, Any]) -> None:
             f"{checkpoint['classes']}, but data {config['data']!r} has {data.channels} channels "
             f"and {data.classes}; pass the --data that it was trained on"
         )
+    board = leaderboard(config["data"], evaluation, len(data.test)) if file else ()
     git = git_hash()
     result = evaluate(model, data.test.to(device), evaluation,
                       say=lambda text: print(text, file=sys.stderr))  # fmt: skip
@@ -472,6 +476,10 @@ def run_evaluate(options: dict[str, Any]) -> None:
                "evaluation": asdict(evaluation), **stamp(str(device), git)}  # fmt: skip
         options["rows"].parent.mkdir(parents=True, exist_ok=True)
         append_jsonl(options["rows"], [row])
+    if file:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(file, model_info(config, result, *board))
+        print(f"wrote {file}; what is null in it is the authors' to fill")
 
 
 def run_recipes(options: dict[str, Any]) -> None:

@@ -2,8 +2,8 @@
 
 import re
 import sys
-from collections.abc import Callable
-from contextlib import redirect_stdout
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from importlib import import_module
 
@@ -116,7 +116,8 @@ def autoattack(norm: str, eps: float, classes: int) -> Attempt:
             f"{release or '(version unknown)'}")  # fmt: skip
 
     def perturb(model: nn.Module, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
-        with redirect_stdout(sys.stderr):  # some releases print their progress
+        # some releases print their progress
+        with redirect_stdout(sys.stderr), left_as_it_was(model, x.device):
             attack = module.AutoAttack(
                 model, norm={"linf": "Linf", "l2": "L2"}[norm], eps=eps, seed=0,
                 version="standard", device=x.device,
@@ -125,6 +126,21 @@ def autoattack(norm: str, eps: float, classes: int) -> Attempt:
         return found[0] if isinstance(found, tuple) else found  # some return labels, too
 
     return Attempt("autoattack", text, perturb)
+
+
+@contextmanager
+def left_as_it_was(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Keep torch's global generators and the parameters' gradients from a block that seeds the ones
+    and adds to the others, as AutoAttack does."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        for p in trained:
+            p.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for p in trained:
+                p.requires_grad_(True)
 
 
 def authors_module():
