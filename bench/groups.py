@@ -3,7 +3,7 @@ compared, and what the papers report for them."""
 
 import json
 import shlex
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import MISSING, asdict, dataclass, fields
 from functools import cache
 from pathlib import Path
@@ -148,11 +148,28 @@ def grouped(rows: Iterable[dict[str, Any]], key) -> list[list[dict[str, Any]]]:
     return list(lists.values())
 
 
+def recipe_named(row: dict[str, Any]) -> str | None:
+    return row["config"].get("recipe") or row.get("recipe")
+
+
+def setting_among(rows: list[dict[str, Any]]) -> Callable[[dict[str, Any]], str]:
+    """Return a row -> all of its values but the seed. A run that names no recipe is of the first
+    one that a run with equal values names."""
+    recipes: dict[str, str | None] = {}
+
+    def values(row: dict[str, Any]) -> str:
+        return identity(row["config"] | {"seed": None, "recipe": None})
+
+    for row in rows:
+        recipes[values(row)] = recipes.get(values(row)) or recipe_named(row)
+    return lambda row: identity(values(row), recipe_named(row) or recipes[values(row)])
+
+
 def sections_of(rows: list[dict[str, Any]]) -> list[Section]:
     """Return the rows as sections of groups, by method, then by what tells them apart."""
     sections = []
     for of_section in grouped(rows, measured):
-        groups = grouped(of_section, lambda row: identity(row["config"] | {"seed": None}))
+        groups = grouped(of_section, setting_among(of_section))
         told = told_apart([group[0]["config"] for group in groups])
         pairs = sorted(zip(told, groups, strict=True), key=lambda pair: place(*pair))
         first = of_section[0]
@@ -207,7 +224,7 @@ def shown(key: str, value: Any) -> str:
 
 def recipe_of(group: Group) -> str | None:
     """Return the name of the recipe that the runs came from, or that has all of their values."""
-    named = group.config.get("recipe") or group.runs[0].get("recipe")
+    named = next(filter(None, map(recipe_named, group.runs)), None)
     equal = (name for name in recipe_names() if not differing(name, group.config))
     return named or next(equal, None)
 

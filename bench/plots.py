@@ -18,6 +18,9 @@ from bench.record import replacing  # noqa: E402
 
 NORM_LABELS = {"linf": r"$\ell_\infty$", "l2": r"$\ell_2$"}
 FEW = 6  # lines that a legend inside a panel has room for
+ROOM = 1.5  # inches beside the panels that figures have for a legend
+# The looks of ten lines or points each, in ten colours.
+LINES, MARKERS, FILLS = ("-", "--", ":", "-."), "osD^", ("full", "none", "left", "top")
 
 
 def radius(eps: str) -> float:
@@ -43,8 +46,16 @@ def save(figure: plt.Figure, path: Path) -> None:
 
 
 def style(i: int) -> dict[str, str]:
-    """Return the look of the i-th line: ten colours, then the same ones dashed, then dotted."""
-    return {"color": f"C{i % 10}", "linestyle": ("-", "--", ":")[i // 10 % 3]}
+    """Return the look of the i-th line: ten colours, then the same ones dashed, and so on."""
+    return {"color": f"C{i % 10}", "linestyle": LINES[i // 10 % 4]}
+
+
+def legend_beside(figure: plt.Figure, handles: list[Any], labels: list[str]) -> None:
+    """Put a legend beside the panels, and make the figure large enough to hold all of it."""
+    box = figure.legend(handles, labels, loc="outside right upper", fontsize=8)
+    across, down = box.get_window_extent().size / figure.dpi
+    width, height = figure.get_size_inches()
+    figure.set_size_inches(width + max(0, across - ROOM), max(height, down + 0.2))
 
 
 def legend(figure: plt.Figure, panel: plt.Axes, lines: int) -> None:
@@ -52,7 +63,7 @@ def legend(figure: plt.Figure, panel: plt.Axes, lines: int) -> None:
     if lines <= FEW:
         panel.legend(fontsize=8)
     else:
-        figure.legend(*panel.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+        legend_beside(figure, *panel.get_legend_handles_labels())
 
 
 def panels(number: int, columns: int = 5) -> tuple[plt.Figure, list[plt.Axes]]:
@@ -94,8 +105,8 @@ def plot_eps(rows: list[dict[str, Any]], path: Path) -> None:
                 marker="o", markersize=3, capsize=2, label=row["method"],
             )  # fmt: skip
         panel.set_xlabel(f"{NORM_LABELS[norm]} attack radius eps, in 255ths (0: natural)")
-        panel.set_xscale("symlog", base=2, linthresh=1)
         ticks = sorted({0.0} | {radius(eps) for row in rows for eps in row["robust"][norm]})
+        panel.set_xscale("symlog", base=2, linthresh=ticks[1])
         panel.set_xticks(ticks, [f"{t:g}" for t in ticks])
         panel.minorticks_off()
         panel.grid(alpha=0.3)
@@ -109,13 +120,11 @@ def draw_cost(panel: plt.Axes, rows: list[dict[str, Any]], against: str) -> None
     radii = sorted(rows[0]["robust"].get("linf", {}), key=radius)
     shown = dict.fromkeys(radii[:1] + radii[-1:])
     for i, row in enumerate(rows):
+        look = {"color": f"C{i % 10}", "fillstyle": FILLS[i // 10 % 4]}
         values = [row["natural"], *(row["robust"]["linf"][eps] for eps in shown)]
         for accuracy, marker in zip(values, "os^"[: len(values)], strict=True):
-            filled = style(i)["linestyle"] == "-"
-            panel.plot(row[against], 100 * accuracy, marker, color=style(i)["color"],
-                       fillstyle="full" if filled else "none")  # fmt: skip
-        panel.plot([], [], "o", color=style(i)["color"], label=row["method"],
-                   fillstyle="full" if filled else "none")  # fmt: skip
+            panel.plot(row[against], 100 * accuracy, marker, **look)
+        panel.plot([], [], "o", label=row["method"], **look)
     panel.plot([], [], "o", color="gray", label="natural")
     for eps, marker in zip(shown, "s^"[: len(shown)], strict=True):
         panel.plot([], [], marker, color="gray", label=rf"$\ell_\infty$ {eps}")
@@ -177,7 +186,7 @@ def plot_trade_off(
         for i, (row, other) in enumerate(zip(last, best, strict=True)):
             (x, dx), (y, dy) = accuracies(row)["natural"], accuracies(row)[name]
             color = style(i)["color"]
-            mark = "s" if style(i)["linestyle"] != "-" else "o"
+            mark = MARKERS[i // 10 % 4]
             panel.errorbar(x, y, dy, dx, color=color, marker=mark, markersize=5, elinewidth=0.7,
                            linestyle="none", label=row["method"])  # fmt: skip
             panel.plot(accuracies(other)["natural"][0], accuracies(other)[name][0], mark,
@@ -195,7 +204,7 @@ def plot_trade_off(
         fill = "none" if marker == "o" else "full"
         handles.append(plt.Line2D([], [], marker=marker, color="gray", fillstyle=fill, linewidth=0))
         labels.append(label)
-    figure.legend(handles, labels, loc="outside right upper", fontsize=8)
+    legend_beside(figure, handles, labels)
     save(figure, path)
 
 
@@ -230,7 +239,7 @@ def plot_rho(
         panel.set_title(pretty(name), fontsize=9)
     figure.supxlabel(label, fontsize=10)
     figure.supylabel("test accuracy, %", fontsize=10)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+    legend_beside(figure, *axes[0].get_legend_handles_labels())
     save(figure, path)
 
 
@@ -261,5 +270,5 @@ def plot_time(
         panel.xaxis.set_major_formatter("{x:g}")
         panel.xaxis.set_minor_formatter(NullFormatter())
         panel.set_xlabel("training time, s")
-    figure.legend(*axes[-1].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+    legend_beside(figure, *axes[-1].get_legend_handles_labels())
     save(figure, path)

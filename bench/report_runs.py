@@ -18,12 +18,15 @@ from bench.groups import (
     read_runs,
     recipe_of,
     sections_of,
+    shown,
 )
 from bench.methods import USED_BY
 from bench.page import page
 from bench.plots import accuracies
 from bench.record import write_text
 from bench.tables import csv_text, latex, markdown
+
+GROUPS_A_PAGE = 15  # of three lines each; a LaTeX table cannot break over pages
 
 
 def heading(name: str) -> str:
@@ -69,7 +72,7 @@ def notes(section: Section) -> list[str]:
     common = ", ".join(f"{k} {config[k]}" for k in ("model", "width", "epochs", "batch_size", "lr")
                        if identity(k, config[k]) in shared)  # fmt: skip
     lines = [
-        f"Test accuracy in % on {section.title}, mean ± sample standard deviation over the seeds. "
+        f"Test accuracy in % on {section.title}, mean ± sample standard deviation over the seeds.",
         "Last: after the last epoch; best: after the epoch of the highest validation accuracy.",
         "Training time is that of the training epochs alone, whatever else the machine did.",
     ]
@@ -91,11 +94,18 @@ def attack_lines(section: Section) -> list[str]:
     return [text for by_eps in section.attacks.values() for text in by_eps.values()]
 
 
+def attacks_in_short(section: Section) -> str:
+    """Return the attacks without norm, eps and alpha."""
+    pattern = r", (linf|l2), eps [^,]+(, alpha [^,]+)?"
+    return "; ".join(dict.fromkeys(re.sub(pattern, "", text) for text in attack_lines(section)))
+
+
 def records(section: Section) -> list[dict[str, Any]]:
     """Return the section's table as objects of plain numbers, one a line of it."""
     rows = []
     for group in section.groups:
         of_both = {"data": group.config["data"], "test_images": group.runs[0]["test_images"],
+                   "attacks": attacks_in_short(section),
                    "method": group.config["method"], "setting": group.label}  # fmt: skip
         more = {"seeds": " ".join(map(str, group.seeds)),
                 "images_per_second": group.last["images_per_second"],
@@ -126,14 +136,21 @@ def markdown_of(section: Section) -> str:
 
 
 def latex_of(section: Section) -> str:
-    """Return the table, after the attacks in full as comments; its caption has them in short."""
-    lines = [line for group in section.groups for line in lines_of(group)]
-    texts = attack_lines(section)
-    short = {re.sub(r"(linf|l2), eps [^,]+, (alpha [^,]+, )?", "", text): None for text in texts}
-    caption = " ".join([*notes(section), f"Attacks: {'; '.join(short) or 'none'}."])
-    comments = "".join(f"% {text}\n" for text in texts)
-    table = latex(head_of(section), lines, caption)
-    return comments + table.replace(r"l\_inf", r"$\ell_\infty$").replace("& l2 ", r"& $\ell_2$ ")
+    """Return the table, in parts where it is long, after the attacks in full as comments; the
+    notes below have them in short."""
+    head = [name.removesuffix("/255") for name in head_of(section)]
+    attacks = f"Attacks, radii in 255ths: {attacks_in_short(section) or 'none'}."
+    tables = []
+    for i in range(0, len(section.groups), GROUPS_A_PAGE):
+        part = Section(section.title, section.groups[i : i + GROUPS_A_PAGE])
+        lines = [line for group in part.groups for line in lines_of(group)]
+        caption, *others = notes(part)
+        if i > 0:
+            caption = caption.removesuffix(".") + ", continued."
+        tables.append(latex(head, lines, caption, " ".join([*others, attacks])))
+    comments = "".join(f"% {text}\n" for text in attack_lines(section))
+    text = comments + "\n\n".join(tables)
+    return text.replace(r"l\_inf", r"$\ell_\infty$").replace("& l2 ", r"& $\ell_2$ ")
 
 
 # ---- figures
@@ -150,7 +167,7 @@ def by_rho(section: Section) -> tuple[dict[str, list[tuple[float, dict[str, Any]
     series, settings = {}, set()
     for groups in alike.values():
         if len(groups) > 1:
-            label = re.sub(r",? rho [^,]+", "", groups[0].label)
+            label = re.sub(r" rho [^,]+,|,? rho [^,]+", "", groups[0].label)
             series[label] = [(g.config["rho"], g.last) for g in groups]
             settings.add(common_setting(groups[0]))
     plain = [g for g in section.groups if g.config["method"] == "sgd"]
@@ -191,10 +208,24 @@ def prefixes(sections: list[Section]) -> list[str]:
     """Return a file-name part a section: its data's name, numbered where there are several."""
     names = [Path(section.groups[0].config["data"]).name for section in sections]
     names = [re.sub(r"\W+", "-", name).strip("-") or "data" for name in names]
-    return [f"{name}-{i}" if names.count(name) > 1 else name for i, name in enumerate(names, 1)]
+    return [f"{name}-{names[: i + 1].count(name)}" if names.count(name) > 1 else name
+            for i, name in enumerate(names)]  # fmt: skip
+
+
+def titles(sections: list[Section]) -> list[str]:
+    """Return the sections' titles; where several are equal, each with its figures' prefix."""
+    same = [section.title for section in sections]
+    return [f"{title} ({prefix})" if same.count(title) > 1 else title
+            for title, prefix in zip(same, prefixes(sections), strict=True)]  # fmt: skip
 
 
 # ---- provenance, the command
+
+
+def settings(group: Group) -> dict[str, str]:
+    """Return the configuration that the group's runs share, without what is not used."""
+    values = {k: v for k, v in group.config.items() if v is not None and k != "seed"}
+    return {k: shown(k, v) for k, v in values.items()}
 
 
 def provenance(group: Group) -> dict[str, str]:
@@ -217,13 +248,15 @@ def report_runs(paths: list[Path], out: Path) -> list[Path]:
     to `out`, print the tables, and return the files' paths. Raises ValueError as `read_runs`."""
     rows, unfinished = read_runs(paths)
     sections = sections_of(rows)
+    for section, title in zip(sections, titles(sections), strict=True):
+        section.title = title
     out.mkdir(parents=True, exist_ok=True)
     text = "\n\n".join(map(markdown_of, sections))
     written = [out / name for name in ("table.md", "table.csv", "table.tex")]
     write_text(written[0], text + "\n")
     write_text(written[1], csv_of(sections))
     tables = "\n\n".join(map(latex_of, sections))
-    write_text(written[2], f"% \\usepackage{{booktabs}}\n{tables}\n")
+    write_text(written[2], f"% \\usepackage{{booktabs,graphicx}}\n{tables}\n")
     parts = []
     for section, prefix in zip(sections, prefixes(sections), strict=True):
         figures = draw(section, out, prefix)
@@ -232,7 +265,7 @@ def report_runs(paths: list[Path], out: Path) -> list[Path]:
             "title": section.title, "head": head_of(section), "notes": notes(section),
             "lines": [lines_of(group) for group in section.groups],
             "attacks": attack_lines(section), "figures": figures,
-            "groups": [{"label": g.label, "config": g.config, "provenance": provenance(g)}
+            "groups": [{"label": g.label, "config": settings(g), "provenance": provenance(g)}
                        for g in section.groups],
         })  # fmt: skip
     written.append(out / "report.html")

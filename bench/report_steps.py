@@ -147,18 +147,24 @@ def plot_steps(rows: list[dict[str, Any]], against: str, path: Path) -> None:
 
     select = {"parameters": same_tensors, "tensors": same_parameters}[against]
     settings = [(name, select(group)) for name, group in by_setting(rows)]
-    methods = sorted({row["method"] for row in rows}, key=METHODS.index)
+    methods = {name: sorted({row["method"] for row in group}, key=METHODS.index)
+               for name, group in settings}  # fmt: skip
+    most = max(map(len, methods.values()))
     names = list(dict.fromkeys(row["implementation"] for row in rows))
     figure, grid = plt.subplots(
-        len(settings), len(methods), squeeze=False, sharey="row", layout="constrained",
-        figsize=(1.5 + 2.6 * len(methods), 0.8 + 2.8 * len(settings)),
+        len(settings), most, squeeze=False, sharey="row", layout="constrained",
+        figsize=(1.5 + 2.6 * most, 0.8 + 2.8 * len(settings)),
     )  # fmt: skip
     for panels, (title, group) in zip(grid, settings, strict=True):
         fixed = f", {group[0]['parameters']:,} parameters" if against == "tensors" else ""
-        panels[0].set_title(title + fixed, loc="left", fontsize=9)
+        panels[0].annotate(title + fixed, (0, 1), (0, 19), "axes fraction", "offset points",
+                           fontsize=9, in_layout=False)  # fmt: skip
         panels[0].set_ylabel("ms per step")
-        for panel, method in zip(panels, methods, strict=True):
+        for panel in panels[len(methods[title]) :]:
+            panel.remove()
+        for panel, method in zip(panels, methods[title], strict=False):
             draw_panel(panel, [row for row in group if row["method"] == method], against, names)
+            name_ticks(panel, {row[against] for row in group})
     handles = [plt.Line2D([], [], color=f"C{i}", marker="o", markersize=3, label=name)
                for i, name in enumerate(names)]  # fmt: skip
     figure.legend(handles=handles, loc="outside right upper", fontsize=8)
@@ -175,10 +181,31 @@ def draw_panel(panel: Any, rows: list[dict[str, Any]], against: str, names: list
         above = [high - m for m, high in zip(p50, p80, strict=True)]
         panel.errorbar([row[against] for row in line], p50, [below, above], color=f"C{i}",
                        marker="o", markersize=3, capsize=2)  # fmt: skip
-    for name in {method_name(row) for row in rows}:
-        panel.annotate(name, (0.04, 0.92), xycoords="axes fraction", va="top", weight="bold")
+    panel.set_title("\n" + method_name(rows[0]), fontsize=9, weight="bold")  # below the row's own
     panel.set(xscale="log", yscale="log", xlabel=against)
     panel.grid(alpha=0.3)
+
+
+def counted(n: int) -> str:
+    """56 -> "56", 65536 -> "66k", 4194304 -> "4.2M" """
+    for unit, size in (("M", 1e6), ("k", 1e3)):
+        if n >= size:
+            return f"{n / size:.0f}{unit}" if n >= 10 * size else f"{n / size:.2g}{unit}"
+    return str(n)
+
+
+def name_ticks(panel: Any, values: set[int]) -> None:
+    """Name the values on the panel's logarithmic axis, but of two closer than an eighth of it the
+    smaller alone."""
+    least, most = min(values), max(values)
+    ticks = [least]
+    for value in sorted(values)[1:]:
+        if value / ticks[-1] > (most / least) ** (1 / 8):
+            ticks.append(value)
+    panel.set_xticks(ticks, list(map(counted, ticks)), fontsize=8)
+    panel.set_xticks([], minor=True)
+    beside = 1.1 * (most / least) ** 0.06
+    panel.set_xlim(least / beside, most * beside)
 
 
 def report_steps(paths: list[Path], out: Path) -> list[Path]:

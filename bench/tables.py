@@ -2,6 +2,7 @@
 
 import csv
 import io
+import re
 
 TEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_",
@@ -30,12 +31,20 @@ def tex(text: str) -> str:
     return "".join(TEX.get(c, c) for c in text)
 
 
-def latex(head: list[str], rows: list[list[str]], caption: str, left: int = 2) -> str:
-    r"""Return a LaTeX table in booktabs' style; the document needs \usepackage{booktabs}."""
+def latex(
+    head: list[str], rows: list[list[str]], caption: str, notes: str = "", left: int = 2
+) -> str:
+    r"""Return a LaTeX table in booktabs' style, the notes below it, deviations as subscripts; the
+    document needs \usepackage{booktabs,graphicx}. In two columns it spans both, and where it is
+    wider than the text it is scaled down."""
     lines = [" & ".join(map(tex, line)) + r" \\" for line in (head, *rows)]
+    lines = [re.sub(r" \$\\pm\$ ([^ ]+)", r"$_{\\pm \1}$", line) for line in lines]
+    below = rf"\par\smallskip\parbox{{\linewidth}}{{\scriptsize {tex(notes)}}}"
     return "\n".join([
-        r"\begin{table}", r"\centering\footnotesize\setlength{\tabcolsep}{3pt}",
-        rf"\caption{{{tex(caption)}}}",
+        r"\begin{table*}", r"\centering\footnotesize\setlength{\tabcolsep}{3pt}",
+        rf"\caption{{{tex(caption)}}}\smallskip",
+        r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{"
         rf"\begin{{tabular}}{{{'l' * left}{'r' * (len(head) - left)}}}", r"\toprule",
-        lines[0], r"\midrule", *lines[1:], r"\bottomrule", r"\end{tabular}", r"\end{table}",
+        lines[0], r"\midrule", *lines[1:], r"\bottomrule", r"\end{tabular}}",
+        *[below] * bool(notes), r"\end{table*}",
     ])  # fmt: skip

@@ -14,15 +14,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bench import plots, report_runs
 from bench.__main__ import build_parser, evaluation_of, main
 from bench.attacks import parse_eps
 from bench.config import resolve, resolve_evaluation
 from bench.groups import command, deviations, published, read_runs, recipe_of, sections_of, text_of
 from bench.recipe import load_recipe
-from bench.report_runs import by_rho, csv_of, latex_of, lines_of, notes
+from bench.report_runs import by_rho, csv_of, draw, latex_of, lines_of, notes, titles
+from bench.report_steps import plot_steps, read_rows
 from bench.tables import latex, markdown, tex
 
-CIFAR6K = Path(__file__).parent.parent / "bench" / "results" / "cifar6k.jsonl"
+RESULTS = Path(__file__).parent.parent / "bench" / "results"
+CIFAR6K = RESULTS / "cifar6k.jsonl"
 
 
 def made(method="sam", seed=0, natural=0.8, recipe=None, test_images=100, epochs=3, evaluated=None,
@@ -138,6 +141,23 @@ def test_of_equal_runs_the_last_counts_and_metrics_stay(tmp_path):
     assert unfinished == [tmp_path / "runs" / "sam-seed1"]
 
 
+def test_sections_of_one_data_set_are_numbered(tmp_path, monkeypatch):
+    rows = [made(data="cifar10"), made(), made(evaluated={"steps": 20}), made(test_images=50)]
+    assert titles(sections(tmp_path, rows)) == [
+        "cifar10, 100 test images", "digits, 100 test images (digits-1)",
+        "digits, 100 test images (digits-2)", "digits, 50 test images",
+    ]  # fmt: skip
+    out, prefixes = tmp_path / "out", []
+    monkeypatch.setattr(report_runs, "draw", lambda *given: prefixes.append(given[-1]) or {})
+    assert main(["report", str(tmp_path / "rows.jsonl"), "--out", str(out)]) == 0
+    assert prefixes == ["cifar10", "digits-1", "digits-2", "digits-3"]
+    text, page = (out / "table.md").read_text(), (out / "report.html").read_text()
+    assert text.count("### digits, 100 test images (digits-2)\n") == 1
+    assert page.count("digits, 100 test images (digits-2)</h2>") == 1
+    attacks = [row["attacks"] for row in csv.DictReader((out / "table.csv").open())]
+    assert attacks[2:] == ["PGD-10"] * 2 + ["PGD-20"] * 2 + ["PGD-10"] * 2
+
+
 def test_times_of_several_devices_are_named(tmp_path):
     one, two = made(), made(seed=1) | {"device": "a GPU"}
     assert "Times come from several devices: an abacus; a GPU." in notes(
@@ -154,6 +174,78 @@ def test_rho_is_drawn_beside_the_sgd_of_the_same_setting(tmp_path):
         "sam epochs 3": [0.1, 0.4]
     }
     assert [group.label for group in plain] == ["sgd epochs 3"]
+    rows = [made("fsam", rho=rho, sigma=sigma) for rho in (0.1, 0.4) for sigma in (0.5, 0.9)]
+    assert list(by_rho(sections(tmp_path, rows)[0])[0]) == ["fsam sigma 0.5", "fsam sigma 0.9"]
+
+
+# ---- figures
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that are drawn, by their file's name, laid out and not written."""
+    drawn = {}
+
+    def lay_out(figure, path):
+        figure.draw_without_rendering()
+        drawn[path.name] = figure
+
+    monkeypatch.setattr(plots, "save", lay_out)
+    yield drawn
+    plots.plt.close("all")
+
+
+def test_a_legend_of_many_lines_is_inside_its_figure_and_their_looks_differ(tmp_path, figures):
+    rows = [made(val=k / 100) for k in range(10, 36)] + [made("sgd", batch_size=128)]
+    (section,) = sections(tmp_path, rows)
+    draw(section, tmp_path, "x")
+    assert len(figures) == 3
+    for name, figure in figures.items():
+        (legend,) = figure.legends
+        box, page = legend.get_window_extent(), figure.bbox
+        assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= page.x1 and box.y1 <= page.y1, name
+        assert all(panel.bbox.width > 150 and panel.bbox.x1 < box.x0 for panel in figure.axes), name
+    looks = [[(line.get_color(), line.get_linestyle()) for line, *_ in panel.containers]
+             for panel in figures["x-accuracy-eps.png"].axes]  # fmt: skip
+    looks += [[(line.get_color(), line.get_marker()) for line, *_ in panel.containers]
+              for panel in figures["x-trade-off.png"].axes]  # fmt: skip
+    (panel,) = figures["x-wall-clock.png"].axes
+    labels = [group.label for group in section.groups]
+    lines = [line for line in panel.lines if line.get_label() in labels]
+    looks.append([(line.get_color(), line.get_fillstyle()) for line in lines])
+    assert all(len(of_panel) == len(set(of_panel)) == 27 for of_panel in looks)
+
+
+def test_radii_fill_the_axis(tmp_path, figures):
+    draw(sections(tmp_path, [made()])[0], tmp_path, "x")
+    _, panel = figures["x-accuracy-eps.png"].axes  # l2, whose radii are 0 and 16
+    assert panel.get_xaxis().get_transform().linthresh == 16
+
+
+def overlap(panel):
+    figure = panel.figure
+    boxes = [label.get_window_extent() for label in panel.get_xticklabels() if label.get_text()]
+    boxes.sort(key=lambda box: box.x0)
+    assert boxes and all(0 <= box.x0 and box.x1 <= figure.bbox.x1 for box in boxes)
+    return any(a.x1 >= b.x0 for a, b in zip(boxes, boxes[1:], strict=False))
+
+
+@pytest.mark.parametrize("against", ["parameters", "tensors"])
+def test_step_figures_name_what_was_measured_and_have_no_empty_panel(against, tmp_path, figures):
+    plot_steps(read_rows([RESULTS / "step.jsonl"]), against, tmp_path / "x.png")
+    panels = figures["x.png"].axes
+    assert all(panel.lines for panel in panels) and not any(map(overlap, panels))
+    methods = ["sgd", "sam", "asam", "fsam", "fasam"]
+    names = {"parameters": ["66k", "1M", "4.2M", "11M", "36M"], "tensors": ["14", "56", "224"]}
+    last = {"parameters": ["sam", "fsam"], "tensors": methods}[against]
+    assert [panel.get_title().strip() for panel in panels] == methods + last
+    assert [label.get_text() for label in panels[-1].get_xticklabels()] == names[against]
+    for row in (panels[0], panels[5]):
+        (title,) = row.texts
+        assert "cpu: AMD EPYC, 2 threads" in title.get_text()
+        box = title.get_window_extent()
+        assert 0 <= box.x0 and box.y1 <= figures["x.png"].bbox.y1
+        assert box.y0 >= row.title.get_window_extent().y0 + 10  # above the method's name
 
 
 # ---- the papers
@@ -246,10 +338,10 @@ def check_latex(text):
     columns = {len(re.findall(r"(?<!\\)&", row)) + 1 for row in rows}
     (spec,) = re.findall(r"\\begin\{tabular\}\{([lr]+)\}", text)
     assert columns == {len(spec)}
-    for rule in ("toprule", "midrule", "bottomrule", "end{tabular}", "end{table}"):
+    for rule in ("toprule", "midrule", "bottomrule", "end{tabular}}", "end{table*}"):
         assert text.count("\\" + rule) == 1
     body = "".join(line for line in text.splitlines() if not line.startswith("%"))
-    plain = re.sub(r"\\[\\&%$#_{}]|\$\\(pm|ell_\\infty|ell_2)\$", "", body)
+    plain = re.sub(r"\\[\\&%$#_{}]|\$(\\pm|\\ell_\\infty|\\ell_2|_\{\\pm [\d.]+\})\$", "", body)
     assert not re.search(r"[%$#_^~]", plain) and plain.count("{") == plain.count("}")
 
 
@@ -257,10 +349,24 @@ def test_latex_is_escaped_and_balanced(tmp_path):
     rows = [made(data="a_b & 50%/{c}#$~^\\", seed=s) for s in (0, 1)] + [made("sgd", data="x_y")]
     for section in sections(tmp_path, rows):
         check_latex(latex_of(section))
-    assert r"$\ell_\infty$ 8/255" in latex_of(sections(tmp_path, rows)[0])
+    text = latex_of(sections(tmp_path, rows)[0])
+    assert r"$\ell_\infty$ 8 & $\ell_2$ 16 &" in text and "80.0$_{\\pm 0.0}$ & 40.0" in text
     check_latex(latex(["a", "b_c"], [["1 ± 2", "100%"]], "x & y", left=1))
     assert tex("a_b ± 5%") == r"a\_b $\pm$ 5\%"
     assert markdown(["a", "b"], [["x|y", "1"]], left=1).splitlines()[2] == "| x\\|y | 1    |"
+
+
+def test_latex_stays_on_the_page(tmp_path):
+    rows = [made(rho=k / 100, seed=s) for k in range(1, 21) for s in (0, 1)]
+    first, second = latex_of(sections(tmp_path, rows)[0]).split("\n\n")
+    for text, lines in ((first, 30), (second, 10)):
+        check_latex(text)
+        assert r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{" in text
+        assert text.count("& last &") + text.count("& best &") == lines
+        (caption,) = re.findall(r"\\caption\{(.*)\}", text)
+        assert len(caption) < 120 and caption.endswith("continued.") == (text is second)
+        (below,) = re.findall(r"\\parbox\{.linewidth\}\{.scriptsize (.*)\}", text)
+        assert below.startswith("Last: ") and below.endswith("radii in 255ths: PGD-10.")
 
 
 class Page(HTMLParser):
@@ -270,17 +376,18 @@ class Page(HTMLParser):
 
     def __init__(self, text):
         super().__init__()
-        self.open, self.loads, self.tags, self.text = [], [], [], []
+        self.open, self.loads, self.tags, self.text, self.inside = [], [], [], [], []
         self.feed(text)
 
     def handle_starttag(self, tag, attributes):
         self.tags.append(tag)
+        self.inside.append((tag, dict(attributes), self.open[-1:]))
         self.loads += [value for k, value in attributes if k in ("src", "href", "srcset", "data")]
         if tag not in self.void:
-            self.open.append(tag)
+            self.open.append((tag, dict(attributes).get("class")))
 
     def handle_endtag(self, tag):
-        assert self.open.pop() == tag
+        assert self.open.pop()[0] == tag
 
     def handle_data(self, data):
         self.text.append(data)
@@ -294,6 +401,7 @@ def test_the_page_holds_everything_and_loads_nothing(tmp_path, capsys):
     out = tmp_path / "out"
     assert main(["report", str(tmp_path / "runs"), "--out", str(out)]) == 0
     printed = capsys.readouterr().out
+    assert (out / "table.tex").read_text().startswith("% \\usepackage{booktabs,graphicx}\n")
     text = (out / "report.html").read_text()
     page = Page(text)
     assert page.open == [] and "script" not in page.tags and "url(" not in text
@@ -304,6 +412,15 @@ def test_the_page_holds_everything_and_loads_nothing(tmp_path, capsys):
     assert [path.name for path in written] == [f"script-{name}.png" for name in names]
     assert sorted(figures) == sorted(path.read_bytes() for path in written)
     assert all(f"wrote {path}" in printed for path in written)
+    around = [outer for tag, of_tag, outer in page.inside
+              if tag == "img" or tag == "table" and of_tag.get("class") != "facts"]  # fmt: skip
+    assert around == [[("div", "wide")]] * 6  # what scrolls on a narrow screen
+    alts = [of_tag["alt"] for tag, of_tag, _ in page.inside if tag == "img"]
+    assert len(set(alts)) == 5 and all("<script>alert(1)</script>" in alt for alt in alts)
+    styled = text[: text.index("</style>")]
+    variables = set(re.findall(r"var\((--\w+)\)", styled))
+    light, dark = re.findall(r":root \{(.*)\}", styled)
+    assert set(re.findall(r"--\w+", light)) == set(re.findall(r"--\w+", dark)) == variables
     shown = " ".join(page.text)
     for fact in ("sam rho 0.1", "80.0 ± 0.0", "PGD-10, l2, eps 16/255", "an abacus", "torch 2.15.0",
                  "0123abc", "python -m bench compare", "preactresnet18", "best"):  # fmt: skip
@@ -337,3 +454,17 @@ def test_refuses_paths(arguments, said, tmp_path, capsys, monkeypatch):
     assert main(["report", *arguments]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and said in error and list(tmp_path.iterdir()) == []
+
+
+def test_a_run_with_a_recipes_values_joins_the_runs_of_that_recipe():
+    recipe = "fsam/cifar10/resnet18-sam"
+    named = made("sam", recipe=recipe, epochs=200)
+    by_hand = made("sam", seed=1, recipe=recipe, epochs=200)
+    del by_hand["recipe"]
+    by_hand["config"]["recipe"] = None
+    for rows in ([named, by_hand], [by_hand, named]):
+        (group,) = sections_of(rows)[0].groups
+        assert group.seeds == [0, 1] and recipe_of(group) == recipe
+    other = made("sam", recipe=recipe, epochs=200) | {"recipe": "other"}
+    other["config"]["recipe"] = "of/another/table"
+    assert len(sections_of([named, by_hand, other])[0].groups) == 2
