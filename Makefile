@@ -1,8 +1,9 @@
 # make demo: train and attack four small networks, end with a table and two plots (4 minutes)
 # make test: everything CI runs (ruff, then pytest)
+# make prove: the tests that are too long for every change (marked `long`)
 # make fuzz: 32,000 drawn sequences of events beside the oracle, with fresh seeds (35 minutes)
 # make survive: kill trainings at random moments, 30 times a method; the bits must be the same
-.PHONY: demo test fuzz survive lint bench clean
+.PHONY: demo test prove fuzz survive lint bench clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -12,6 +13,9 @@ demo: .venv/ready
 
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+prove: .venv/ready
+	$(BIN)/python -m pytest -m long
 
 fuzz: .venv/ready
 	$(BIN)/python -m tests.sequences --examples 20000
@@ -40,5 +44,5 @@ clean:
 .venv/ready: pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=77"
-	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[bench,test,recipes]"
+	$(BIN)/python -m pip install --quiet --no-compile --no-build-isolation -e ".[bench,test,recipes]"
 	touch $@

@@ -1,5 +1,6 @@
 """What a run leaves behind: atomic files, and the stamp of the machine and versions behind them."""
 
+import errno
 import json
 import os
 import platform
@@ -12,6 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -27,6 +33,25 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(tmp, path)
     finally:
         tmp.unlink(missing_ok=True)
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Make a directory if need be, and keep it from other processes that ask, until the block ends
+    or this process does, however that happens. Raises ValueError where another one keeps it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as f:
+        if fcntl is not None:
+            try:
+                fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: data workers inherit it
+            except OSError as e:
+                if e.errno in (errno.EACCES, errno.EAGAIN):  # else a file system without locks
+                    raise ValueError(
+                        f"another process is at work in {str(folder)!r}; wait for its end, or "
+                        "choose another --out"
+                    ) from e
+        yield
 
 
 def remove_unfinished(folder: Path) -> None:
@@ -59,7 +84,8 @@ def append_jsonl(path: Path, rows: list[dict]) -> None:
 
 
 def git_hash() -> str | None:
-    """Return HEAD's hash, with '-dirty' when tracked files differ; None outside a git checkout."""
+    """Return HEAD's hash, with '-dirty' when tracked files differ. Outside a git checkout, of files
+    that were copied out of one: what GIT_HASH says, else None."""
 
     def git(*args: str) -> str:
         return subprocess.run(
@@ -70,7 +96,7 @@ def git_hash() -> str | None:
         changed = git("status", "--porcelain", "--untracked-files=no")
         return git("rev-parse", "HEAD") + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
-        return None
+        return os.environ.get("GIT_HASH")
 
 
 def package_version(name: str) -> str | None:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.config import Config, resolve_evaluation
+from bench.groups import read_runs, sections_of
 from bench.record import write_text
 from bench.sweep import by_setting, runs_of, sweep, table
 
@@ -12,7 +13,8 @@ STUDIES = Path(__file__).parent / "studies"
 
 
 def load_study(name: str) -> dict[str, Any]:
-    """Return question, preset, methods, seeds, grid, options and evaluation of a study."""
+    """Return question, preset, methods, seeds, grid, options and evaluation of a study, and its
+    figure where that is not one of accuracies against the grid."""
     path = STUDIES / f"{name}.json"
     known = sorted(p.stem for p in STUDIES.glob("*.json"))
     if name not in known:
@@ -26,10 +28,15 @@ def study_runs(study: dict[str, Any]) -> dict[str, Config]:
     )
 
 
-def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Draw accuracies against the one value that differs, or against the attack's radius."""
+def draw(study: dict[str, Any], summaries: list[dict[str, Any]], path: Path) -> None:
+    """Draw robust against natural accuracy where the study asks for the "trade-off"; else
+    accuracies against the one value that differs, or against the attack's radius."""
     from bench import plots
 
+    if study.get("figure") == "trade-off":
+        groups = [group for section in sections_of(summaries) for group in section.groups]
+        return plots.plot_trade_off([g.last for g in groups], [g.best for g in groups], {}, path)
+    rows = by_setting(summaries, list(study["grid"]))
     (name, *_) = [*rows[0]["setting"], None]
     if name is None:
         return plots.plot_eps(rows, path)
@@ -47,7 +54,7 @@ def show(name: str, rows_path: Path, figure: Path | None) -> list[dict[str, Any]
     Raises ValueError where rows are missing or of other settings than the study's.
     """
     study = load_study(name)
-    summaries = [json.loads(line) for line in rows_path.read_text().splitlines()]
+    summaries = read_runs([rows_path])[0]
     wanted = {(c.method, c.seed, *(getattr(c, k) for k in study["grid"]))
               for c in study_runs(study).values()}  # fmt: skip
     held = {(s["method"], s["config"]["seed"], *(s["config"][k] for k in study["grid"]))
@@ -60,7 +67,7 @@ def show(name: str, rows_path: Path, figure: Path | None) -> list[dict[str, Any]
     rows = by_setting(summaries, list(study["grid"]))
     print(table(rows))
     if figure is not None:
-        draw(rows, figure)
+        draw(study, summaries, figure)
         print(f"\nwrote {figure}")
     return rows
 
@@ -68,10 +75,12 @@ def show(name: str, rows_path: Path, figure: Path | None) -> list[dict[str, Any]
 def run_study(name: str, out: Path, jobs: int, rows_path: Path | None) -> list[dict[str, Any]]:
     """Make the study's runs that `out` does not hold finished; write its table and figure there."""
     study = load_study(name)
+    runs = study_runs(study)
     radii = {norm: tuple(k / 255 for k in study["evaluation"][norm]) for norm in ("linf", "l2")}
-    evaluation = resolve_evaluation("digits", radii)
+    (data,) = {config.data for config in runs.values()}
+    evaluation = resolve_evaluation(data, radii)
     print(study["question"])
-    rows = sweep(study_runs(study), list(study["grid"]), evaluation, out, jobs, rows_path)
-    draw(rows, out / "figure.png")
+    rows = sweep(runs, list(study["grid"]), evaluation, out, jobs, rows_path)
+    draw(study, read_runs([out / run for run in runs])[0], out / "figure.png")
     write_text(out / "question.txt", study["question"] + "\n")
     return rows

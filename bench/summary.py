@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
@@ -13,7 +14,7 @@ from bench import parallel
 from bench.checkpoint import load_checkpoint, rebuild
 from bench.config import Config, Evaluation, differences
 from bench.evaluate import evaluate
-from bench.record import git_hash, stamp, write_json
+from bench.record import alone_in, git_hash, stamp, write_json
 from bench.sitting import Sitting
 from bench.train import Run, train
 
@@ -75,16 +76,17 @@ def train_and_evaluate(
     """Return the summary of a run, training and evaluating what of it is not yet in `out`.
 
     Of several processes the first alone evaluates; the others return {}. Raises Stopped where
-    `sitting` ends before the training does.
+    `sitting` ends before the training does, and ValueError where another process trains in `out`.
     """
     if (summary := finished(config, evaluation, out)) is not None:
         for _ in range(config.epochs):
             after_epoch({})
         return summary
-    git = git_hash()
-    run = train(config, out, download, after_epoch, sitting)
-    if parallel.rank() > 0:
-        return {}
-    summary = summarise(run, evaluation, out, git)
-    write_json(out / "summary.json", summary)
+    git, first = git_hash(), parallel.rank() == 0
+    with alone_in(out) if first else nullcontext():
+        run = train(config, out, download, after_epoch, sitting)
+        if not first:
+            return {}
+        summary = summarise(run, evaluation, out, git)
+        write_json(out / "summary.json", summary)
     return summary

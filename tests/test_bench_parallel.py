@@ -55,7 +55,7 @@ def test_sigterm_of_torchrun_saves_and_ends_both(terminated):
     code, output, left, files, last, _ = terminated
     assert "SIGTERM; repeat the command to go on" in output
     assert code != 0 and left == [] and "Error" not in output.replace("SignalException", "")
-    assert set(files) <= {"config.json", "last.pt", "best.pt", "metrics.jsonl"}
+    assert set(files) <= {".lock", "config.json", "last.pt", "best.pt", "metrics.jsonl"}
     assert last["config"]["processes"] == 2
     assert last["position"] is None or len(last["position"]["processes"]) == 2
 

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import subprocess
 import sys
 from dataclasses import replace
 
@@ -13,7 +14,7 @@ from bench.__main__ import main
 from bench.checkpoint import load_checkpoint
 from bench.config import Config, resolve
 from bench.position import Position
-from bench.record import replacing
+from bench.record import ROOT, replacing
 from bench.sitting import Sitting, Stopped
 from bench.train import set_up, train
 
@@ -241,3 +242,33 @@ def test_an_overflow_skips_the_step_and_the_smaller_scale_is_kept(tmp_path, monk
     assert saved["scaler"]["scale"] == 2.0**39
     ws = [k for k in start if k.endswith(("weight", "bias"))]
     assert all(torch.equal(saved["model"][k], start[k]) for k in ws)
+
+
+# ---- one sitting at a time
+
+
+def holder(folder):
+    """Start a process that is at work in a directory until it is killed."""
+    code = "import sys, time; from pathlib import Path; from bench.record import alone_in\n"
+    code += "with alone_in(Path(sys.argv[1])): print('in', flush=True); time.sleep(600)"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    assert process.stdout.readline() == "in\n"
+    return process
+
+
+def test_a_second_sitting_is_refused_while_the_first_one_lasts(tmp_path, capsys):
+    command, out = [*TRAIN, "--method", "sgd", "--out"], tmp_path / "run"
+    train(tiny("sgd"), out)
+    before = {p: p.read_bytes() for p in out.iterdir()}
+    other = holder(out)
+    try:
+        assert main([*command, str(out)]) == 2
+        error = capsys.readouterr().err
+        assert "another process is at work in" in error and "choose another --out" in error
+        assert before == {p: p.read_bytes() for p in before}
+    finally:
+        other.kill()
+        other.communicate()
+    assert main([*command, str(out)]) == 0

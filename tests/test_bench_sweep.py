@@ -128,7 +128,7 @@ def test_a_sweep_makes_what_is_left_and_nothing_again(tmp_path, capsys):
 
 def test_studies_have_three_seeds_and_configs_that_can_be_used():
     names = sorted(p.stem for p in STUDIES.glob("*.json"))
-    assert names == ["batch", "noise", "parts", "rho"]
+    assert names == ["batch", "noise", "parts", "rho", "trade-off"]
     for name in names:
         study = load_study(name)
         runs = study_runs(study)
@@ -136,7 +136,7 @@ def test_studies_have_three_seeds_and_configs_that_can_be_used():
         assert {config.method for config in runs.values()} == set(study["methods"])
 
 
-@pytest.mark.parametrize("name", ["batch", "noise", "parts", "rho"])
+@pytest.mark.parametrize("name", ["batch", "noise", "parts", "rho", "trade-off"])
 def test_committed_rows_are_the_studys(name, tmp_path, capsys):
     path = STUDIES.parent / "results" / f"study-{name}.jsonl"
     show(name, path, tmp_path / "figure.png")
@@ -152,7 +152,7 @@ def test_committed_rows_are_the_studys(name, tmp_path, capsys):
 
 
 def test_unknown_studies_and_rows_that_are_not_the_studys_are_refused(tmp_path, capsys):
-    assert "choose from batch, noise, parts, rho" in error(capsys, "study", "sharpness")
+    assert "choose from batch, noise, parts, rho, trade-off" in error(capsys, "study", "sharpness")
     assert "add --show ROWS" in error(capsys, "study", "rho", "--figure", "x.png")
     rows = STUDIES.parent / "results" / "study-rho.jsonl"
     part = tmp_path / "rows.jsonl"

@@ -84,7 +84,7 @@ def test_checkpoint_of_another_model_is_refused(tmp_path):
 def test_a_run_directory_and_its_numbers(tmp_path):
     config = tiny("sam", epochs=6)
     summary = train_and_evaluate(config, EVALUATION, tmp_path)
-    names = ["best.pt", "config.json", "last.pt", "metrics.jsonl", "summary.json"]
+    names = [".lock", "best.pt", "config.json", "last.pt", "metrics.jsonl", "summary.json"]
     assert sorted(os.listdir(tmp_path)) == names
     assert json.loads((tmp_path / "summary.json").read_text()) == json.loads(json.dumps(summary))
     run = set_up(config)

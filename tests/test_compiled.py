@@ -64,8 +64,8 @@ class FreeCourse(Course):
 
 @pytest.mark.parametrize("name, base, groups", [
     ("fsam-official", "sgd", [*alike(GROUPS[0]), GROUPS[2]]),
-    ("fasam", "adamw", alike(ADAM_GROUPS[0])),
-    ("asam-weights", "sgd", alike(GROUPS[1])),
+    pytest.param("fasam", "adamw", alike(ADAM_GROUPS[0]), marks=pytest.mark.long),
+    pytest.param("asam-weights", "sgd", alike(GROUPS[1]), marks=pytest.mark.long),
     ("fsam-cosine", "adam", alike(ADAM_GROUPS[2])),
 ])
 def test_course_equals_the_oracle(name, base, groups):
@@ -107,7 +107,8 @@ SEQUENCES = {
 }
 
 
-@pytest.mark.parametrize("name", SEQUENCES)
+@pytest.mark.parametrize(
+    "name", ["16 bits", "apart", pytest.param("masters", marks=pytest.mark.long)])
 @pytest.mark.filterwarnings("ignore:the weights are 16-bit:UserWarning")
 def test_sequences_that_the_uncompiled_ones_also_play(name, monkeypatch):
     monkeypatch.setattr(compiled, "LARGE", 20)

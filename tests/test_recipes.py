@@ -477,7 +477,7 @@ def test_transformers_trainer_traps(run, tmp_path):
         page.trainer(page.network(), tmp_path, gradient_accumulation_steps=2).train()
 
 
-@pytest.mark.parametrize("replay", [True, False])
+@pytest.mark.parametrize("replay", [True, pytest.param(False, marks=pytest.mark.long)])
 def test_timm(run, replay):
     pytest.importorskip("timm", reason="needs timm: pip install .[recipes]")
     page = run("timm")

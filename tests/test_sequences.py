@@ -17,7 +17,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:the weights are 16-bit:UserWarni
                                         "ignore:the closure left no gradients:UserWarning",
                                         "ignore:(invalid|overflow|divide):RuntimeWarning")
 # sequences, and the most events of one
-DRAWN = {"reference": (900, 8), "compiled": (300, 8), "triton": (200, 4)}
+DRAWN = {"reference": (500, 8), "compiled": (200, 8), "triton": (100, 4)}
 
 
 @pytest.mark.parametrize("backend", dispatch.BACKENDS)
