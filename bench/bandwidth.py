@@ -15,11 +15,12 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def elapsed_ms(call: Callable[[], object], device: torch.device) -> float:
+def elapsed_ms(call: Callable[[], object], device: torch.device, queued: bool = False) -> float:
     """Return how long `call` takes on an idle device, in milliseconds.
 
     On a GPU the time between two events of the stream, so the host's wait is not in it; where the
-    host is slower than the device, its gaps are.
+    host is slower than the device, its gaps are. queued: a GPU first idles 0.2 ms or so, by whose
+    end the host has launched `call`: for a graph, whose one launch is no part of what it does.
     """
     wait(device)
     if device.type != "cuda":
@@ -27,6 +28,8 @@ def elapsed_ms(call: Callable[[], object], device: torch.device) -> float:
         call()
         return 1e3 * (time.perf_counter() - start)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    if queued:
+        torch.cuda._sleep(400_000)  # cycles
     start.record(torch.cuda.current_stream(device))
     call()
     end.record(torch.cuda.current_stream(device))

@@ -20,7 +20,7 @@ class Runner:
 
     passes: the gradients of the first and of the second pass, fixed tensors.
     phases: (gradients, call) pairs that make one step: the climb and the return, or, for plain
-    SGD, the one step with the second pass's gradients.
+    SGD, the one step with the second pass's gradients. captured: whether they are CUDA graphs.
     kept: the most bytes of state that the optimizer has kept after a phase. first_ms: how long the
     first step took, compilation included.
     """
@@ -34,7 +34,7 @@ class Runner:
             self.phases = [(passes[1], self.opt.step)]
         else:
             self.phases = [(passes[0], self.opt.first_step), (passes[1], self.opt.second_step)]
-        self.kept, self.ms, self.first_ms = 0, [], None
+        self.captured, self.kept, self.ms, self.first_ms = False, 0, [], None
 
     def point_at(self, grads: list[Tensor]) -> None:
         for p, g in zip(self.params, grads, strict=True):
@@ -57,7 +57,7 @@ class Runner:
             with torch.cuda.graph(graph):
                 call()
             captured.append((grads, graph.replay))
-        self.phases = captured
+        self.phases, self.captured = captured, True
 
     def time(self, first: list[Tensor], flush: Tensor) -> None:
         """Time a step: its phases in milliseconds, each begun with cold caches, as they are after
@@ -68,7 +68,7 @@ class Runner:
         for grads, call in self.phases:
             self.point_at(grads)
             flush.sum()
-            total += elapsed_ms(call, flush.device)
+            total += elapsed_ms(call, flush.device, queued=self.captured)
         self.ms.append(total)
 
 
