@@ -1,4 +1,4 @@
-# make demo: train and attack four small networks, end with a table and two plots (4 minutes)
+# make demo: four methods, two seeds each, trained and attacked; a table and two plots (4 minutes)
 # make test: everything CI runs (ruff, then pytest)
 # make prove: the tests that are too long for every change (marked `long`)
 # make fuzz: 32,000 drawn sequences of events beside the oracle, with fresh seeds (35 minutes)

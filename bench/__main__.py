@@ -35,8 +35,8 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
         "and the last epoch is the best")  # fmt: skip
     add("--label-noise", type=float, metavar="RATE", help="share of the training labels")
     add("--noise-kind", help="published (F-SAM's: redrawn, some to the right class) or true")
-    add("--model", help="preactresnet18, resnet18, vgg16bn, wrn28-10, pyramidnet110, smallconv, "
-        "resnet50, deit-small, torchvision:NAME, timm:NAME")  # fmt: skip
+    add("--model", help="preactresnet18, resnet18, vgg16bn, wrn28-10, wrn28-10-fsam, "
+        "pyramidnet110, smallconv, resnet50, deit-small, torchvision:NAME, timm:NAME")  # fmt: skip
     add("--width", type=int, help="64: as published; others scale all channels (smallconv: the "
         "first layer's channels)")  # fmt: skip
     add("--weights", metavar="FILE", help="a state_dict to start from, of any number of classes")
@@ -50,7 +50,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     add("--weight-decay", type=float)
     add("--rho", type=float, help="SAM's radius")
     add("--sigma", type=float, help="F-SAM: how much of the gradient's average is removed")
-    add("--lmbda", type=float, help="F-SAM: the average's decay, in (0, 1)")
+    add("--lmbda", type=float, help="F-SAM: the average's decay, in [0, 1)")
     add("--eta", type=float, help="ASAM: added to |w|; FisherSAM: weight of the Fisher diagonal")
     add("--interval", type=int, help="sam-interval: climb at every so-many-th step")
     add("--late", type=float, help="sam-late: share of the epochs before the first climb")
@@ -71,7 +71,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     add("--beta", type=float, help="TRADES: weight of the robust term")
     add("--awp-gamma", type=float, help="adversarial weight perturbation, of each layer's norm")
     add("--awp-warmup", type=int, help="epochs before it (default 0)")
-    add("--amp", help="off or bf16, for training; evaluation is always float32")
+    add("--amp", help="off, bf16 or fp16, for training; evaluation is always float32")
     add("--channels-last", action=argparse.BooleanOptionalAction)
     add("--backend", help="fastsam's: triton, compiled or reference (default: fastsam chooses)")
     add("--threads", type=int, help="CPU threads of one run")
@@ -94,8 +94,10 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
 
 def add_evaluation_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--eval-linf", nargs="+", metavar="EPS", help="radii, like --eps (default 1 2 8)")
-    add("--eval-l2", nargs="+", metavar="EPS", help="radii, like --eps (default 16 32 128)")
+    add("--eval-linf", nargs="+", metavar="EPS", help="radii, like --eps (default 1 2 8; "
+        "for digits 16 32 too)")  # fmt: skip
+    add("--eval-l2", nargs="+", metavar="EPS", help="radii, like --eps (default 16 32 128; "
+        "for digits 256 too)")  # fmt: skip
     add("--eval-steps", type=int, help="PGD steps of the evaluation (default 10)")
     add("--n-examples", "--eval-samples", type=int, dest="eval_samples",
         help="attack this many test images, drawn once for all (default all)")  # fmt: skip
@@ -136,7 +138,8 @@ def add_step_command(commands: Any) -> None:
     add = commands.add_parser(
         "step", help=text, description=text, argument_default=argparse.SUPPRESS
     ).add_argument
-    add("--model", help="preactresnet18 (default), or torchvision's resnet50, vit_b_16, ...")
+    add("--model", help="a network of train's (default preactresnet18), or torchvision's "
+        "resnet50, vit_b_16, ...")  # fmt: skip
     add("--width", type=int, help="64: as published; others scale all channels (smallconv: the "
         "first layer's channels)")  # fmt: skip
     add("--params", type=int, help="instead of a model: so many parameters")

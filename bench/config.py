@@ -59,7 +59,7 @@ class Config:
     label_noise, noise_kind: see bench.noise. augment "resized-crop": for directories of photographs
     of various sizes, which are read when they are needed and become image_size pixels square
     (224 if None). padding, cutout: see bench.pipeline.Augmentation. normalisation: see
-    bench.data.normalisation. weights: a file with the network's weights to start from.
+    bench.data.constants. weights: a file with the network's weights to start from.
     base: the optimizer under SAM. rho, sigma, lmbda, eta, scale, interval: as in fastsam's
     optimizers. late: the share of the epochs before SAM's first climb. ascent_part: the share of
     the batch that the climb's gradient comes from. micro: in how many parts a batch is climbed

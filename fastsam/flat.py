@@ -61,6 +61,7 @@ class Hyper(NamedTuple):
 
 SHARES = ("given_sigma", "ema_share", "momentum_share", "beta1_share", "beta2_share", "log_beta1",
           "log_beta2")
+# ||T d|| and whether it was finite; 1 / the loss scale of either pass; GradScaler's overflow
 CONTROL = ("norm", "ok", "inv_scale1", "inv_scale2", "found_inf")
 NEUTRAL = {"inv_scale1": 1, "inv_scale2": 1, "found_inf": 0}
 COUNTERS = ("skipped", "climb_ticket", "step_ticket")
@@ -71,11 +72,13 @@ class Slot:
     """One parameter, its memory w, its group, its part of the flat buffers, and this step's
     gradients.
 
-    w is `param` itself, or this process's shard of it where it is a DTensor. g1 is the first-pass
-    gradient (None: this slot does not climb) and is let go after the climb, which `climbed`
-    remembers; g2 is the second-pass one (None: the base optimizer leaves the slot alone). a and b
-    define the scaling T: a |w| + b for ASAM, 1 / sqrt(1 + a g^2) for FisherSAM. v is SGD's
-    momentum or Adam's first moment, u Adam's second, v_steps how often they were updated.
+    w is `param` itself, or this process's shard of it where it is a DTensor. backup is the w that
+    the climb saved, or the float32 master. m is Friendly-SAM's average, or a given full gradient.
+    g1 is the first-pass gradient (None: this slot does not climb) and is let go after the climb,
+    which `climbed` remembers; g2 is the second-pass one (None: the base optimizer leaves the slot
+    alone). a and b define the scaling T: a |w| + b for ASAM, 1 / sqrt(1 + a g^2) for FisherSAM. v
+    is SGD's momentum or Adam's first moment, u Adam's second. m_steps and v_steps are how often m,
+    and v and u, were updated.
     """
 
     param: Tensor

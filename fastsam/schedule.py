@@ -16,7 +16,7 @@ class RhoScheduler:
             least 0.
 
     Raises:
-        ValueError: a group without rho.
+        ValueError: a group without rho; a factor below 0 or not finite, at `step` too.
     """
 
     def __init__(self, optimizer: Optimizer, rho_lambda: Callable[[int], float]):

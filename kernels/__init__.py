@@ -10,5 +10,5 @@ if __name__ == "fastsam.kernels":
     from .step import step
 
     __all__ = ["INTERPRETED", "climb", "dots", "l2_step", "linf_step", "norm", "step"]
-else:  # found as top-level `kernels`, another package's name: nothing, as if the folder were bare
+else:  # a checkout on sys.path makes this `import kernels`, others' name too: offer nothing
     __all__, __path__, __file__ = [], [], None

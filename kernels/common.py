@@ -1,8 +1,8 @@
-"""What the three kernels share: sizes, table columns, and how a block finds its memory.
+"""What the kernels share: sizes, table columns, and how a block finds its memory.
 
-A kernel runs as at most PARTIALS programs; each walks blocks p, p + programs, ... of BLOCK
-elements. A block belongs to one slot. Its gradient and weight are reached through an int64 table
-of addresses (0: none); the flat buffers (saved w, m, v) by the slot's offset.
+K0 to K3 run as at most PARTIALS programs; each walks blocks p, p + programs, ... of BLOCK
+elements. A block belongs to one slot (fastsam.flat.Slot). Its gradient and weight are reached
+through an int64 table of addresses (0: none); the flat buffers (saved w, m, v) by its offset.
 """
 
 import torch
@@ -19,7 +19,7 @@ if not torch.version.hip:
     OPTIONS["maxnreg"] = 128
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
-# columns of the hyper-parameter table: fastsam.flat.Hyper, then SHARES
+# columns of the hyper-parameter table: fastsam.flat.Hyper, then SHARES; 5 and 12 no kernel reads
 RHO, SIGMA, LMBDA, LR = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 MOMENTUM, WEIGHT_DECAY, NESTEROV = tl.constexpr(4), tl.constexpr(6), tl.constexpr(7)
 BETA1, BETA2, EPS, DECOUPLED = (

@@ -33,7 +33,8 @@ from .common import (
 
 @triton.jit
 def direction(g, m, sigma, lmbda, share, MODE: tl.constexpr):
-    """The ascent direction d and the new m, from g and the m of the step before.
+    """The ascent direction d and the new m, from g and m: the average before this step, or the
+    given full gradient. In fastsam.reference: `ascent`.
 
     share is 1 - lmbda, taken before either was rounded.
     """

@@ -42,7 +42,8 @@ SGD, SGD_MOMENTUM, ADAM = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 @triton.jit
 def sgd(w, g, v, flat, offs, mask, row, count, ok, HAS_MOMENTUM: tl.constexpr):
-    """torch.optim.SGD's update of w; stores v."""
+    """torch.optim.SGD's update of w; stores v. What the reference branches on is data here, except
+    whether there is a momentum buffer."""
     g = g + tl.load(row + WEIGHT_DECAY) * w
     if HAS_MOMENTUM:
         momentum, share = tl.load(row + MOMENTUM), tl.load(row + MOMENTUM_SHARE)
