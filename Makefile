@@ -11,8 +11,9 @@ BIN := .venv/bin
 demo: .venv/ready
 	$(BIN)/python -m bench compare --demo
 
+# a thread for each of the two processes: more only wait for each other
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 prove: .venv/ready
 	$(BIN)/python -m pytest -m long
