@@ -73,7 +73,7 @@ class FreeCourse(Course):
     ("fsam-official", "sgd", [*alike(GROUPS[0]), GROUPS[2]]),
     pytest.param("fasam", "adamw", alike(ADAM_GROUPS[0]), marks=pytest.mark.long),
     pytest.param("asam-weights", "sgd", alike(GROUPS[1]), marks=pytest.mark.long),
-    ("fsam-cosine", "adam", alike(ADAM_GROUPS[2])),
+    pytest.param("fsam-cosine", "adam", alike(ADAM_GROUPS[2]), marks=pytest.mark.long),
 ])
 def test_course_equals_the_oracle(name, base, groups, threads):
     """Weights, moved weights and state at every step; missing and bad gradients on the way."""
@@ -207,6 +207,7 @@ def test_plain_steps_compile_one_structure_more(without_inductor):
     assert counts == [8, 8, 8]  # 2 kinds of stretches; norm, climb, step, plain step
 
 
+@pytest.mark.long
 def test_steps_inside_and_outside_of_inference_mode(without_inductor):
     courses = []
     for backend in ("compiled", "reference"):
@@ -281,6 +282,7 @@ print(inductor["fxgraph_cache_hit"], inductor["fxgraph_cache_miss"])
 """
 
 
+@pytest.mark.long
 def test_the_next_run_compiles_nothing(tmp_path):
     env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
     first, second = (subprocess.run([sys.executable, "-c", RUN], cwd=ROOT, env=env, check=True,
@@ -351,6 +353,7 @@ print(*opt.backend_report().values())
 """
 
 
+@pytest.mark.long
 def test_where_the_compiler_is_broken_the_reference_runs_and_says_why(tmp_path):
     broken = tmp_path / "c++"
     broken.write_text("#!/bin/sh\ntest \"$1\" = --version && echo g++ 13\n")

@@ -436,6 +436,7 @@ def test_transformers_trainer(run):
     assert fell(page.losses)
 
 
+@pytest.mark.long
 def test_transformers_trainer_equals_a_plain_fastsam_loop_and_resumes(run, tmp_path):
     pytest.importorskip("transformers", reason="needs transformers: pip install .[recipes]")
     page = run("transformers-trainer")

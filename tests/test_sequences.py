@@ -17,7 +17,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:the weights are 16-bit:UserWarni
                                         "ignore:the closure left no gradients:UserWarning",
                                         "ignore:(invalid|overflow|divide):RuntimeWarning")
 # sequences, and the most events of one
-DRAWN = {"reference": (500, 8), "compiled": (200, 8), "triton": (100, 4)}
+DRAWN = {"reference": (500, 8), "compiled": (100, 8), "triton": (60, 4)}
 
 
 @pytest.mark.parametrize("backend", dispatch.BACKENDS)
@@ -80,7 +80,7 @@ MUTATIONS = [(reference, "direction", wrong_sigma), (reference, "climb", forgott
              (reference, "adam", wrong_bias_correction),
              (SAM, "_go_back", one_weight_left_perturbed), (saving, "load_slot", lost_step_counts),
              (flat.Space, "set_control", overflow_unseen),
-             (flat.Space, "_reorder", state_in_the_old_order)]
+             pytest.param(flat.Space, "_reorder", state_in_the_old_order, marks=pytest.mark.long)]
 
 
 @pytest.mark.parametrize("owner, name, mutate", MUTATIONS, ids=lambda x: getattr(x, "__name__", x))
