@@ -74,7 +74,7 @@ def uncompiled(request, monkeypatch) -> None:
 
 
 LONGEST = ("test_sequences", "test_compiled", "test_recipes", "test_aot", "test_kernels",
-           "test_distributed", "test_bench_parallel", "test_bench_resume")
+           "test_distributed", "test_bench_resume")
 
 
 def pytest_collection_modifyitems(items: list) -> None:

@@ -17,6 +17,7 @@ from bench.train import train
 from . import parallel_worker as worker
 from .survive import learning, same, state
 
+pytestmark = pytest.mark.long
 ROOT = Path(__file__).resolve().parent.parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 ENVIRONMENT = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))
