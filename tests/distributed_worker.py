@@ -51,7 +51,7 @@ def two_processes():
     if "FASTSAM_TWO_PROCESSES" not in os.environ:
         pytest.skip("needs the two processes of test_distributed.py")
     dist.init_process_group("gloo", init_method=f"file://{FOLDER / 'store'}", rank=RANK,
-                            world_size=RANKS, timeout=timedelta(seconds=60))
+                            world_size=RANKS, timeout=timedelta(seconds=300))
     yield
     dist.destroy_process_group()
 

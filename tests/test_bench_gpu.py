@@ -42,7 +42,7 @@ def is_running(pid: int) -> bool:
         return False
 
 
-def wait_until(condition, seconds=20) -> None:
+def wait_until(condition, seconds=100) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "nothing happened"
@@ -116,16 +116,16 @@ def test_a_measurement_whose_own_parity_is_red_stops_everything(tmp_path):
 def test_a_piece_past_its_limit_ends_with_its_children(tmp_path):
     child = tmp_path / "child"
     code = ("import subprocess, sys, time\n"
-            "p = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
+            "p = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
             f"open({str(child)!r}, 'w').write(str(p.pid))\n"
-            "print('half way', flush=True)\ntime.sleep(60)")
+            "print('half way', flush=True)\ntime.sleep(600)")
     start = time.monotonic()
-    pieces = [piece(tmp_path, "slow", code, limit=3), piece(tmp_path, "next")]
+    pieces = [piece(tmp_path, "slow", code, limit=5), piece(tmp_path, "next")]
     assert run(pieces, tmp_path, HERE) == 1
-    assert time.monotonic() - start < 30
+    assert time.monotonic() - start < 300
     assert ran(tmp_path) == ["slow", "next"]
     entry = read_state(tmp_path)["slow"]
-    assert (entry["exit"], entry["note"]) == (124, "half way") and 3 <= entry["seconds"] < 30
+    assert (entry["exit"], entry["note"]) == (124, "half way") and 5 <= entry["seconds"] < 300
     wait_until(lambda: not is_running(int(child.read_text())))
 
 
@@ -154,8 +154,8 @@ def test_nothing_is_measured_while_a_gate_does_not_fit(tmp_path):
 
 
 def test_a_budget_ends_what_was_thought_to_fit_and_learns(tmp_path):
-    slow = [piece(tmp_path, "slow", "import time; time.sleep(60)", estimate=0.1)]
-    assert run(slow, tmp_path, HERE, minutes=0.03) == 1
+    slow = [piece(tmp_path, "slow", "import time; time.sleep(600)", estimate=0.1)]
+    assert run(slow, tmp_path, HERE, minutes=0.05) == 1
     assert outcome(read_state(tmp_path)["slow"], HERE) == "timed out"
     assert ran(tmp_path) == ["slow"]
     assert run(slow, tmp_path, HERE, minutes=0.02) == 0
@@ -180,12 +180,12 @@ sys.exit(gpu.gpu(where))
 @pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGTERM], ids=lambda kill: kill.name)
 def test_a_killed_session_goes_on_with_the_piece_it_was_at(kill, tmp_path):
     pid = tmp_path / "pid"
-    slow = (f"import os, time; open({str(pid)!r}, 'w').write(str(os.getpid())); time.sleep(60)")
+    slow = (f"import os, time; open({str(pid)!r}, 'w').write(str(os.getpid())); time.sleep(600)")
     command = [sys.executable, "-c", SESSION, str(tmp_path), slow]
     session = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
-    wait_until(lambda: pid.exists() and pid.read_text(), 60)
+    wait_until(lambda: pid.exists() and pid.read_text())
     session.send_signal(kill)
-    assert session.wait(20) != 0
+    assert session.wait(100) != 0
     if kill is signal.SIGTERM:
         wait_until(lambda: not is_running(int(pid.read_text())))
     else:
