@@ -150,7 +150,11 @@ def test_bad_input_is_one_sentence_and_no_files(command, arguments, said, tmp_pa
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has what is to be missing")
 @pytest.mark.parametrize(
-    "arguments", [["--device", "cuda"], ["--method", "sam", "--backend", "triton"]], ids=" ".join
+    "arguments",
+    [
+        pytest.param(["--device", "cuda"], marks=pytest.mark.long),
+        ["--method", "sam", "--backend", "triton"],
+    ],
 )
 def test_what_cannot_run_here_is_refused_from_a_shell(arguments, tmp_path):
     without = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}

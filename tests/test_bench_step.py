@@ -408,6 +408,8 @@ def test_the_budget_knows_whose_states_are_float32(quick, tmp_path):
     ids=" ".join,
 )
 def test_bad_input_is_one_sentence(arguments, said, tmp_path, capsys):
+    why_not_compile(CPU)  # torch may warn of the machine when it compiles first
+    capsys.readouterr()
     rows = tmp_path / "rows.jsonl"
     assert main(["step", *arguments, "--rows", str(rows)]) == 2
     output = capsys.readouterr()
