@@ -8,6 +8,7 @@ compiles nothing; what is compiled anew is another structure (`Plan`).
 """
 
 import functools
+import math
 import types
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -15,17 +16,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import reference
+from . import reference, runs
 from .dispatch import first_line
 from .flat import PAD, SHARES, Hyper, Slot, Space
 
-LARGE = 2**16  # elements: from here on a call of its own costs less than gathering the gradient
 # Every value that is used twice becomes a buffer, which the fused loop then keeps in registers.
 # Otherwise the climb's radius reads w once more, and Inductor, which moves w in place, makes a
 # second loop over memory for it.
 OPTIONS = {"realize_reads_threshold": 0, "emulate_precision_casts": True}
-TINY = 1.2e-38  # an eps below is 0, or nothing beside a root, in float32
-REMEMBERED = 8  # ways to cut a space, such as those of the steps with a climb and of those without
 BUFFERS = {"g1": ("backup", "m"), "g2": ("backup", "v", "u")}
 TABLES = ("hyper", "scalings", "steps")
 FEATURES = ("momentum", "dampening", "weight_decay", "nesterov", "decoupled")
@@ -105,7 +103,7 @@ class Compiled:
         self.run = torch.compile(own, fullgraph=True, options=OPTIONS)
 
     def try_out(self, tensors: dict[str, Tensor], more: dict) -> None:
-        """Compile it, before anything is written, on zeros of LARGE elements. No two lengths are
+        """Compile it, before anything is written, on zeros: LARGE elements. No two lengths are
         alike there, nor the real ones: torch.compile takes equal lengths for one.
 
         Raises:
@@ -117,7 +115,7 @@ class Compiled:
         lengths = dict(hyper=3, scalings=7, steps=7) if plan.many else dict.fromkeys(TABLES)
         zeros = {}
         for name, t in tensors.items():
-            length = lengths.get(name, LARGE // PAD if plan.many else LARGE)
+            length = lengths.get(name, runs.LARGE // PAD if plan.many else runs.LARGE)
             grows = length is not None and t.ndim and len(t) > 1
             zeros[name] = t.new_zeros((length, *t.shape[1:]) if grows else t.shape)
             if grows:
@@ -165,9 +163,7 @@ class Stretch:
 
     def __init__(self, space: Space, slots: list[Slot], gradient: str):
         self.slots, self.gradient = slots, gradient
-        self.many, first, last = len(slots) > 1, slots[0], slots[-1]
-        self.start, self.size = first.offset, last.offset - first.offset + last.w.numel()
-        self.size += -self.size % PAD if self.many else 0
+        self.many, first = len(slots) > 1, slots[0]
         scale = "inv_scale" + gradient[1]
         phase = ((space.mode, space.scaling, None, ()) if gradient == "g1"
                  else (None, None, space.base, features(space.rows[first.group])))
@@ -176,43 +172,31 @@ class Stretch:
         self.tensors = {"inv_scale": getattr(space.control, scale), **self.tables(space)}
         for name in BUFFERS[gradient]:
             if getattr(space, name) is not None:
-                self.tensors[name] = self.part(getattr(space, name), self.start)
-        packed = space.flat_w is not None and all(
-            s.w.data_ptr() == space.flat_w.data_ptr() + s.offset * s.w.itemsize for s in slots)
+                self.tensors[name] = self.part(getattr(space, name))
+        packed = runs.is_packed(space, slots)
         if packed:
-            self.tensors["w"] = self.part(space.flat_w, self.start)
+            self.tensors["w"] = self.part(space.flat_w)
         self.tensors = {name: alias(t) for name, t in self.tensors.items()}
         self.gathers = (gradient,) if packed else (gradient, "w")
-        self.scratch = {name: self.shared_scratch(space, name[0]) for name in self.gathers
+        self.scratch = {name: runs.scratch(space, slots, name[0]) for name in self.gathers
                         if self.many}
 
     def tables(self, space: Space) -> dict[str, Tensor]:
-        rows = [(space.slots.index(s), s.group) for s in self.slots]
         steps = space.steps[int(self.gradient == "g2")]
         if not self.many:
-            (number, group), = rows
-            return dict(hyper=space.hyper[group], scalings=space.scalings()[number],
+            slot, = self.slots
+            number = space.slots.index(slot)
+            return dict(hyper=space.hyper[slot.group], scalings=space.scalings()[number],
                         steps=steps[number])
-        chunks = torch.tensor([-(-s.w.numel() // PAD) for s in self.slots], device="cpu")
-        numbers, groups = (x.repeat_interleave(chunks).unsqueeze(1).to(space.device)
-                           for x in torch.tensor(rows, device="cpu").unbind(1))
+        numbers, groups = runs.chunk_of(space, self.slots)
         return dict(hyper=space.hyper, scalings=space.scalings(), steps=steps, numbers=numbers,
                     groups=groups)
 
-    def part(self, flat: Tensor, start: int) -> Tensor:
-        part = flat.narrow(0, start, self.size)
-        return part.view(-1, PAD) if self.many else part
-
-    def shared_scratch(self, space: Space, kind: str) -> tuple[Tensor, list[Tensor]]:
-        """The run's part of the scratch memory that all small slots of the space have for their
-        gradients ("g") or weights ("w"), 0 between them; and every slot's part of that."""
-        tail = min(s.offset for s in space.slots if s.w.numel() < LARGE)
-        if kind not in space.scratch:
-            space.scratch[kind] = torch.zeros(space.size - tail, dtype=space.dtype,
-                                              device=space.device)
-        flat = space.scratch[kind]
-        return self.part(flat, self.start - tail), [
-            flat.as_strided(s.w.shape, s.w.stride(), s.offset - tail) for s in self.slots]
+    def part(self, flat: Tensor) -> Tensor:
+        if self.many:
+            return runs.chunked(flat, self.slots)
+        slot, = self.slots
+        return flat.narrow(0, slot.offset, slot.w.numel())
 
     def gathered(self) -> dict[str, Tensor]:
         """All tensors of this by name, with what other people own copied to where it is read."""
@@ -236,40 +220,19 @@ def features(h: Hyper) -> tuple[str, ...]:
 
 
 def stretches(space: Space, gradient: str) -> list[Stretch | Slot]:
-    """The slots that have a gradient: as stretches, or by themselves where they cannot be."""
-    state = tuple((getattr(s, gradient) is not None, s.climbed) for s in space.slots)
-    kinds = tuple((features(h), h.eps < TINY) for h in space.rows)
+    """The slots that have a gradient: as stretches, or by themselves where they cannot be. Groups
+    may differ in their hyper-parameters, not in what the base optimizer does."""
+    kinds = tuple(features(h) for h in space.rows)
+
+    def cut() -> list[Stretch | Slot]:
+        found = runs.neighbours(space, gradient, lambda s: kinds[s.group], math.inf)
+        return [Stretch(space, slots, gradient)
+                if slots[0].dense and sum(s.w.numel() for s in slots) > 1 else slots[0]
+                for slots in found]
+
+    key = kinds, runs.without_eps(space), space.scaling, space.is_set("inv_scale" + gradient[1])
     objects = space._memory, space.v, space.hyper, space.scalings()
-    key = (gradient, state, kinds, space.scaling, space.is_set("inv_scale" + gradient[1]),
-           *map(id, objects))
-    if key not in space.stretches:
-        if len(space.stretches) == REMEMBERED:
-            space.stretches.clear()
-        with torch.inference_mode(False):  # what is made here is used outside of it, too
-            space.stretches[key] = cut(space, gradient, state, kinds), objects
-    return space.stretches[key][0]
-
-
-def cut(space: Space, gradient: str, state: tuple, kinds: tuple) -> list[Stretch | Slot]:
-    """Large slots one by one; small ones in runs of neighbours that are alike. Adam without an
-    eps would make NaN of the zeros between slots: no runs there."""
-    found, last = [], None
-    for s, (present, climbed) in sorted(zip(space.slots, state, strict=True),
-                                        key=lambda pair: pair[0].offset):
-        if not present:
-            last = None
-            continue
-        n, (base, no_eps) = s.w.numel(), kinds[s.group]
-        alone = n >= LARGE or n == 0 or not s.dense or (space.base == "adam" and no_eps)
-        kind = None if alone else (base, climbed)
-        if kind is not None and kind == last:
-            found[-1].append(s)
-        else:
-            found.append([s])
-        last = kind
-    return [Stretch(space, slots, gradient)
-            if slots[0].dense and sum(s.w.numel() for s in slots) > 1 else slots[0]
-            for slots in found]
+    return runs.remembered(space, gradient, key, objects, cut)
 
 
 def each(space: Space, gradient: str, function: Callable, **more
@@ -316,7 +279,7 @@ def climb(space: Space, partials: Tensor) -> None:
             slot.climbed = True
     space.radii[:1 + reference.rounds(space), 0] = total_of(radii)
     if space.mode in ("algorithm1", "official"):
-        count(space.steps[0], [slot.climbed for slot in space.slots], ok)
+        reference.count(space.steps[0], [slot.climbed for slot in space.slots], ok)
     space.control.norm.copy_(total)
     space.control.ok.copy_(ok)
 
@@ -332,13 +295,5 @@ def step(space: Space, perturbed: bool) -> None:
             slot.w.copy_(slot.backup)
     stepped = [slot.g2 is not None and reference.has_v(space, space.rows[slot.group])
                for slot in space.slots]
-    count(space.steps[1], stepped, ok)
+    reference.count(space.steps[1], stepped, ok)
     c.skipped += ~ok
-
-
-def count(steps: Tensor, which: list[bool], ok: Tensor) -> None:
-    """One more step for those of the slots, if ok."""
-    if all(which):
-        steps += ok
-    elif any(which):
-        steps += ok & torch.tensor(which, device=steps.device)

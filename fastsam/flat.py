@@ -191,7 +191,7 @@ class Space:
         self.hyper, self._hyper_values = None, None
         self._tables: dict[str, tuple[list, Tensor]] = {}
         self._memory: list | None = None
-        self.stretches: dict[tuple, tuple] = {}  # of the compiled backend, as is the scratch
+        self.cuts: dict[tuple, tuple] = {}  # of `fastsam.runs`, as is the scratch
         self.scratch: dict[str, Tensor] = {}
 
     def __getstate__(self) -> dict:
@@ -200,7 +200,7 @@ class Space:
                             "use state_dict() or torch.distributed.checkpoint")
         slots = [Slot(s.param, s.param, s.name, s.group, s.offset, s.a, s.b) for s in self.slots]
         views = ("control", "hyper", "_hyper_values", "_tables", "_memory", "rows", "flat_w",
-                 "stretches", "scratch")
+                 "cuts", "scratch")
         return {**{k: x for k, x in self.__dict__.items() if k not in views}, "slots": slots,
                 "orders": [s.backup.stride() for s in self.slots]}
 

@@ -313,9 +313,8 @@ class SAM(Optimizer):
                           for s in self._spaces])
 
     def _announce(self, changed: Iterable[Tensor]) -> None:
-        """Tell autograd and autocast, which do not see the kernels' writes, of new weights."""
-        if self._report["backend"] != "reference":
-            torch.autograd.graph.increment_version(list(changed))
+        """Tell autograd and autocast, which do not see all writes, of new weights."""
+        torch.autograd.graph.increment_version(list(changed))
         torch.clear_autocast_cache()
 
     @torch.no_grad()

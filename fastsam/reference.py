@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .flat import GUARD, Hyper, Slot, Space
+from .runs import parts
 
 
 def ema(m: Tensor, g: Tensor, h: Hyper, first: Tensor | None = None) -> Tensor:
@@ -48,9 +49,15 @@ def scaling(w: Tensor, g: Tensor, a: float, b: float, kind: str | None) -> Tenso
     return a * w.abs() + b if kind == "weights" else 1 / (1 + a * g * g).sqrt()
 
 
-def sgd(w: Tensor, g: Tensor, v: Tensor | None, first: Tensor, h: Hyper,
+def times(T: Tensor | float, d: Tensor) -> Tensor:
+    """T d, without an operation where T is 1."""
+    return T * d if isinstance(T, Tensor) else d
+
+
+def sgd(w: Tensor, g: Tensor, v: Tensor | None, first: Tensor | None, h: Hyper,
         ) -> tuple[Tensor, Tensor | None]:
-    """torch.optim.SGD's update: the new w and v. At the first step v becomes g."""
+    """torch.optim.SGD's update: the new w and v. At the first step v becomes g, which needs to be
+    said only where there is dampening: before it v is 0."""
     if is_on(h.weight_decay):
         g = g + h.weight_decay * w
     if is_on(h.momentum):
@@ -115,7 +122,7 @@ def ascent(space: Space, slot: Slot) -> tuple[Tensor, Tensor, Tensor | None]:
 def scaled(space: Space, slot: Slot) -> Tensor:
     """T d of one slot, whose norm is taken."""
     g, d, _ = ascent(space, slot)
-    return scaling(weights(space, slot), g, slot.a, slot.b, space.scaling) * d
+    return times(scaling(weights(space, slot), g, slot.a, slot.b, space.scaling), d)
 
 
 def moved(space: Space, slot: Slot) -> Tensor:
@@ -145,7 +152,7 @@ def climb_slot(space: Space, slot: Slot, total: Tensor, ok: Tensor) -> Tensor:
     w = weights(space, slot)
     g, d, m = ascent(space, slot)
     T = scaling(w, g, slot.a, slot.b, space.scaling)
-    e = torch.where(ok, space.rows[slot.group].rho / (total + GUARD) * (T * (T * d)), 0)
+    e = torch.where(ok, space.rows[slot.group].rho / (total + GUARD) * times(T, times(T, d)), 0)
     slot.backup.copy_(w)
     slot.w.copy_(w + e)
     if m is not None:
@@ -169,7 +176,8 @@ def step_slot(space: Space, slot: Slot, perturbed: bool, ok: Tensor) -> None:
         w, v, u = adam(old, g, slot.v, slot.u, (slot.v_steps + 1).to(space.acc), h)
         slot.u.copy_(torch.where(ok, u, slot.u))
     else:
-        w, v = sgd(old, g, slot.v, slot.v_steps == 0, h)
+        first = slot.v_steps == 0 if is_on(h.dampening) else None
+        w, v = sgd(old, g, slot.v, first, h)
     w = torch.where(ok, w, old)
     slot.w.copy_(w)
     if space.masters:
@@ -186,15 +194,15 @@ def has_v(space: Space, h: Hyper) -> bool:
 def dots(space: Space) -> None:
     """space.dots = the parts of <g, m>, <g, g> and <m, m> over the slots that climb."""
     space.dots.zero_()
-    for slot in space.climbing():
-        space.dots[:, 0] += dots_of(space, slot)
+    for part, _ in parts(space, "g1"):
+        space.dots[:, 0] += dots_of(space, part)
 
 
 def norm(space: Space) -> None:
     """space.partials = the parts of ||T d||^2 over the slots that have a first-pass gradient."""
     space.partials.zero_()
-    for slot in space.climbing():
-        space.partials[0] += norm_of(space, slot)
+    for part, _ in parts(space, "g1"):
+        space.partials[0] += norm_of(space, part)
 
 
 def climb(space: Space, partials: Tensor) -> None:
@@ -208,12 +216,13 @@ def climb(space: Space, partials: Tensor) -> None:
     total = partials.sum().sqrt()
     ok = total.isfinite()
     space.radii.zero_()
-    for slot in space.climbing():
-        radii = climb_slot(space, slot, total, ok)
+    for part, slots in parts(space, "g1", moves=True):
+        radii = climb_slot(space, part, total, ok)
         space.radii[:len(radii), 0] += radii
-        slot.climbed = True
-        if space.mode in ("algorithm1", "official"):
-            slot.m_steps += ok
+        for slot in slots:
+            slot.climbed = True
+    if space.mode in ("algorithm1", "official"):
+        count(space.steps[0], [slot.climbed for slot in space.slots], ok)
     space.control.norm.copy_(total)
     space.control.ok.copy_(ok)
 
@@ -227,11 +236,20 @@ def step(space: Space, perturbed: bool) -> None:
     """
     c = space.control
     ok = (c.found_inf == 0) & (c.ok != 0) if perturbed else c.found_inf == 0
+    for part, _ in parts(space, "g2", moves=True):
+        step_slot(space, part, perturbed, ok)
     for slot in space.slots:
-        if slot.g2 is not None:
-            step_slot(space, slot, perturbed, ok)
-            if has_v(space, space.rows[slot.group]):
-                slot.v_steps += ok
-        elif perturbed and slot.climbed:
+        if slot.g2 is None and perturbed and slot.climbed:
             slot.w.copy_(slot.backup)
+    stepped = [slot.g2 is not None and has_v(space, space.rows[slot.group])
+               for slot in space.slots]
+    count(space.steps[1], stepped, ok)
     c.skipped += ~ok
+
+
+def count(steps: Tensor, which: list[bool], ok: Tensor) -> None:
+    """One more step for those of the slots, if ok."""
+    if all(which):
+        steps += ok
+    elif any(which):
+        steps += ok & torch.tensor(which, device=steps.device)

@@ -9,7 +9,7 @@ if not torch.cuda.is_available():
 
 import pytest
 
-from fastsam import compiled
+from fastsam import compiled, runs
 
 
 def patch_the_interpreter_once_per_launch() -> None:
@@ -60,17 +60,24 @@ class Uncompiled(compiled.Compiled):
 
 def run_uncompiled() -> None:
     """Let the compiled backend do all that it does but compile, which takes seconds for each
-    structure, and meet its large parameters early."""
-    compiled.LARGE, compiled.compiled = 20, Uncompiled
+    structure."""
+    compiled.compiled = Uncompiled
+
+
+def meet_large_parameters_early() -> None:
+    """Let the few elements of a test be several runs, and some too large for one."""
+    runs.LARGE, runs.Run.MOST = 20, 64
 
 
 @pytest.fixture(autouse=True)
 def uncompiled(request, monkeypatch) -> None:
-    """As `run_uncompiled`, except in tests marked `compiles`, and where times are taken."""
-    for name in ("compiled", "LARGE"):
-        monkeypatch.setattr(compiled, name, getattr(compiled, name))
+    """As `run_uncompiled` and `meet_large_parameters_early`, except in tests marked `compiles`,
+    and where times are taken."""
+    for where, name in ((compiled, "compiled"), (runs, "LARGE"), (runs.Run, "MOST")):
+        monkeypatch.setattr(where, name, getattr(where, name))
     if "compiles" not in request.keywords and not request.config.getoption("benchmark_enable"):
         run_uncompiled()
+        meet_large_parameters_early()
 
 
 LONGEST = ("test_sequences", "test_compiled", "test_recipes", "test_aot", "test_kernels",

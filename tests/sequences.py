@@ -244,4 +244,5 @@ if __name__ == "__main__":
     from . import conftest  # also the interpreter, where there is no GPU
 
     conftest.run_uncompiled()
+    conftest.meet_large_parameters_early()
     main()

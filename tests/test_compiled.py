@@ -15,7 +15,7 @@ import torch
 from torch._dynamo.utils import counters
 from torch._inductor.utils import run_and_get_code
 
-from fastsam import ASAM, SAM, FriendlySAM, compiled, dispatch
+from fastsam import ASAM, SAM, FriendlySAM, compiled, dispatch, runs
 
 from .player import Grads, Group, Setup, Weight
 from .sequences import play
@@ -26,7 +26,7 @@ pytestmark = [
     pytest.mark.skipif(dispatch.why_not_compiled("cpu") is not None,
                        reason=str(dispatch.why_not_compiled("cpu")))]
 ROOT = Path(__file__).parent.parent
-LARGE = compiled.LARGE
+LARGE = runs.LARGE
 SHAPES = [(7,), (LARGE + 5,), (4, 3), (1,), (0,), (2, 3, 2, 2), (LARGE // 8, 8), (5, 5), (33,)]
 HYPER = dict(lr=0.05, momentum=0.9, weight_decay=1e-2)
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -119,7 +119,7 @@ SEQUENCES = {
     "name", ["16 bits", "apart", pytest.param("masters", marks=pytest.mark.long)])
 @pytest.mark.filterwarnings("ignore:the weights are 16-bit:UserWarning")
 def test_sequences_that_the_uncompiled_ones_also_play(name, monkeypatch):
-    monkeypatch.setattr(compiled, "LARGE", 20)
+    monkeypatch.setattr(runs, "LARGE", 20)
     play(*SEQUENCES[name])
 
 
@@ -183,7 +183,7 @@ def test_a_phase_is_one_loop_over_memory_and_makes_no_tensor(phase, monkeypatch,
 def without_inductor(monkeypatch):
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     monkeypatch.setattr(compiled, "OPTIONS", None)
-    monkeypatch.setattr(compiled, "LARGE", 64)
+    monkeypatch.setattr(runs, "LARGE", 64)
     monkeypatch.setattr(compiled, "compiled", functools.cache(compiled.Compiled))
 
 

@@ -44,7 +44,8 @@ class Executed(TorchDispatchMode):
         kind, _, name = op.name().partition("::")
         if kind == "aten" and not (op.is_view or name.startswith("empty")):
             self.names.append(name)
-            self.elements = max(self.elements, result.numel())
+            if isinstance(result, torch.Tensor):
+                self.elements = max(self.elements, result.numel())
         return result
 
 
