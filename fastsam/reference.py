@@ -252,4 +252,5 @@ def count(steps: Tensor, which: list[bool], ok: Tensor) -> None:
     if all(which):
         steps += ok
     elif any(which):
-        steps += ok & torch.tensor(which, device=steps.device)
+        torch._foreach_add_([n for n, one in zip(steps, which, strict=True) if one],
+                            ok.to(steps.dtype))
