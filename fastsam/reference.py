@@ -61,8 +61,10 @@ def sgd(w: Tensor, g: Tensor, v: Tensor | None, first: Tensor | None, h: Hyper,
     if is_on(h.weight_decay):
         g = g + h.weight_decay * w
     if is_on(h.momentum):
-        new = h.momentum * v + h.momentum_share * g
-        v = torch.where(first, g, new) if is_on(h.dampening) else new
+        if is_on(h.dampening):
+            v = torch.where(first, g, h.momentum * v + h.momentum_share * g)
+        else:
+            v = h.momentum * v + g
         g = g + h.momentum * v if h.nesterov else v
     return w - h.lr * g, v
 

@@ -100,7 +100,7 @@ class Run:
     """Neighbours of one group and one scaling T as the reference sees a slot. Its tensors are
     (chunks, PAD), so that their step counts, which may differ, are looked up once a chunk."""
 
-    MOST = 2**16  # elements: what several operations read one after another stays in the cache
+    MOST = 2**18  # elements: a bound for the temporaries; the time hardly depends on it
 
     def __init__(self, space: Space, slots: list[Slot], gradient: str):
         first = slots[0]

@@ -15,7 +15,7 @@ SHAPES = [(5, 3), (17,), (2, 2, 3, 3), (1,), (33,), (0,), (4, 4)]
 @pytest.fixture(autouse=True)
 def real_sizes(monkeypatch):
     monkeypatch.setattr(runs, "LARGE", 2**16)
-    monkeypatch.setattr(Run, "MOST", 2**16)
+    monkeypatch.setattr(Run, "MOST", 2**18)
 
 
 def parameters(shapes=SHAPES, dtype=torch.float32) -> list[torch.nn.Parameter]:
@@ -60,7 +60,7 @@ def test_tensors_of_one_run_count_their_own_steps(base):
     """Against the same steps slot by slot; a climb of radius 0, so that no sum's order matters."""
     kind, hyper = BASES.get(base, (torch.optim.SGD, dict(lr=0.1, momentum=0.9, dampening=0.3)))
     found = []
-    for most in (2**16, 1):
+    for most in (2**18, 1):
         Run.MOST = most
         params = parameters()
         opt = FriendlySAM(params, kind, rho=0.0, convention="official", backend="reference",
