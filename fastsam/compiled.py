@@ -23,7 +23,11 @@ from .flat import PAD, SHARES, Hyper, Slot, Space
 # Every value that is used twice becomes a buffer, which the fused loop then keeps in registers.
 # Otherwise the climb's radius reads w once more, and Inductor, which moves w in place, makes a
 # second loop over memory for it.
-OPTIONS = {"realize_reads_threshold": 0, "emulate_precision_casts": True}
+# What Dynamo's guards would check before each call, for longer than many a call takes, is known:
+# a function is compiled for one plan and setting, and the stretches make its tensors alike.
+OPTIONS = {"realize_reads_threshold": 0, "emulate_precision_casts": True,
+           "guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
+TRIED = 2**16  # elements of the tensors that a function is compiled with
 BUFFERS = {"g1": ("backup", "m"), "g2": ("backup", "v", "u")}
 TABLES = ("hyper", "scalings", "steps")
 FEATURES = ("momentum", "dampening", "weight_decay", "nesterov", "decoupled")
@@ -31,7 +35,8 @@ FEATURES = ("momentum", "dampening", "weight_decay", "nesterov", "decoupled")
 
 class Plan(NamedTuple):
     """What is compiled in: all that a function branches on. scale: the control that holds the loss
-    scale's inverse, if there is one; features: the base's FEATURES that are on; many: a run."""
+    scale's inverse, if there is one; features: the base's FEATURES that are on; many: a run whose
+    slots differ in more than their gradients; groups: of several groups."""
 
     dtype: torch.dtype
     device: torch.device
@@ -43,6 +48,7 @@ class Plan(NamedTuple):
     climbed: bool
     scale: str | None
     many: bool
+    groups: bool
 
 
 class Row:
@@ -100,10 +106,10 @@ class Compiled:
         # code of its own: torch.compile counts recompilations, and gives up after a few, per code
         own = types.FunctionType(on_stand_in.__code__.replace(), globals(), function.__name__)
         self.arguments, self.tried = (function, plan), False
-        self.run = torch.compile(own, fullgraph=True, options=OPTIONS)
+        self.run = torch.compile(own, fullgraph=True, options=OPTIONS and {**OPTIONS})
 
     def try_out(self, tensors: dict[str, Tensor], more: dict) -> None:
-        """Compile it, before anything is written, on zeros: LARGE elements. No two lengths are
+        """Compile it, before anything is written, on zeros: TRIED elements. No two lengths are
         alike there, nor the real ones: torch.compile takes equal lengths for one.
 
         Raises:
@@ -115,7 +121,7 @@ class Compiled:
         lengths = dict(hyper=3, scalings=7, steps=7) if plan.many else dict.fromkeys(TABLES)
         zeros = {}
         for name, t in tensors.items():
-            length = lengths.get(name, runs.LARGE // PAD if plan.many else runs.LARGE)
+            length = lengths.get(name, TRIED // PAD if plan.many else TRIED)
             grows = length is not None and t.ndim and len(t) > 1
             zeros[name] = t.new_zeros((length, *t.shape[1:]) if grows else t.shape)
             if grows:
@@ -144,7 +150,7 @@ def setting() -> tuple:
 
 def flattened(t: Tensor) -> Tensor:
     """A dense tensor's elements in the order of its memory."""
-    return t.as_strided((t.numel(),), (1,))
+    return t.detach().as_strided((t.numel(),), (1,))
 
 
 def alias(t: Tensor) -> Tensor:
@@ -156,19 +162,20 @@ def alias(t: Tensor) -> Tensor:
 class Stretch:
     """A large slot, or a run of small neighbours, with one gradient each, g1 or g2.
 
-    A large slot's tensors are its parts of the flat buffers, (numel,); a run's are (chunks, PAD),
-    so that what differs between its slots is looked up once per PAD elements, and its gradients
-    are gathered in scratch memory, as are weights that are not packed.
+    Its tensors are its parts of the flat buffers, (numel,). A run's gradients are gathered in
+    scratch memory, as are weights that are not packed. A run of `many` has them as (chunks, PAD),
+    so that what differs between its slots is looked up once per PAD elements.
     """
 
     def __init__(self, space: Space, slots: list[Slot], gradient: str):
-        self.slots, self.gradient = slots, gradient
-        self.many, first = len(slots) > 1, slots[0]
+        self.slots, self.gradient, first = slots, gradient, slots[0]
+        self.many = len(slots) > 1 and differ(space, slots, gradient)
         scale = "inv_scale" + gradient[1]
         phase = ((space.mode, space.scaling, None, ()) if gradient == "g1"
                  else (None, None, space.base, features(space.rows[first.group])))
         self.plan = Plan(space.dtype, space.device, space.masters, *phase, first.climbed,
-                         scale if space.is_set(scale) else None, self.many)
+                         scale if space.is_set(scale) else None, self.many,
+                         self.many and len(space.rows) > 1)
         self.tensors = {"inv_scale": getattr(space.control, scale), **self.tables(space)}
         for name in BUFFERS[gradient]:
             if getattr(space, name) is not None:
@@ -178,41 +185,56 @@ class Stretch:
             self.tensors["w"] = self.part(space.flat_w)
         self.tensors = {name: alias(t) for name, t in self.tensors.items()}
         self.gathers = (gradient,) if packed else (gradient, "w")
-        self.scratch = {name: runs.scratch(space, slots, name[0]) for name in self.gathers
-                        if self.many}
+        self.scratch = {}
+        for name in self.gathers if len(slots) > 1 else ():
+            whole, parts = runs.scratch(space, slots, name[0])
+            self.scratch[name] = whole if self.many else flattened(whole), parts
 
     def tables(self, space: Space) -> dict[str, Tensor]:
         steps = space.steps[int(self.gradient == "g2")]
         if not self.many:
-            slot, = self.slots
-            number = space.slots.index(slot)
-            return dict(hyper=space.hyper[slot.group], scalings=space.scalings()[number],
+            first = self.slots[0]
+            number = space.slots.index(first)
+            return dict(hyper=space.hyper[first.group], scalings=space.scalings()[number],
                         steps=steps[number])
         numbers, groups = runs.chunk_of(space, self.slots)
         return dict(hyper=space.hyper, scalings=space.scalings(), steps=steps, numbers=numbers,
                     groups=groups)
 
     def part(self, flat: Tensor) -> Tensor:
-        if self.many:
-            return runs.chunked(flat, self.slots)
-        slot, = self.slots
-        return flat.narrow(0, slot.offset, slot.w.numel())
+        if len(self.slots) == 1:
+            slot, = self.slots
+            return flat.narrow(0, slot.offset, slot.w.numel())
+        part = runs.chunked(flat, self.slots)
+        return part if self.many else flattened(part)
 
-    def gathered(self) -> dict[str, Tensor]:
-        """All tensors of this by name, with what other people own copied to where it is read."""
-        if not self.many:
+    def gathered(self, anew: bool) -> dict[str, Tensor]:
+        """All tensors of this by name, with what other people own copied to where it is read, if
+        `anew`: else it still lies there."""
+        if len(self.slots) == 1:
             slot, = self.slots
             return {**self.tensors,
                     **{name: flattened(getattr(slot, name)) for name in self.gathers}}
-        for name, (_, parts) in self.scratch.items():
-            torch._foreach_copy_(parts, [getattr(s, name) for s in self.slots])
+        if anew:
+            for name, (_, parts) in self.scratch.items():
+                torch._foreach_copy_(parts, [getattr(s, name) for s in self.slots])
         return {**self.tensors, **{name: whole for name, (whole, _) in self.scratch.items()}}
 
-    def call(self, run: "Compiled", more: dict) -> Tensor | None:
-        result = run(self.gathered(), more)
+    def call(self, run: "Compiled", more: dict, anew: bool) -> Tensor | None:
+        result = run(self.gathered(anew), more)
         if "w" in self.scratch:
             torch._foreach_copy_([s.w for s in self.slots], self.scratch["w"][1])
         return result
+
+
+def differ(space: Space, slots: list[Slot], gradient: str) -> bool:
+    """Whether neighbours may differ in their group, their scaling, or a step count that matters."""
+    first = slots[0]
+    if any(s.group != first.group for s in slots):
+        return True
+    if gradient == "g1":
+        return space.mode == "official" or any((s.a, s.b) != (first.a, first.b) for s in slots)
+    return space.base == "adam" or reference.is_on(space.rows[first.group].dampening)
 
 
 def features(h: Hyper) -> tuple[str, ...]:
@@ -235,20 +257,21 @@ def stretches(space: Space, gradient: str) -> list[Stretch | Slot]:
     return runs.remembered(space, gradient, key, objects, cut)
 
 
-def each(space: Space, gradient: str, function: Callable, **more
+def each(space: Space, gradient: str, function: Callable, gather: bool = True, **more
          ) -> Iterator[tuple[list[Slot], Tensor | None]]:
     """What the function of the reference gives for every stretch, with the stretch's slots.
-    Nothing runs before all of it is compiled: what cannot be leaves everything as it was."""
+    Nothing runs before all of it is compiled: what cannot be leaves everything as it was.
+    gather: as in `runs.parts`."""
     found, now = stretches(space, gradient), setting()
-    runs = [compiled(function, x.plan, now) if isinstance(x, Stretch) else None for x in found]
-    for x, run in zip(found, runs, strict=True):
+    codes = [compiled(function, x.plan, now) if isinstance(x, Stretch) else None for x in found]
+    for x, run in zip(found, codes, strict=True):
         if run is not None and not run.tried:
-            run.try_out(x.gathered(), more)
-    for x, run in zip(found, runs, strict=True):
+            run.try_out(x.gathered(gather), more)
+    for x, run in zip(found, codes, strict=True):
         if run is None:
             yield [x], function(space, x, **more)
         else:
-            yield x.slots, x.call(run, more)
+            yield x.slots, x.call(run, more, gather)
 
 
 def total_of(parts: list[Tensor]) -> Tensor | float:
@@ -273,7 +296,8 @@ def climb(space: Space, partials: Tensor) -> None:
     ok = total.isfinite()
     space.radii.zero_()
     radii = []
-    for slots, squares in each(space, "g1", reference.climb_slot, total=total, ok=ok):
+    for slots, squares in each(space, "g1", reference.climb_slot, gather=False,
+                               total=total, ok=ok):
         radii.append(squares)
         for slot in slots:
             slot.climbed = True

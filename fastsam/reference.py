@@ -212,13 +212,13 @@ def climb(space: Space, partials: Tensor) -> None:
 
     A zero norm moves nothing. A norm that is not finite moves nothing, leaves m as it was and
     clears `control.ok`, which makes the next `step` a counted skip. `partials` holds the sums of
-    `norm` over every space of the optimizer, so the norm is global. `space.radii` gets the parts
-    of the squared radii.
+    `norm`, which has gathered the gradients, over every space of the optimizer, so the norm is
+    global. `space.radii` gets the parts of the squared radii.
     """
     total = partials.sum().sqrt()
     ok = total.isfinite()
     space.radii.zero_()
-    for part, slots in parts(space, "g1", moves=True):
+    for part, slots in parts(space, "g1", moves=True, gather=False):
         radii = climb_slot(space, part, total, ok)
         space.radii[:len(radii), 0] += radii
         for slot in slots:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .flat import PAD, Slot, Space
 
-LARGE = 2**16  # elements: from here on an operation of its own costs less than being gathered
+LARGE = 2**17  # elements: from here on calls of its own cost less than being gathered
 REMEMBERED = 8  # ways to cut a space, such as those of the steps with a climb and of those without
 TINY = 1.2e-38  # an eps below is 0, or nothing beside a root, in float32
 
@@ -133,10 +133,15 @@ class Run:
             torch._foreach_copy_([s.w for s in self.slots], self.pieces["w"])
 
 
-def parts(space: Space, gradient: str, moves: bool = False
+def parts(space: Space, gradient: str, moves: bool = False, gather: bool = True
           ) -> Iterator[tuple[Slot | Run, list[Slot]]]:
     """The slots that have a gradient, g1 or g2, in as few parts as the reference can take: each
-    part, with its slots. moves: what is done to a part changes w."""
+    part, with its slots.
+
+    Args:
+        moves: what is done to a part changes w.
+        gather: False when the same step has gathered the same gradients already.
+    """
     def cut() -> list[Slot | Run]:
         runs = neighbours(space, gradient, lambda s: (s.group, s.a, s.b), Run.MOST)
         return [Run(space, slots, gradient) if len(slots) > 1 else slots[0] for slots in runs]
@@ -146,7 +151,8 @@ def parts(space: Space, gradient: str, moves: bool = False
         if isinstance(part, Slot):
             yield part, [part]
         else:
-            part.gather()
+            if gather:
+                part.gather()
             yield part, part.slots
             if moves:
                 part.scatter()
