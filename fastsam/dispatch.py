@@ -12,7 +12,7 @@ from . import reference
 
 BACKENDS = ("triton", "compiled", "reference")
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-WORTH_COMPILING = 2**22  # parameters: the first steps cost what a few hundred steps save
+WORTH_COMPILING = 2**20  # parameters: the first steps cost what a few hundred steps save
 
 
 class Kind(NamedTuple):
