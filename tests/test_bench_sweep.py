@@ -132,7 +132,7 @@ def test_studies_have_at_least_three_seeds_and_configs_that_can_be_used():
     for name in names:
         study = load_study(name)
         runs = study_runs(study)
-        assert {config.seed for config in runs.values()} == {0, 1, 2}
+        assert {config.seed for config in runs.values()} >= {0, 1, 2}
         assert {config.method for config in runs.values()} == set(study["methods"])
 
 
@@ -157,5 +157,5 @@ def test_unknown_studies_and_rows_that_are_not_the_studys_are_refused(tmp_path, 
     rows = STUDIES.parent / "results" / "study-rho.jsonl"
     part = tmp_path / "rows.jsonl"
     part.write_text("".join(rows.read_text().splitlines(keepends=True)[:-1]))
-    assert "does not hold each of the study's 27 runs once" in error(
+    assert "does not hold each of the study's 45 runs once" in error(
         capsys, "study", "rho", "--show", str(part))  # fmt: skip
