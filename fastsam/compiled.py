@@ -23,10 +23,11 @@ from .flat import PAD, SHARES, Hyper, Slot, Space
 # Every value that is used twice becomes a buffer, which the fused loop then keeps in registers.
 # Otherwise the climb's radius reads w once more, and Inductor, which moves w in place, makes a
 # second loop over memory for it.
-# What Dynamo's guards would check before each call, for longer than many a call takes, is known:
-# a function is compiled for one plan and setting, and the stretches make its tensors alike.
-OPTIONS = {"realize_reads_threshold": 0, "emulate_precision_casts": True,
-           "guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
+OPTIONS = {"realize_reads_threshold": 0, "emulate_precision_casts": True}
+# What Dynamo's guards check before each call, for longer than many a call takes, is known: a
+# function is compiled for one plan and setting, and the stretches make its tensors alike. On a GPU
+# they stay: Inductor counts in 32 bits there where a guard says that it may.
+UNGUARDED = {**OPTIONS, "guard_filter_fn": lambda guards: [False] * len(guards)}
 TRIED = 2**16  # elements of the tensors that a function is compiled with
 BUFFERS = {"g1": ("backup", "m"), "g2": ("backup", "v", "u")}
 TABLES = ("hyper", "scalings", "steps")
@@ -106,7 +107,8 @@ class Compiled:
         # code of its own: torch.compile counts recompilations, and gives up after a few, per code
         own = types.FunctionType(on_stand_in.__code__.replace(), globals(), function.__name__)
         self.arguments, self.tried = (function, plan), False
-        self.run = torch.compile(own, fullgraph=True, options=OPTIONS and {**OPTIONS})
+        options = UNGUARDED if plan.device.type == "cpu" else OPTIONS
+        self.run = torch.compile(own, fullgraph=True, options=options and {**options})
 
     def try_out(self, tensors: dict[str, Tensor], more: dict) -> None:
         """Compile it, before anything is written, on zeros: TRIED elements. No two lengths are

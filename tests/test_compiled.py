@@ -182,7 +182,7 @@ def test_a_phase_is_one_loop_over_memory_and_makes_no_tensor(phase, monkeypatch,
 @pytest.fixture
 def without_inductor(monkeypatch):
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
-    monkeypatch.setattr(compiled, "OPTIONS", None)
+    monkeypatch.setattr(compiled, "UNGUARDED", None)
     monkeypatch.setattr(runs, "LARGE", 20)
     monkeypatch.setattr(compiled, "compiled", functools.cache(compiled.Compiled))
 
