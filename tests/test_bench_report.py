@@ -237,12 +237,13 @@ def test_step_figures_name_what_was_measured_and_have_no_empty_panel(against, tm
     assert all(panel.lines for panel in panels) and not any(map(overlap, panels))
     methods = ["sgd", "sam", "asam", "fsam", "fasam"]
     names = {"parameters": ["66k", "1M", "4.2M", "11M", "36M"], "tensors": ["14", "56", "224"]}
-    last = {"parameters": ["sam", "fsam"], "tensors": methods}[against]
+    last = {"parameters": ["sam", "fsam"], "tensors": methods}[against] + 2 * ["sam", "fsam"]
     assert [panel.get_title().strip() for panel in panels] == methods + last
-    assert [label.get_text() for label in panels[-1].get_xticklabels()] == names[against]
-    for row in (panels[0], panels[5]):
+    assert [label.get_text() for label in panels[-5].get_xticklabels()] == names[against]
+    firsts = panels[0], panels[5], panels[-4], panels[-2]
+    for row, cpu in zip(firsts, 2 * ["AMD EPYC"] + 2 * ["@ 2.80GHz"], strict=True):
         (title,) = row.texts
-        assert "cpu: AMD EPYC, 2 threads" in title.get_text()
+        assert f"{cpu}, 2 threads" in title.get_text()
         box = title.get_window_extent()
         assert 0 <= box.x0 and box.y1 <= figures["x.png"].bbox.y1
         assert box.y0 >= row.title.get_window_extent().y0 + 10  # above the method's name
