@@ -24,10 +24,6 @@ from .flat import PAD, SHARES, Hyper, Slot, Space
 # Otherwise the climb's radius reads w once more, and Inductor, which moves w in place, makes a
 # second loop over memory for it.
 OPTIONS = {"realize_reads_threshold": 0, "emulate_precision_casts": True}
-# What Dynamo's guards check before each call, for longer than many a call takes, is known: a
-# function is compiled for one plan and setting, and the stretches make its tensors alike. On a GPU
-# they stay: Inductor counts in 32 bits there where a guard says that it may.
-UNGUARDED = {**OPTIONS, "guard_filter_fn": lambda guards: [False] * len(guards)}
 TRIED = 2**16  # elements of the tensors that a function is compiled with
 BUFFERS = {"g1": ("backup", "m"), "g2": ("backup", "v", "u")}
 TABLES = ("hyper", "scalings", "steps")
@@ -80,7 +76,7 @@ class StandIn:
         self.rows = [Row(hyper.unbind(-1), plan.features)]
         self.a, self.b = scalings.unbind(-1) if plan.scaling else (0.0, 1.0)
         self.m_steps = self.v_steps = steps  # the one that the phase reads
-        self.control = types.SimpleNamespace(inv_scale1=inv_scale, inv_scale2=inv_scale)
+        self.control, self.inv_scale1, self.inv_scale2 = self, inv_scale, inv_scale
         self.acc = torch.float64 if plan.dtype == torch.float64 else torch.float32
         # a CPU's loop for float32 sums, which cascades, costs more than reading the memory
         self.sums = torch.float64 if plan.device.type == "cpu" else self.acc
@@ -107,8 +103,17 @@ class Compiled:
         # code of its own: torch.compile counts recompilations, and gives up after a few, per code
         own = types.FunctionType(on_stand_in.__code__.replace(), globals(), function.__name__)
         self.arguments, self.tried = (function, plan), False
-        options = UNGUARDED if plan.device.type == "cpu" else OPTIONS
-        self.run = torch.compile(own, fullgraph=True, options=options and {**options})
+        self.run = torch.compile(own, fullgraph=True, options=self.options())
+
+    def options(self) -> dict:
+        """OPTIONS, and on a CPU no guards for the code of `try_out`: they take longer than many a
+        call, and check what is known. The lengths are dynamic there, the function is for one plan
+        and setting, and the stretches make its tensors alike. What is compiled later, after
+        torch._dynamo.reset(), has guards; on a GPU all has: Inductor counts in 32 bits there where
+        one of them says that it may."""
+        if self.arguments[1].device.type != "cpu":
+            return OPTIONS.copy()
+        return {**OPTIONS, "guard_filter_fn": lambda guards: [self.tried] * len(guards)}
 
     def try_out(self, tensors: dict[str, Tensor], more: dict) -> None:
         """Compile it, before anything is written, on zeros: TRIED elements. No two lengths are
@@ -196,9 +201,8 @@ class Stretch:
         steps = space.steps[int(self.gradient == "g2")]
         if not self.many:
             first = self.slots[0]
-            number = space.slots.index(first)
-            return dict(hyper=space.hyper[first.group], scalings=space.scalings()[number],
-                        steps=steps[number])
+            return dict(hyper=space.hyper[first.group], scalings=space.scalings()[first.number],
+                        steps=steps[first.number])
         numbers, groups = runs.chunk_of(space, self.slots)
         return dict(hyper=space.hyper, scalings=space.scalings(), steps=steps, numbers=numbers,
                     groups=groups)

@@ -78,7 +78,7 @@ class Slot:
     which `climbed` remembers; g2 is the second-pass one (None: the base optimizer leaves the slot
     alone). a and b define the scaling T: a |w| + b for ASAM, 1 / sqrt(1 + a g^2) for FisherSAM. v
     is SGD's momentum or Adam's first moment, u Adam's second. m_steps and v_steps are how often m,
-    and v and u, were updated.
+    and v and u, were updated. number is its place among the slots.
     """
 
     param: Tensor
@@ -94,6 +94,7 @@ class Slot:
     u: Tensor | None = None
     m_steps: Tensor | None = None
     v_steps: Tensor | None = None
+    number: int = 0
     dense: bool = True
     climbed: bool = False
     g1: Tensor | None = None
@@ -158,8 +159,8 @@ class Space:
         self.masters, self.shards = masters and self.dtype.itemsize == 2, shards
         self.scaling: str | None = None
         self.slots, self.size = [], 0
-        for p, name, group in params:
-            self.slots.append(Slot(p, local(p), name, group, 0))
+        for number, (p, name, group) in enumerate(params):
+            self.slots.append(Slot(p, local(p), name, group, 0, number=number))
         for slot in sorted(self.slots, key=lambda s: -s.w.numel()):  # small ones are neighbours
             slot.offset = self.size
             self.size += -(-slot.w.numel() // PAD) * PAD
@@ -198,7 +199,8 @@ class Space:
         if self.shards:
             raise TypeError("an optimizer of sharded parameters cannot be copied or pickled: "
                             "use state_dict() or torch.distributed.checkpoint")
-        slots = [Slot(s.param, s.param, s.name, s.group, s.offset, s.a, s.b) for s in self.slots]
+        slots = [Slot(s.param, s.param, s.name, s.group, s.offset, s.a, s.b, number=s.number)
+                 for s in self.slots]
         views = ("control", "hyper", "_hyper_values", "_tables", "_memory", "rows", "flat_w",
                  "cuts", "scratch")
         return {**{k: x for k, x in self.__dict__.items() if k not in views}, "slots": slots,
@@ -259,6 +261,15 @@ class Space:
     def climbing(self) -> Iterator[Slot]:
         """The slots that have a first-pass gradient."""
         return (s for s in self.slots if s.g1 is not None)
+
+    def clear_between(self) -> None:
+        """Put the zeros between the slots back, of which a hyper-parameter that is not finite has
+        made NaN."""
+        ends = [s.offset + s.w.numel() for s in self.slots]
+        for flat in (self.flat_w, self.backup, self.m, self.v, self.u):
+            if flat is not None:
+                for end in ends:
+                    flat[end:end + -end % PAD] = 0
 
     def follow_parameters(self) -> bool:
         """Follow parameters whose memory someone replaced (`p.data = ...`, `model.to(...)`).

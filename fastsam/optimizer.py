@@ -664,6 +664,8 @@ class SAM(Optimizer):
                 del self.state[p]  # ZeroRedundancyOptimizer's sign for another process's
         for p, state in zip(params, states, strict=True):
             saving.load_slot(*self._slot_of(p), state)
+        for space in self._spaces:
+            space.clear_between()
         self._link_state()
 
     def __getstate__(self) -> dict:

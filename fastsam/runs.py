@@ -71,7 +71,7 @@ def chunked(flat: Tensor, slots: list[Slot], start: int = 0) -> Tensor:
 
 def chunk_of(space: Space, slots: list[Slot]) -> tuple[Tensor, Tensor]:
     """The number and the group of the slot that each of a run's chunks belongs to, (chunks, 1)."""
-    rows = torch.tensor([(space.slots.index(s), s.group) for s in slots], device="cpu")
+    rows = torch.tensor([(s.number, s.group) for s in slots], device="cpu")
     chunks = torch.tensor([-(-s.w.numel() // PAD) for s in slots], device="cpu")
     numbers, groups = (x.repeat_interleave(chunks).unsqueeze(1).to(space.device)
                        for x in rows.unbind(1))
@@ -81,11 +81,12 @@ def chunk_of(space: Space, slots: list[Slot]) -> tuple[Tensor, Tensor]:
 def scratch(space: Space, slots: list[Slot], kind: str) -> tuple[Tensor, list[Tensor]]:
     """A run's part of the scratch memory that all small slots of the space have for their gradients
     ("g") or weights ("w"), 0 between them; and every slot's part of that."""
-    tail = min(s.offset for s in space.slots if s.w.numel() < LARGE)
     if kind not in space.scratch:
-        space.scratch[kind] = torch.zeros(space.size - tail, dtype=space.dtype,
+        start = min(s.offset for s in space.slots if s.w.numel() < LARGE)
+        space.scratch[kind] = torch.zeros(space.size - start, dtype=space.dtype,
                                           device=space.device)
     flat = space.scratch[kind]
+    tail = space.size - len(flat)
     return chunked(flat, slots, tail), [
         flat.as_strided(s.w.shape, s.w.stride(), s.offset - tail) for s in slots]
 

@@ -182,7 +182,7 @@ def test_a_phase_is_one_loop_over_memory_and_makes_no_tensor(phase, monkeypatch,
 @pytest.fixture
 def without_inductor(monkeypatch):
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
-    monkeypatch.setattr(compiled, "UNGUARDED", None)
+    monkeypatch.setattr(compiled.Compiled, "options", lambda self: None)
     monkeypatch.setattr(runs, "LARGE", 20)
     monkeypatch.setattr(compiled, "compiled", functools.cache(compiled.Compiled))
 
@@ -205,6 +205,19 @@ def test_plain_steps_compile_one_structure_more(without_inductor):
             opt.step()
         counts.append(graphs() - before)
     assert counts == [4, 4, 4]  # norm, climb, step, plain step
+
+
+def test_other_lengths_after_a_reset_of_dynamo(monkeypatch):
+    monkeypatch.setattr(compiled, "compiled", functools.cache(compiled.Compiled))
+    courses = []
+    for backend in ("compiled", "reference"):
+        params = parameters([(LARGE + 5,), (LARGE + 70, 2), (7,), (50,)])
+        opt = SAM(params, torch.optim.SGD, backend=backend, **HYPER)
+        two_steps(opt, params, 0)
+        torch._dynamo.reset()
+        two_steps(opt, params, 1)
+        courses.append(params)
+    torch.testing.assert_close(*courses)
 
 
 @pytest.mark.parametrize("examples", [12, pytest.param(300, marks=pytest.mark.long)])

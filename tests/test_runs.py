@@ -116,6 +116,22 @@ def test_what_lies_between_the_tensors_stays_zero(cls, base, hyper):
     assert all(p.isfinite().all() for p in params)
 
 
+def test_a_loaded_state_heals_what_a_bad_learning_rate_has_done():
+    params = parameters()
+    opt = ASAM(params, torch.optim.SGD, rho=0.5, lr=0.1, momentum=0.9, backend="reference")
+    a_step(opt, params, 0)
+    weights, state = [p.detach().clone() for p in params], opt.state_dict()
+    state["state"] = {i: {k: x.clone() for k, x in s.items()} for i, s in state["state"].items()}
+    opt.param_groups[0]["lr"] = torch.nan
+    a_step(opt, params, 1)
+    with torch.no_grad():
+        for p, w in zip(params, weights, strict=True):
+            p.copy_(w)
+    opt.load_state_dict(state)
+    a_step(opt, params, 2)
+    assert opt.skipped_steps == 0 and 0 < opt.last_radius < 1
+
+
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "in their own memory"])
 def test_an_interrupted_climb_is_taken_back(packed, monkeypatch):
     monkeypatch.setattr(Run, "MOST", 40)
