@@ -83,7 +83,8 @@ class StandIn:
         self.dtype, self.masters, self.scale = plan.dtype, plan.masters, plan.scale
         self.mode, self.scaling, self.base = plan.mode, plan.scaling, plan.base
         self.climbed = plan.climbed
-        for name in ("w", "backup", "m", "v", "u", "g1", "g2"):
+        # backup before w: the other way round Inductor of torch 2.9 to 2.11 saves the moved w
+        for name in ("backup", "w", "m", "v", "u", "g1", "g2"):
             setattr(self, name, tensors.get(name))
 
     def is_set(self, name: str) -> bool:
