@@ -11,6 +11,8 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .state_dict import bases_part
+
 Group = dict[str, Any]
 
 
@@ -65,8 +67,6 @@ def load(base: Optimizer, state_dict: dict[str, Any], shared: Sequence[str],
     Returns:
         Its groups and its state.
     """
-    from .state_dict import bases_part
-
     theirs = {i: bases_part(state) for i, state in state_dict["state"].items()}
     groups = [exchanged(group, shared) for group in state_dict["param_groups"]]
     with as_base_sees(base, shared):

@@ -172,6 +172,8 @@ class Layout:
             ab, [traits.scales_with if any(a for a, _ in pairs) else None for pairs in ab])
 
     def _bring(self, rows: list[Hyper]) -> None:
+        if any(tables.late for tables in self.tables):
+            return  # a graph is captured, whose every replay comes after a bringing of its own
         for i, space in enumerate(self.spaces):
             self._brought[i] = space.bring_hyper(rows, self._brought[i])
 
@@ -220,7 +222,8 @@ class Layout:
             return False
         return len(now) == len(values) and all(map(is_, now, values))
 
-    def inherit(self, old: "Layout", state: dict[Tensor, Any], climbs: Sequence[Climb]) -> list[Climb]:
+    def inherit(self, old: "Layout", state: dict[Tensor, Any], climbs: Sequence[Climb],
+                ) -> list[Climb]:
         """Go on where another layout of these parameters, or some of them, was.
 
         Args:

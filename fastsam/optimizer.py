@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Self, overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
+from typing_extensions import Self
 
 from . import distributed, foreign, micro_batches
 from . import state_dict as saving
@@ -555,8 +556,8 @@ class SAM(Optimizer):
         options = "".join(f", {name}={value}" for name, value, usual in (
             ("interval", self._interval, 1), ("start", self._start, 0),
             ("master_weights", self._traits.masters, False)) if value != usual)
-        return (f"{head} over {type(self.base_optimizer).__name__} ("
-                f"backend={report.get('backend')!r}{options}" + groups)
+        return (f"{head}(base={type(self.base_optimizer).__name__}, "
+                f"backend={report.get('backend')!r}{options}{groups}")
 
     # ---- saving and loading
 

@@ -11,7 +11,6 @@ from .layout import Layout
 from .passes import Climb
 from .rounding_watch import RoundingWatch
 
-
 NO_CLIMB = 10  # plain steps where a climb was due, after which it is said
 
 
