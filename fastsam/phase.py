@@ -1,5 +1,6 @@
 """Where in a step an optimizer is."""
 
+import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from .layout import Layout
 from .passes import Climb
 from .rounding_watch import RoundingWatch
 
+PACKAGES = ("fastsam", "torch")
 NO_CLIMB = 10  # plain steps where a climb was due, after which it is said
 
 
@@ -70,7 +72,7 @@ class Phase:
         """Say something once."""
         if what not in self.warned:
             self.warned.add(what)
-            warnings.warn(message, stacklevel=4)
+            warnings.warn(message, stacklevel=frames_to_the_caller())
 
     def leave(self) -> None:
         """The weights are back at w."""
@@ -106,3 +108,13 @@ class Phase:
         elif all(p.grad is None for p in params):
             self.warn("second pass", "second_step with no gradients only returns to the weights: "
                       "compute the loss and call backward again after first_step")
+
+
+def frames_to_the_caller() -> int:
+    """How many frames lie between the function that warns and the first that is neither ours nor
+    torch's."""
+    frame, count = sys._getframe(1), 1
+    while frame.f_back is not None and (
+            frame.f_globals.get("__name__", "").partition(".")[0] in PACKAGES):
+        frame, count = frame.f_back, count + 1
+    return count
