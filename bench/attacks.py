@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastsam.dispatch import why_not_triton
+from fastsam.choose import why_not_triton
 
 LARGEST_LINF = 0.25
 NOISE = 2.0  # N-FGSM's k for CIFAR
@@ -122,7 +122,7 @@ def fused_climb(x_adv: Tensor, g: Tensor, x: Tensor, attack: Attack) -> Tensor:
 
 
 def can_fuse(x: Tensor) -> bool:
-    return x.is_cuda and why_not_triton(x.device, x.dtype, dense=True) is None
+    return x.is_cuda and why_not_triton(x.device, x.dtype) is None
 
 
 def pgd(
