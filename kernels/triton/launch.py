@@ -20,7 +20,7 @@ from triton import knobs
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
-from ...phase import Pass
+from ...passes import Pass
 from ...space import PARTIALS, Space
 from .common import BLOCK, OPTIONS, TYPES
 
@@ -79,7 +79,7 @@ def is_plain(kernel) -> bool:
 
 
 def has_calls(hook: Any) -> bool:
-    return hook is not None and bool(getattr(hook, "calls", True))
+    return bool(hook.calls) if isinstance(hook, knobs.HookChain) else hook is not None
 
 
 def launch_ordinarily(kernel, p: Pass, moving: tuple[Tensor | None, ...], others: dict,

@@ -6,7 +6,7 @@ from types import ModuleType
 import torch
 
 from fastsam.hyper import hyper_row, scaling_of
-from fastsam.phase import Climb, Pass
+from fastsam.passes import Climb, Pass
 from fastsam.reference import projection
 from fastsam.space import NOWHERE, Kind, Space, Tables, same_layout
 
