@@ -129,7 +129,7 @@ class Shown:
         """Show every slot's tensors. A base that is not fused sets a parameter's state up at a
         step where it finds none, so beside its they are shown only where it has done so."""
         for p, tensors in self.tensors.items():
-            if tensors and (self.fused or state.get(p)):
+            if self.fused or p in state:
                 state.setdefault(p, {}).update(tensors)
                 self.visible.add(p)
 

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...phase import Climb, Pass
+from ...passes import Climb, Pass
 from ...space import GUARD, PARTIALS
 from .common import (
     CLIMB_TICKET,

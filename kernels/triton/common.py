@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from ...hyper import COLUMN, COLUMNS
-from ...phase import Pass
+from ...passes import Pass
 from ...space import CONTROL, COUNTERS, PARTIALS
 
 BLOCK = 1024

@@ -4,7 +4,7 @@ not a constant: of the inner products of g and m."""
 import triton
 import triton.language as tl
 
-from ...phase import Pass
+from ...passes import Pass
 from ...space import PARTIALS
 from .common import (
     ALGORITHM1,

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from ...phase import Climb, Pass
+from ...passes import Climb, Pass
 from .common import (
     BETA1,
     BETA1_SHARE,
