@@ -36,7 +36,7 @@ class Slot:
         param, name, group: the parameter, its name or None, the index of its group.
         number: its place among the slots of its space.
         offset, numel: its part of the flat buffers, in elements.
-        shape, stride: of its memory here; the views below have the same.
+        shape, stride, dtype: of its memory here; the views below have the same shape and stride.
         dense: whether its elements fill one stretch of memory.
         saved: the w that the climb saved, or the float32 master.
         m: Friendly-SAM's average, or a given full gradient; None without.
@@ -52,6 +52,7 @@ class Slot:
     numel: int
     shape: torch.Size
     stride: tuple[int, ...]
+    dtype: torch.dtype
     dense: bool
     saved: Tensor
     m: Tensor | None
@@ -152,7 +153,7 @@ class Space:
                                                               strict=True)):
             views = [view(flat, w, offset) for flat in (saved, m, v, u)]
             slots.append(Slot(p, name, group, i, offset, w.numel(), w.shape, w.stride(),
-                              is_dense(w), *views, *steps[:, i]))
+                              w.dtype, is_dense(w), *views, *steps[:, i]))
             if kind.masters:
                 views[0].copy_(w)
         control = zeros(len(CONTROL))
@@ -246,6 +247,10 @@ class Tables:
             if not self.late:
                 upload(addresses, column)
         return column
+
+    def held(self, name: str) -> list[int] | None:
+        """The addresses that a column holds; None before the first."""
+        return self._held.get(name)
 
     def upload_late(self) -> None:
         self.late = False

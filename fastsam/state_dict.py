@@ -1,50 +1,86 @@
-"""What of a slot is saved, under which name, and how a saved state comes back."""
+"""What of a slot is public, under which name, and how a state that others changed comes back.
+
+`optimizer.state` is the truth: `shown` are the tensors that a layout puts there, and `adopt` takes
+over whatever else is found in their place. Loading, copying, editing by hand and laying out anew
+all go this way.
+"""
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import AdamW, Optimizer
 
 from .distributed import is_sharded, like
-from .flat import Slot, Space, local
+from .hyper import FRIENDLY
+from .space import Slot, Space, local
 
-OWN = ("ema", "ema_steps", "full_gradient")  # names of what no base optimizer saves
+State = dict[str, Any]  # of one parameter
+OWN = ("ema", "ema_steps", "full_gradient")  # SAM's own names; beside a base that is not fused
+FOREIGN = "sam_"  # they begin with this, since such a base may use any name
+COUNTED = (("ema", "ema_steps"), ("sam_ema", "sam_ema_steps"),
+           ("momentum_buffer", "momentum_steps"))
 PUBLISHED = ("old_p", "momentum")  # what the public SAM and F-SAM classes save, and no base
 
 
-def entry(space: Space, slot: Slot) -> dict[str, Tensor]:
+def shown(space: Space, slot: Slot) -> dict[str, Tensor]:
     """The slot's own tensors under the names that torch's optimizers use: m, v, u, the float32
     master, and how often each was updated."""
-    state = {}
-    if space.mode in ("algorithm1", "official"):
-        state.update(ema=like(slot.param, slot.m), ema_steps=slot.m_steps)
-    elif space.mode is not None:
-        state.update(full_gradient=like(slot.param, slot.m))
-    if space.base == "sgd" and slot.v is not None:
+    kind, state = space.kind, dict[str, Tensor]()
+    prefix = "" if kind.base else FOREIGN
+    if kind.mode in FRIENDLY:
+        state[prefix + "ema"] = like(slot.param, slot.m)
+        state[prefix + "ema_steps"] = slot.m_steps
+    elif kind.mode is not None:
+        state[prefix + "full_gradient"] = like(slot.param, slot.m)
+    if kind.base == "sgd-momentum":
         state.update(momentum_buffer=like(slot.param, slot.v), momentum_steps=slot.v_steps)
-    if space.base == "adam":
+    if kind.base == "adam":
         state.update(step=slot.v_steps, exp_avg=like(slot.param, slot.v),
                      exp_avg_sq=like(slot.param, slot.u))
-    if space.masters:
-        state.update(master=like(slot.param, slot.backup))
+    if kind.masters:
+        state["master"] = like(slot.param, slot.saved)
     return state
 
 
-def bases_part(state: dict) -> dict:
+def bases_part(state: State) -> State:
     """One parameter's saved state without what is not the base optimizer's."""
-    others = OWN + PUBLISHED if "old_p" in state else OWN
+    others = {FOREIGN + name for name in OWN} | (set(PUBLISHED) if "old_p" in state else set())
+    if is_old_form(state):
+        others |= set(OWN)
     return {k: x for k, x in state.items() if k not in others}
 
 
-def saved_m(state: dict) -> Tensor | None:
+def is_old_form(state: State) -> bool:
+    """Whether SAM's own names stand without their prefix: saved by a fused optimizer, or by a
+    version of fastsam up to 0.1."""
+    return "ema_steps" in state or "full_gradient" in state
+
+
+def without_published(state: State) -> State:
+    """One parameter's saved state without what the public classes keep for a step's time."""
+    return {k: x for k, x in state.items() if k not in PUBLISHED or "old_p" not in state}
+
+
+def keep_decoupled(groups: list[State], base: Optimizer) -> None:
+    """AdamW stays AdamW, also with the groups of an Adam, as in torch."""
+    if type(base) is AdamW:
+        for group in groups:
+            group["decoupled_weight_decay"] = True
+
+
+def saved_m(state: State) -> Tensor | None:
     """m in a saved state: of this class, or of the published F-SAM code ("momentum")."""
-    published = state.get("momentum") if "old_p" in state else None
-    return state.get("ema", state.get("full_gradient", published))
+    for name in (FOREIGN + "ema", FOREIGN + "full_gradient", "ema", "full_gradient"):
+        if isinstance(state.get(name), Tensor):
+            return state[name]
+    return state.get("momentum") if "old_p" in state else None
 
 
-def check_entry(p: Tensor, state: dict) -> None:
+def check_entry(p: Tensor, state: State) -> None:
     """Refuse a saved tensor that belongs to another parameter.
 
     Raises:
@@ -55,7 +91,7 @@ def check_entry(p: Tensor, state: dict) -> None:
     check_tensor(p, saved_m(state))
 
 
-def check_tensor(p: Tensor, value: Tensor | None) -> None:
+def check_tensor(p: Tensor, value: object) -> None:
     if not isinstance(value, Tensor):
         return
     if value.shape != p.shape:
@@ -66,7 +102,7 @@ def check_tensor(p: Tensor, value: Tensor | None) -> None:
                          "parameter is: load it through torch.distributed.checkpoint.state_dict")
 
 
-def merged_groups(mine: list[dict], theirs: list[dict]) -> list[dict]:
+def merged_groups(mine: list[State], theirs: list[State]) -> list[State]:
     """The saved groups, with this optimizer's value for every key that they lack. Another number
     of groups stays as it is, for torch to refuse in its own words."""
     if len(mine) != len(theirs):
@@ -75,21 +111,84 @@ def merged_groups(mine: list[dict], theirs: list[dict]) -> list[dict]:
             for group, saved in zip(mine, theirs, strict=True)]
 
 
-def load_slot(space: Space, slot: Slot, state: dict) -> None:
-    """Copy a saved state into the slot; what is not in `state` starts anew."""
-    v_name, v_steps = (("exp_avg", "step") if space.base == "adam"
+class Shown:
+    """The tensors that a layout shows in `optimizer.state`, by parameter, and the whole of the
+    state as it was when they were last put there.
+
+    Args:
+        spaces: of the layout.
+    """
+
+    def __init__(self, spaces: Sequence[Space]):
+        self.places = {slot.param: (space, slot) for space in spaces for slot in space.slots}
+        self.tensors = {p: shown(*place) for p, place in self.places.items()}
+        self.fused = all(space.kind.base for space in spaces)
+        self.visible = set[Tensor]()  # those that are there; a base that is not fused comes first
+
+    def put(self, state: dict[Tensor, State]) -> None:
+        """Show every slot's tensors. A base that is not fused sets a parameter's state up at a
+        step where it finds none, so beside its they are shown only where it has done so."""
+        for p, tensors in self.tensors.items():
+            if tensors and (self.fused or state.get(p)):
+                state.setdefault(p, {}).update(tensors)
+                self.visible.add(p)
+
+    def missing(self, state: dict[Tensor, State]) -> list[Tensor]:
+        """The parameters in whose state something else is found, or nothing."""
+        return [p for p, tensors in self.tensors.items() if p in self.visible
+                and not all((state.get(p) or {}).get(name) is t for name, t in tensors.items())]
+
+
+@torch.no_grad()
+def adopt(shown: Shown, params: Sequence[Tensor], state: dict[Tensor, State]) -> None:
+    """Take over the state of these parameters where it is not what is shown; what it lacks starts
+    anew, as in torch.
+
+    Raises:
+        ValueError: a tensor that does not fit its parameter; nothing has changed then.
+    """
+    entries = [state.get(p) or {} for p in params]
+    for p, entry in zip(params, entries, strict=True):
+        check_entry(p, entry)
+    flats = {flat.untyped_storage().data_ptr() for p in params
+             for flat in buffers(shown.places[p][0])}
+    entries = [apart(without_stale_counts(entry, shown.tensors[p]), flats)
+               for p, entry in zip(params, entries, strict=True)]
+    for p, entry in zip(params, entries, strict=True):
+        load(*shown.places[p], entry)
+
+
+def without_stale_counts(entry: State, own: dict[str, Tensor]) -> State:
+    """The state without a count of ours beside an average or momentum of somebody else's, which
+    was updated once at least."""
+    pairs = [(name, count) for name, count in COUNTED if name in own
+             and entry.get(name) is not own[name] and entry.get(count) is own[count]]
+    return {k: x for k, x in entry.items() if k not in {count for _, count in pairs}}
+
+
+def buffers(space: Space) -> list[Tensor]:
+    return [t for t in (space.saved, space.m, space.v, space.u, space.steps) if t is not None]
+
+
+def apart(entry: State, flats: set[int]) -> State:
+    """The same state, with copies of what lies in these buffers: two may have changed places."""
+    return {name: x.clone() if isinstance(x, Tensor) and not is_sharded(x)
+            and x.untyped_storage().data_ptr() in flats else x for name, x in entry.items()}
+
+
+def load(space: Space, slot: Slot, state: State) -> None:
+    """Copy a state into the slot; what is not in `state` starts anew."""
+    v_name, v_count = (("exp_avg", "step") if space.kind.base == "adam"
                        else ("momentum_buffer", "momentum_steps"))
-    v = state.get(v_name) if space.base else None
-    if v is not None and space.v is None:
-        space.allocate_base()
-    fill(slot.m, saved_m(state))
+    m, v = saved_m(state), state.get(v_name) if space.kind.base else None
+    fill(slot.m, m)
     fill(slot.v, v)
     fill(slot.u, state.get("exp_avg_sq"))
-    for steps, value, key in ((slot.m_steps, saved_m(state), "ema_steps"),
-                              (slot.v_steps, v, v_steps)):
-        steps.copy_(torch.as_tensor(0 if value is None else state.get(key, 1)))
-    if space.masters:
-        slot.backup.copy_(local(state["master"]) if "master" in state else slot.w)
+    m_count = state.get(FOREIGN + "ema_steps", state.get("ema_steps", 1))
+    slot.m_steps.copy_(torch.as_tensor(0 if m is None else m_count))
+    slot.v_steps.copy_(torch.as_tensor(0 if v is None else state.get(v_count, 1)))
+    if space.kind.masters:
+        slot.saved.copy_(local(state["master"]) if "master" in state else local(slot.param))
 
 
 def fill(own: Tensor | None, value: Tensor | None) -> None:
@@ -97,7 +196,7 @@ def fill(own: Tensor | None, value: Tensor | None) -> None:
         own.zero_() if value is None else own.copy_(local(value))
 
 
-def as_torch_saves(state: dict) -> dict:
+def as_torch_saves(state: State) -> State:
     """One parameter's state with Adam's step counter as torch's Adam wants it: on the CPU, in
     float32."""
     step = {"step": state["step"].float().cpu()} if "exp_avg" in state else {}
@@ -105,7 +204,7 @@ def as_torch_saves(state: dict) -> dict:
 
 
 @contextmanager
-def without_hooks(optimizer, *names: str) -> Iterator[list]:
+def without_hooks(optimizer: Any, *names: str) -> Iterator[list[OrderedDict]]:
     """Give the optimizer's hooks of these names, and let none of them run inside."""
     hooks = [getattr(optimizer, name) for name in names]
     for name in names:
@@ -118,7 +217,7 @@ def without_hooks(optimizer, *names: str) -> Iterator[list]:
 
 
 @contextmanager
-def hooks_around(optimizer, state_dict: dict) -> Iterator[dict]:
+def hooks_around(optimizer: Any, state_dict: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Run the hooks of load_state_dict on the whole state, before the block and after it, and
     none of them inside."""
     for hook in optimizer._optimizer_load_state_dict_pre_hooks.values():
