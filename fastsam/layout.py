@@ -5,7 +5,7 @@ made for as the very objects and addresses it saw, so that one comparison of lis
 anything may have changed; only then is it looked at closely, followed, or refused by name.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import chain
 from operator import is_, itemgetter
 from typing import Any, NamedTuple
@@ -204,9 +204,9 @@ class Layout:
         """Whether the state has something else than what is shown there."""
         return not self._is_as_seen(state) and bool(self.shown.missing(state))
 
-    def show(self, state: dict[Tensor, Any]) -> None:
-        """Put the slots' tensors into the state, and remember it."""
-        self.shown.put(state)
+    def show(self, state: dict[Tensor, Any], stepped: Collection[Tensor] = ()) -> None:
+        """Put the slots' tensors into the state (see `Shown.put`), and remember it."""
+        self.shown.put(state, stepped)
         try:
             self._state = (state, [*chain.from_iterable(map(dict.values, state.values()))])
         except TypeError:  # an entry that is no dict: look closely every time

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastsam.hyper import COLUMN, FRIENDLY
-from fastsam.phase import Climb, Pass
+from fastsam.passes import Climb, Pass
 from fastsam.space import CONTROL, COUNTERS, Space
 
 try:

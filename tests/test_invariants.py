@@ -2,6 +2,7 @@
 
 import copy
 from contextlib import nullcontext
+from importlib import import_module
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastsam import SAM, PhaseError, freeze_bn_stats
+from fastsam.choose import MODULES
 
 from .contract import (
     HYPER,
