@@ -20,7 +20,7 @@ from triton import knobs
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
-from ...phase import Pass
+from ...passes import Pass
 from ...space import PARTIALS, Space
 from .common import BLOCK, OPTIONS, TYPES
 
