@@ -417,7 +417,7 @@ class SAM(Optimizer):
                     p.grad.div_(grad_scale)
         with foreign.as_base_sees(self.base_optimizer, self._shared):
             self.base_optimizer.step()
-        layout.show(self.state)
+        layout.show(self.state, {p for p in self._parameters() if p.grad is not None})
 
     # ---- several first passes for one step
 
