@@ -62,10 +62,11 @@ def test_pieces() -> list[Piece]:
     """Return a piece per test file. The optimizer's tests that take the `device` fixture run
     kernels, and are gates."""
     pieces = []
-    for path in sorted((ROOT / "tests").glob("test_*.py")):
+    for path in sorted((ROOT / "tests").rglob("test_*.py"), key=lambda path: path.name):
         on_device = re.search(r"def test_\w+\([^)]*\bdevice\b", path.read_text()) is not None
         name = "tests-" + path.stem.removeprefix("test_").replace("_", "-")
-        arguments = ("-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/{path.name}")
+        arguments = ("-m", "pytest", "-q", "-p", "no:cacheprovider",
+                     path.relative_to(ROOT).as_posix())
         if path.stem == "test_sequences":  # the other backends' are many, and no slower on a CPU
             arguments = (*arguments[:-1], "-k", "triton", arguments[-1])
         gate = on_device and not name.startswith("tests-bench")

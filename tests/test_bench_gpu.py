@@ -283,7 +283,8 @@ def test_the_agenda_is_whole_and_every_command_of_it_can_be_parsed(tmp_path):
     measured = [p.name for p in pieces if not p.gate and not p.name.startswith("tests-")]
     assert tuple(measured[:len(gpu.FIRST)]) == gpu.FIRST
     files = [p.arguments[-1] for p in pieces if p.name.startswith("tests-")]
-    assert sorted(files) == sorted(f"tests/{p.name}" for p in (ROOT / "tests").glob("test_*.py"))
+    assert sorted(files) == sorted(p.relative_to(ROOT).as_posix()
+                                   for p in (ROOT / "tests").rglob("test_*.py"))
     benches = [p for p in pieces if p.arguments[1] == "bench"]
     for p in benches:
         options = vars(build_parser().parse_args(p.arguments[2:]))

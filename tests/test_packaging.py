@@ -55,13 +55,22 @@ fastsam.SAM([torch.nn.Parameter(torch.ones(3))], torch.optim.SGD, backend="trito
 
 
 def test_importing_fastsam_imports_no_triton_before_it_is_needed():
-    succeeds("import sys, fastsam\nassert 'fastsam.kernels' not in sys.modules", ROOT)
+    succeeds("import sys, fastsam, fastsam.kernels\n"
+             "assert not {'triton', 'numba', 'fastsam.kernels.triton'} & set(sys.modules)", ROOT)
+
+
+@pytest.mark.parametrize("name", ["bench", "tests", "docs", "fastsam"])
+def test_nothing_else_of_a_checkout_is_importable_under_the_package(name):
+    done = python(f"import fastsam.{name}", ROOT)
+    assert f"No module named 'fastsam.{name}'" in done.stderr
 
 
 def test_the_kernels_folder_is_no_package_of_its_own():
     """Another package has that name: who looks for it in a checkout must find it missing."""
-    done = python("from kernels import climb", ROOT)
-    assert done.returncode == 1 and "ImportError" in done.stderr
+    for code in ("from kernels import triton", "import kernels.triton", "import kernels.cpu"):
+        done = python(code, ROOT)
+        assert done.returncode == 1
+        assert "ImportError" in done.stderr or "ModuleNotFoundError" in done.stderr
     succeeds("import kernels, sys\nassert kernels.__file__ is None and not kernels.__all__\n"
              "assert 'torch' not in sys.modules", ROOT)
 
@@ -76,13 +85,19 @@ def test_transformers_works_in_a_checkout():
 
 def test_the_kernels_are_importable_from_anywhere(tmp_path):
     pytest.importorskip("triton", reason="the kernels need Triton")
-    assert "fastsam.kernels" in succeeds(
-        "import fastsam.kernels as k\nprint(k.__name__)", tmp_path, path=ROOT)
+    assert succeeds("import fastsam.kernels.triton as k\nprint(k.__name__)", tmp_path, path=ROOT,
+                    ) == "fastsam.kernels.triton\n"
+
+
+def test_the_kernels_of_a_compiler_do_not_stand_for_the_compiler(tmp_path):
+    pytest.importorskip("triton", reason="the kernels need Triton")
+    succeeds("import fastsam.kernels.triton, triton\nassert triton.jit and triton.__version__\n"
+             "assert fastsam.kernels.triton is not triton", tmp_path, path=ROOT)
 
 
 def test_the_installed_package_is_found_from_another_folder(tmp_path):
     pytest.importorskip("triton", reason="the kernels need Triton")
-    succeeds("import fastsam, fastsam.kernels, fastsam.kernels.climb", tmp_path)
+    succeeds("import fastsam, fastsam.kernels, fastsam.kernels.triton", tmp_path)
     for name in ("kernels", "bench"):
         done = python(f"import {name}", tmp_path)
         assert f"No module named '{name}'" in done.stderr
@@ -109,7 +124,8 @@ def test_the_wheel_holds_fastsam_and_nothing_else_at_top_level(wheel):
     assert {n.split("/")[0].split("-")[0] for n in names} == {"fastsam"}
     held = {n for n in names if n.endswith(".py")}
     assert held == {f"fastsam/{p.name}" for p in (ROOT / "fastsam").glob("*.py")} | {
-        f"fastsam/kernels/{p.name}" for p in (ROOT / "kernels").glob("*.py")}
+        f"fastsam/{p.relative_to(ROOT)}" for p in (ROOT / "kernels").rglob("*.py")}
+    assert "fastsam/kernels/triton/norm.py" in held
     assert "fastsam/py.typed" in names
     assert any(n.endswith("licenses/LICENSE") for n in names)
 
@@ -117,7 +133,8 @@ def test_the_wheel_holds_fastsam_and_nothing_else_at_top_level(wheel):
 def test_the_wheel_works_without_the_checkout(wheel, tmp_path):
     pytest.importorskip("triton", reason="the kernels need Triton")
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
-    where = succeeds("import fastsam, fastsam.kernels as k\nprint(fastsam.__file__, k.__file__)",
+    where = succeeds("import fastsam, fastsam.kernels.triton as k\n"
+                     "print(fastsam.__file__, k.__file__)",
                      tmp_path, path=tmp_path / "site").split()
     assert where == [str(tmp_path / "site" / "fastsam" / "__init__.py"),
-                     str(tmp_path / "site" / "fastsam" / "kernels" / "__init__.py")]
+                     str(tmp_path / "site" / "fastsam" / "kernels" / "triton" / "__init__.py")]

@@ -25,7 +25,7 @@ from ...space import PARTIALS, Space
 from .common import BLOCK, OPTIONS, TYPES
 
 # CompiledKernel.run takes the same in each: it is Triton's own, and may change in the next
-CAN_PREPARE = triton.__version__.startswith(("3.5.", "3.6.", "3.7.", "3.8."))
+CAN_PREPARE = triton.__version__.startswith(("3.5.", "3.6.", "3.7.", "3.8.", "3.9."))
 
 
 class Launch(NamedTuple):
