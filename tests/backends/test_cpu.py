@@ -11,9 +11,8 @@ import torch
 
 numba = pytest.importorskip("numba")
 
-from fastsam.kernels import cpu, cpu_loops  # noqa: E402
-
 from fastsam import reference  # noqa: E402
+from fastsam.kernels import cpu, cpu_loops  # noqa: E402
 
 from ..helpers.hand import Hand  # noqa: E402
 
