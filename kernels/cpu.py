@@ -1,5 +1,6 @@
 """The three passes on a CPU: blocks of memory dealt to threads that run numba's loops."""
 
+import math
 import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,22 +15,12 @@ from fastsam.hyper import COLUMN, FRIENDLY
 from fastsam.passes import Climb, Pass
 from fastsam.space import CONTROL, COUNTERS, Space
 
-try:
-    from . import cpu_loops
-except Exception as error:  # a numba that does not fit the NumPy beside it raises what it likes
-    OBSTACLE = f"numba cannot be imported ({error}): pip install 'fastsam[cpu]'"
-else:
-    OBSTACLE = None
+from . import cpu_loops
 
 INLINE = 2**17  # elements: from there on waking another thread pays
-NORM, OK, FOUND_INF = (CONTROL.index(c) for c in ("norm", "ok", "found_inf"))
+OK, FOUND_INF = CONTROL.index("ok"), CONTROL.index("found_inf")
 SKIPPED, MOMENTUM = COUNTERS.index("skipped"), COLUMN["momentum"]
-NAMES = {torch.float32: "f4", torch.float64: "f8", torch.bfloat16: "bf16", torch.float16: "f16"}
-
-
-def why_not() -> str | None:
-    """Why this backend cannot run here, with the remedy; None when it can."""
-    return OBSTACLE
+DTYPES = {torch.float32: "f4", torch.float64: "f8", torch.bfloat16: "bf16", torch.float16: "f16"}
 
 
 class Frame(NamedTuple):
@@ -99,7 +90,7 @@ def run(loop: Callable, p: Pass, steps: Tensor, *more) -> None:
 
 
 def dtypes(p: Pass) -> tuple[str, str]:
-    return NAMES[p.space.kind.dtype], NAMES[p.g_dtype]
+    return DTYPES[p.space.kind.dtype], DTYPES[p.g_dtype]
 
 
 def address(flat: Tensor | None) -> int:
@@ -136,12 +127,13 @@ def climb(p: Pass, sums: Tensor) -> Climb:
         sums: (2, k), what `norm` left of every space of the optimizer, so the norm is global.
     """
     s, kind, f = p.space, p.space.kind, frame_of(p.space)
-    d, g = sums.numpy().sum(1, np.float64).astype(f.control.dtype)
-    f.control[NORM] = total = np.sqrt(d)
-    f.control[OK] = ok = np.isfinite(total)
+    sums = sums.sum(1)
+    total = s.cells.norm.copy_(sums[0].sqrt()).item()
+    f.control[OK] = ok = math.isfinite(total)
     if not ok:
         return stay(p)
-    moves = bool(kind.mode is None or d > (32 * np.finfo(d).eps) ** 2 * g)
+    d, g = sums.tolist()
+    moves = kind.mode is None or d > (32 * torch.finfo(sums.dtype).eps) ** 2 * g
     loop = cpu_loops.climb(kind.mode, p.scaling, kind.masters, *dtypes(p))
     try:
         run(loop, p, s.steps[0], address(s.saved), address(s.m), total, moves, f.sums)

@@ -3,7 +3,8 @@
 A loop takes blocks of BLOCK elements, one by one, until none is left: each thread that runs it
 takes the next. A block lies in one slot; weight and gradient are reached by the slot's address,
 the flat buffers by its offset. Letters and the order of every operation are the reference's
-(`fastsam.reference`), so that the results are: there is no fastmath, and no contraction.
+(`fastsam.reference`), so that the results are: there is no fastmath, and no contraction; a number
+over a tensor is torch's reciprocal and product.
 
 `dots`, `norm`, `climb` and `step` make a loop for one kind of space. What differs between kinds is
 compiled in; what a user sets is read from the table of hyper-parameters.
@@ -31,8 +32,14 @@ STREAMS = ("w", "g", "old", "saved", "m", "v", "u", "x", "y", "z")
 
 TYPES = {"f4": ir.FloatType(), "f8": ir.DoubleType(), "bf16": ir.IntType(16),
          "f16": ir.IntType(16)}
+NUMBERS = {"f4": float32, "f8": float64}
 SIZES = {"f4": 4, "f8": 8, "bf16": 2, "f16": 2}
 HALF, FULL = ir.IntType(16), ir.IntType(32)
+
+
+def accumulates_in(dtype: str) -> str:
+    """The dtype of state and arithmetic."""
+    return "f8" if dtype == "f8" else "f4"
 
 
 def locate(builder: ir.IRBuilder, address: ir.Value, i: ir.Value, kind: ir.Type) -> ir.Value:
@@ -100,7 +107,7 @@ def load(context, address, i, stream, dtype):
         part_from_others(builder, value, stream.literal_value)
         return widened(builder, value, kind)
 
-    return (float64 if kind == "f8" else float32)(address, i, stream, dtype), generate
+    return NUMBERS[accumulates_in(kind)](address, i, stream, dtype), generate
 
 
 @intrinsic(prefer_literal=True)
@@ -113,8 +120,7 @@ def store(context, address, i, value, stream, dtype):
         part_from_others(builder, access, stream.literal_value)
         return args[1]
 
-    number = float64 if kind == "f8" else float32
-    return int64(address, i, number, stream, dtype), generate
+    return int64(address, i, NUMBERS[accumulates_in(kind)], stream, dtype), generate
 
 
 @intrinsic(prefer_literal=True)
@@ -190,11 +196,6 @@ BETA1, BETA2, BETA1_SHARE, BETA2_SHARE, LOG_BETA1, LOG_BETA2, EPS, DECOUPLED = (
 INV_SCALE1, INV_SCALE2 = CONTROL.index("inv_scale1"), CONTROL.index("inv_scale2")
 
 
-def number(dtype: str):
-    """The type of state and arithmetic: numba's, and how it is stored."""
-    return (float64, "f8") if dtype == "f8" else (float32, "f4")
-
-
 def compiled(*arguments) -> Callable:
     """numba's decorator for these types, which are compiled at once, or found in its cache where
     it can keep one."""
@@ -210,7 +211,7 @@ def compiled(*arguments) -> Callable:
 
 def tables(dtype: str) -> tuple:
     """The types of ticket, blocks, layout, hyper, scalings, control, steps and w_table, g_table."""
-    F, _ = number(dtype)
+    F = NUMBERS[accumulates_in(dtype)]
     return (int64[::1], int32[:, ::1], int64[:, ::1], F[:, ::1], F[:, ::1], F[::1], int32[::1],
             int64[::1], int64[::1])
 
@@ -218,7 +219,7 @@ def tables(dtype: str) -> tuple:
 @lru_cache
 def dots(mode: str, dtype: str, g_dtype: str) -> Callable:
     """sums[:, b] = <g, m>, <g, g> and <m, m> of block b, with the m that is projected with."""
-    G, (F, A) = g_dtype, number(dtype)
+    G, A = g_dtype, accumulates_in(dtype)
     size, g_size = SIZES[A], SIZES[G]
     new = mode == "algorithm1"
 
@@ -257,7 +258,7 @@ def dots(mode: str, dtype: str, g_dtype: str) -> Callable:
 def norm(mode: str | None, scaling: str | None, masters: bool, dtype: str, g_dtype: str,
          ) -> Callable:
     """sums[0, b] = ||T d||^2 of block b; with a mode also sums[1, b] = ||T g||^2."""
-    W, G, (F, A) = dtype, g_dtype, number(dtype)
+    W, G, A = dtype, g_dtype, accumulates_in(dtype)
     size, w_size, g_size = SIZES[A], SIZES[W], SIZES[G]
     has_m, new, along = mode is not None, mode == "algorithm1", mode == "full"
     by_w, by_g = scaling == "weights", scaling == "gradient"
@@ -320,7 +321,7 @@ def climb(mode: str | None, scaling: str | None, masters: bool, dtype: str, g_dt
     """w -> w + e with w saved and m updated, e = rho / (norm + GUARD) T^2 d, or 0 unless `moves`.
     sums[0, b], sums[1, b] = the squared length of e in block b, as stored, and as wanted (where
     rounding to 16 bits can part them)."""
-    W, G, (F, A) = dtype, g_dtype, number(dtype)
+    W, G, A = dtype, g_dtype, accumulates_in(dtype)
     S = A if masters else W
     size, w_size, g_size, s_size = SIZES[A], SIZES[W], SIZES[G], SIZES[S]
     has_m, new, along = mode is not None, mode == "algorithm1", mode == "full"
@@ -329,7 +330,7 @@ def climb(mode: str | None, scaling: str | None, masters: bool, dtype: str, g_dt
     rounds = W in ("bf16", "f16")
     one, zero, guard = (np.dtype(A).type(x) for x in (1, 0, GUARD))
 
-    @compiled(*tables(dtype), int64, int64, F, boolean, float64[:, ::1])
+    @compiled(*tables(dtype), int64, int64, NUMBERS[A], boolean, float64[:, ::1])
     def loop(ticket, blocks, layout, hyper, scalings, control, m_steps, w_table, g_table, saved, m,
              norm, moves, sums):
         x, y = scratch(A), scratch(A)
@@ -346,7 +347,7 @@ def climb(mode: str | None, scaling: str | None, masters: bool, dtype: str, g_dt
             offset, end, group = layout[slot, 0], layout[slot, 1], layout[slot, 2]
             a, b, sigma = scalings[slot, 0], scalings[slot, 1], hyper[group, SIGMA]
             lmbda, share = hyper[group, LMBDA], hyper[group, SHARE]
-            scale = hyper[group, RHO] / (norm + guard) if moves else zero
+            scale = one / (norm + guard) * hyper[group, RHO] if moves else zero
             begins = m_steps[slot] == 0
             for start in range(first, min(end, first + BLOCK), CHUNK):
                 n = min(CHUNK, end - start)
@@ -397,7 +398,7 @@ def step(base: str, masters: bool, dtype: str, g_dtype: str) -> Callable:
 
 
 def sgd(base: str, masters: bool, dtype: str, g_dtype: str) -> Callable:
-    W, G, (F, A) = dtype, g_dtype, number(dtype)
+    W, G, A = dtype, g_dtype, accumulates_in(dtype)
     S = A if masters else W
     size, w_size, g_size, s_size = SIZES[A], SIZES[W], SIZES[G], SIZES[S]
     has_v = base == "sgd-momentum"
@@ -444,9 +445,10 @@ def sgd(base: str, masters: bool, dtype: str, g_dtype: str) -> Callable:
 
 
 def adam(base: str, masters: bool, dtype: str, g_dtype: str) -> Callable:
-    W, G, (F, A) = dtype, g_dtype, number(dtype)
+    W, G, A = dtype, g_dtype, accumulates_in(dtype)
     S = A if masters else W
     size, w_size, g_size, s_size = SIZES[A], SIZES[W], SIZES[G], SIZES[S]
+    F = np.dtype(A).type
 
     @compiled(*tables(dtype), int64[::1], int64, int64, int64)
     def loop(ticket, blocks, layout, hyper, scalings, control, v_steps, w_table, g_table, moved,
@@ -467,7 +469,7 @@ def adam(base: str, masters: bool, dtype: str, g_dtype: str) -> Callable:
             t = F(v_steps[slot] + 1)
             c1 = F(-math.expm1(float64(t * hyper[group, LOG_BETA1])))
             c2 = F(-math.expm1(float64(t * hyper[group, LOG_BETA2])))
-            rate = lr / c1
+            rate = F(1) / c1 * lr
             shrink = F(1 - float64(lr) * float64(weight_decay)) if decoupled else F(1)
             adds = weight_decay != 0 and not decoupled
             w_at, g_at = w_table[slot] + start * w_size, g_table[slot] + start * g_size

@@ -1,0 +1,357 @@
+"""The numba backend's passes, called with passes made by hand: beside the reference, to the bit."""
+
+import os
+import subprocess
+import sys
+import threading
+from functools import partial
+
+import pytest
+import torch
+
+numba = pytest.importorskip("numba")
+
+from fastsam import reference  # noqa: E402
+from fastsam.kernels import cpu, cpu_loops  # noqa: E402
+
+from ..helpers.hand import Hand  # noqa: E402
+
+F4, F8, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
+SHAPES = [(3, 5), (40_000,), (1,), (0,), (17, 3), (20, 1000), (1023,)]
+OF = [0, 1, 2, 0, 1, 2, 0]
+SGD = [dict(rho=0.1, sigma=0.7, lmbda=0.8, lr=0.05, momentum=0.9, weight_decay=0.01,
+            nesterov=True),
+       dict(rho=0.3, sigma=1.2, lmbda=0.6, lr=0.03, momentum=0.8, dampening=0.3),
+       dict(rho=0.2, sigma=0.9, lmbda=0.5, lr=0.02, weight_decay=0.1)]
+ADAM = [dict(rho=0.1, sigma=0.7, lmbda=0.8, lr=0.05, weight_decay=0.01, beta1=0.8, beta2=0.95,
+             decoupled=True),
+        dict(rho=0.3, sigma=1.2, lmbda=0.6, lr=0.03, weight_decay=0.1, eps=1e-3),
+        dict(rho=0.2, sigma=0.9, lmbda=0.5, lr=0.02)]
+PLAIN = [{**group, "momentum": 0.0, "nesterov": False, "dampening": 0.0} for group in SGD]
+GROUPS = {"sgd": PLAIN, "sgd-momentum": SGD, "adam": ADAM}
+AB = {None: (0.0, 1.0), "weights": [(1.0, 0.0), (0.5, 0.01), (0.0, 1.0), *[(1.0, 0.01)] * 4],
+      "gradient": [(0.5, 1.0), (0.0, 1.0), *[(2.0, 1.0)] * 5]}
+# mode, scaling, base, masters, dtype, of gradients; every value of each, in few compilations
+KINDS = [(None, None, "sgd-momentum", False, F4, F4),
+         ("algorithm1", "weights", "adam", False, F4, BF16),
+         ("official", "gradient", "sgd", False, F8, F8),
+         ("full", "weights", "sgd-momentum", True, BF16, F4),
+         ("noise", None, "adam", True, F16, F16),
+         ("algorithm1", None, "sgd-momentum", False, F16, F4),
+         (None, "gradient", "adam", False, BF16, BF16)]
+
+
+def misaligned(t: torch.Tensor) -> torch.Tensor:
+    """A copy that starts at an odd multiple of 2 bytes, between bytes of 0x5a."""
+    buffer = bytearray(b"\x5a" * (t.nbytes + 64))
+    address = torch.frombuffer(buffer, dtype=torch.uint8).data_ptr()
+    start = 2 + -address % 16
+    if t.numel():
+        copy = torch.frombuffer(buffer, dtype=t.dtype, offset=start, count=t.numel())
+        t = copy.view(t.shape).copy_(t)
+        t.surroundings = buffer[:start], memoryview(buffer)[start + t.nbytes:]
+    return t
+
+
+def draw(dtype: torch.dtype, scale: float, seed: int) -> list[torch.Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    return [(torch.randn(shape, generator=g, dtype=F8) * scale).to(dtype) for shape in SHAPES]
+
+
+def pair(mode, scaling, base, masters, dtype) -> tuple[Hand, Hand]:
+    """The same weights and hyper-parameters, for two backends; the first's lie awkwardly."""
+    made = [Hand([place(w) for w in draw(dtype, 0.5, seed=0)], GROUPS[base], OF, mode, base,
+                 scaling, AB[scaling], masters) for place in (misaligned, torch.clone)]
+    if mode in ("full", "noise"):
+        for hand in made:
+            for slot, m in zip(hand.space.slots, draw(hand.space.kind.acc, 1, seed=9), strict=True):
+                slot.m.copy_(m)
+    return made[0], made[1]
+
+
+def assert_equal(found: dict, expected: dict, when: str, unit: float = 0) -> None:
+    assert found.keys() == expected.keys()
+    for name, t in expected.items():
+        torch.testing.assert_close(found[name], t, rtol=unit, atol=unit, equal_nan=True,
+                                   msg=lambda text, name=name: f"{name} {when}: {text}")
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: "-".join(str(x) for x in kind))
+def test_equals_the_reference_to_the_bit_where_the_norms_do(kind):
+    """The norms, which are added up in another order, to rounding; and where there are roots,
+    which torch takes from MKL, not always rounded to nearest."""
+    *kind, g_dtype = kind
+    ours, theirs = pair(*kind)
+    has_roots = "gradient" in kind or "adam" in kind
+    unit = 4 * torch.finfo(kind[-1]).eps if has_roots else 0
+    for t in range(4):
+        first, second = draw(g_dtype, 0.1, seed=1 + t), draw(g_dtype, 0.1, seed=5 + t)
+        if t == 1:
+            first[1] = second[5] = second[0] = first[0] = None
+        scale = 0.25 if t == 2 else None
+        p, q = ours.read(first, "g1", inv_scale=scale), theirs.read(first, "g1", inv_scale=scale)
+        cpu.norm(p)
+        reference.norm(q)
+        torch.testing.assert_close(ours.space.partials.sum(1), theirs.space.partials.sum(1),
+                                   rtol=1e-5 if g_dtype != F8 else 1e-13, atol=0)
+        climbs = cpu.climb(p, theirs.space.partials), reference.climb(q, theirs.space.partials)
+        assert_equal(ours.state(), theirs.state(), f"after climb {t}", unit)
+        torch.testing.assert_close(ours.space.radii.sum(1), theirs.space.radii.sum(1),
+                                   rtol=1e-4, atol=0)
+        assert climbs[0].moved == climbs[1].moved
+        climbs = climbs if t != 3 else (None, None)  # a plain step from where the weights are
+        ours.second_step(cpu, climbs[0], second, inv_scale=scale)
+        theirs.second_step(reference, climbs[1], second, inv_scale=scale)
+        assert_equal(ours.state(), theirs.state(), f"after step {t}", unit)
+    for w in ours.weights:
+        assert all(set(bytes(x)) <= {0x5a} for x in getattr(w, "surroundings", ()))
+
+
+@pytest.mark.parametrize("mode", ["algorithm1", "official"])
+def test_dots_are_the_inner_products(mode):
+    ours, _ = pair(mode, None, "sgd-momentum", False, F4)
+    for slot, m in zip(ours.space.slots, draw(F4, 1, seed=3), strict=True):
+        slot.m.copy_(m)
+    first = draw(BF16, 0.1, seed=1)
+    first[4] = None
+    cpu.dots(ours.read(first, "g1", inv_scale=0.5))
+    expected = torch.zeros(3, dtype=F8)
+    for slot, g in zip(ours.space.slots, first, strict=True):
+        if g is not None:
+            g, m, lmbda = g.double() / 2, slot.m.double(), SGD[slot.group]["lmbda"]
+            m = lmbda * m + (1 - lmbda) * g if mode == "algorithm1" else m
+            expected += torch.stack([(x * y).sum() for x, y in ((g, m), (g, g), (m, m))])
+    torch.testing.assert_close(ours.space.dots.double().sum(1), expected, rtol=1e-5, atol=1e-5)
+
+
+SAM_KIND = (None, None, "sgd-momentum", False, F4)
+FSAM_KIND = ("algorithm1", None, "sgd-momentum", False, F4)
+
+
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+def test_a_norm_that_is_not_finite_is_a_counted_skip(value):
+    ours, _ = pair(*FSAM_KIND)
+    before, first = ours.state(), draw(F4, 0.1, seed=1)
+    first[5].view(-1)[777] = value
+    climb = ours.first_step(cpu, first)
+    for name in ("m", "steps", *[f"w{i}" for i in range(len(SHAPES))]):
+        assert torch.equal(ours.state()[name], before[name])
+    ours.second_step(cpu, climb, draw(F4, 0.1, seed=2))
+    changed = {"skipped", "saved", "ok", "norm"}
+    assert_equal(*({k: t for k, t in state.items() if k not in changed}
+                   for state in (ours.state(), before)), "after a skip")
+    assert ours.space.cells.skipped == 1 and not ours.space.cells.ok
+
+
+def test_an_overflow_returns_every_weight_and_is_counted():
+    ours, _ = pair(*FSAM_KIND)
+    before = ours.state()
+    climb = ours.first_step(cpu, draw(F4, 0.1, seed=1))
+    ours.space.cells.found_inf.fill_(1)
+    ours.second_step(cpu, climb, draw(F4, 0.1, seed=2))
+    for name in ("v", *[f"w{i}" for i in range(len(SHAPES))]):
+        assert torch.equal(ours.state()[name], before[name])
+    assert ours.space.cells.skipped == 1
+
+
+def test_zero_gradients_and_directions_of_rounding_noise_move_nothing():
+    for groups, scale in ((SGD, 0.0), ([dict(rho=1e4, sigma=1 / (1 - 0.6), lmbda=0.6)] * 3, 1.0)):
+        hand = Hand(draw(F4, 0.5, seed=0), groups, OF, "algorithm1")
+        before = hand.state()
+        first = draw(F4, scale, seed=1)
+        hand.first_step(cpu, first)
+        assert all(torch.equal(w, before[f"w{i}"]) for i, w in enumerate(hand.weights))
+        assert hand.space.cells.ok
+        if scale:
+            torch.testing.assert_close(hand.space.slots[1].m, 0.4 * first[1])
+
+
+def played(hand: Hand) -> dict:
+    for t in range(3):
+        climb = hand.first_step(cpu, draw_large(1 + t))
+        hand.second_step(cpu, climb, draw_large(11 + t))
+    return {**hand.state(), "partials": hand.space.partials, "radii": hand.space.radii}
+
+
+def draw_large(seed: int) -> list[torch.Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    return [torch.randn(n, generator=g) for n in (300_000, 17, 200_001)]
+
+
+def large() -> Hand:
+    return Hand(draw_large(0), SGD, [0, 1, 2], "algorithm1")
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def test_any_number_of_threads_gives_the_same_bits(threads):
+    threads(1)
+    expected = played(large())
+    for n in range(2, 6):
+        threads(n)
+        assert_equal(played(large()), expected, f"with {n} threads")
+
+
+def test_optimizers_step_at_once_in_several_threads(threads):
+    threads(3)
+    expected, found = played(large()), []
+    callers = [threading.Thread(target=lambda: found.append(played(large()))) for _ in range(4)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert len(found) == 4
+    for state in found:
+        assert_equal(state, expected, "beside others")
+
+
+def test_a_pool_that_can_start_no_thread_is_done_without(threads, monkeypatch):
+    threads(1)
+    expected = played(large())
+    threads(3)
+    monkeypatch.setattr(cpu.pool, "submit", partial(fail, RuntimeError("can't start new thread")))
+    assert_equal(played(large()), expected, "without a pool")
+
+
+def fail(error: BaseException, *_args) -> None:
+    raise error
+
+
+def test_an_interrupted_climb_leaves_the_weights(threads, monkeypatch):
+    threads(3)
+    hand, submit = large(), cpu.pool.submit
+    before, calls = hand.state(), []
+
+    def submit_one(*args):
+        calls.append(args)
+        return submit(*args) if len(calls) < 4 else fail(KeyboardInterrupt())
+
+    monkeypatch.setattr(cpu.pool, "submit", submit_one)
+    with pytest.raises(KeyboardInterrupt):
+        hand.first_step(cpu, draw_large(1))
+    assert len(calls) == 4  # the second of the climb's
+    for i, w in enumerate(hand.weights):
+        assert torch.equal(w, before[f"w{i}"])
+
+
+def in_a_process(code: str, **env: str) -> str:
+    ran = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True,
+                         text=True, env={**os.environ, **env}, timeout=60)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stderr == ""
+    return ran.stdout
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_a_forked_child_has_threads_of_its_own():
+    out = in_a_process("""
+import os, warnings
+import torch
+warnings.filterwarnings("ignore", category=DeprecationWarning)  # of forking with threads
+from fastsam.kernels import cpu
+from tests.backends.test_cpu import large, played
+torch.set_num_threads(1)  # torch's own threads do not outlive a fork
+expected = played(large())
+torch.get_num_threads = lambda: 3
+played(large())
+child = os.fork()
+found = played(large())
+same = all(torch.equal(found[k], expected[k]) for k in expected) and len(cpu.pool._threads) > 0
+if child == 0:
+    os._exit(not same)
+print(same, os.waitpid(child, 0)[1])
+""")
+    assert out.split() == ["True", "0"]
+
+
+def test_without_numba_fastsam_runs_and_names_the_remedy():
+    out = in_a_process("""
+import sys
+sys.modules["numba"] = None
+import torch, fastsam
+p = torch.nn.Parameter(torch.ones(2**21))
+opt = fastsam.SAM([p], torch.optim.SGD, lr=0.1)
+print(opt.backend_report()["backend"], opt.backend_report()["why"])
+try:
+    fastsam.SAM([p], torch.optim.SGD, lr=0.1, backend="numba")
+except ValueError as error:
+    print(error)
+""")
+    assert out.startswith("reference")
+    assert out.count("pip install 'fastsam[cpu]'") == 2
+
+
+def add_one(x):
+    x[0] += 1
+
+
+def runs(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
+    x = torch.zeros(1, dtype=torch.int64)
+    cpu_loops.compiled(numba.int64[::1])(add_one)(x.numpy())
+    assert x == 1
+
+
+@pytest.mark.filterwarnings("error")
+def test_no_folder_to_keep_compiled_code_in(tmp_path, monkeypatch):
+    monkeypatch.setattr("numba.core.caching.tempfile.TemporaryFile",
+                        lambda **_: fail(PermissionError("read-only")))
+    runs(tmp_path, monkeypatch)
+    assert not list(tmp_path.rglob("*.nb*"))
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_full_disk(tmp_path, monkeypatch):
+    monkeypatch.setattr("numba.core.caching.IndexDataCacheFile.save",
+                        lambda *_: fail(OSError(28, "No space left on device")))
+    runs(tmp_path, monkeypatch)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("kind", ["nbi", "nbc"])
+def test_a_broken_file_of_compiled_code(kind, tmp_path, monkeypatch):
+    runs(tmp_path, monkeypatch)
+    (kept,) = tmp_path.rglob(f"*.{kind}")
+    kept.write_bytes(kept.read_bytes()[:100])
+    runs(tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16])
+def test_sixteen_bits_are_read_exactly_and_rounded_to_nearest_even(dtype):
+    kind = cpu.DTYPES[dtype]
+
+    @numba.njit
+    def widen(x, y, n):
+        for i in range(n):
+            cpu_loops.store(y, i, cpu_loops.load(x, i, "w", kind), "v", "f4")
+
+    @numba.njit
+    def narrow(x, y, n):
+        for i in range(n):
+            cpu_loops.store(y, i, cpu_loops.load(x, i, "v", "f4"), "w", kind)
+
+    every = torch.arange(-2**15, 2**15).to(torch.int16).view(dtype)
+    wide = torch.empty(2**16)
+    widen(every.data_ptr(), wide.data_ptr(), 2**16)
+    expected = every.float()
+    finite = ~expected.isnan()
+    assert torch.equal(wide[finite].view(torch.int32), expected[finite].view(torch.int32))
+    assert wide[~finite].isnan().all()
+
+    steps = wide[finite]
+    middle = ((steps.double() + steps.double().nextafter(torch.tensor(torch.inf)).float()) / 2)
+    ties = (steps[:-1].double() + steps[1:].double()).div(2).float()
+    g = torch.Generator().manual_seed(0)
+    bits = torch.randint(-2**31, 2**31, (2**18,), generator=g).to(torch.int32).view(F4)
+    x = torch.cat([steps, ties, ties.nextafter(torch.tensor(torch.inf)),
+                   ties.nextafter(torch.tensor(-torch.inf)), middle.float(), bits])
+    found = torch.empty(len(x), dtype=dtype)
+    narrow(x.data_ptr(), found.data_ptr(), len(x))
+    expected, nan = x.to(dtype), x.isnan()
+    assert torch.equal(found[~nan].view(torch.int16), expected[~nan].view(torch.int16))
+    assert found[nan].isnan().all()
