@@ -141,11 +141,11 @@ def climb(p: Pass, sums: Tensor) -> Climb:
     """w -> w + rho T^2 d / ||T d||, with w saved and m updated; `sums`: (2, k), the partials of
     every space of the optimizer."""
     launch(climb_kernel, p, (p.w_table, p.g_table, sums), climb_arguments,
-           sums.shape[1] // PARTIALS)
+           sums.shape[1] // PARTIALS, sums.data_ptr() % 16)  # Triton looks at both
     return Climb.of(p)
 
 
-def climb_arguments(p: Pass, n_spaces: int) -> dict:
+def climb_arguments(p: Pass, n_spaces: int, _: int) -> dict:
     space = p.space
     return dict(saved=space.saved, m=space.m, radii=space.radii, scalings=space.scalings,
                 counters=space.counters, m_steps=space.steps[0], n_slots=len(space.slots),

@@ -11,7 +11,7 @@ and versions of Triton other than these get an ordinary launch.
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
+from weakref import finalize
 
 import torch
 import triton
@@ -21,7 +21,7 @@ from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
 from ...passes import Pass
-from ...space import PARTIALS, Space
+from ...space import PARTIALS
 from .common import BLOCK, OPTIONS, TYPES
 
 # CompiledKernel.run takes the same in each: it is Triton's own, and may change in the next
@@ -29,21 +29,19 @@ CAN_PREPARE = triton.__version__.startswith(("3.5.", "3.6.", "3.7.", "3.8.", "3.
 
 
 class Launch(NamedTuple):
-    """All that a kernel's launcher takes, but for the stream and the addresses that move."""
+    """All that a compiled kernel's launcher takes, but for the stream and the addresses that
+    move. The kernel is unloaded with `compiled`, which is kept for that alone."""
 
-    kernel: CompiledKernel
+    compiled: CompiledKernel
+    run: Callable[..., None]
     device: int
     programs: int
+    function: Any
+    metadata: Any
     rest: tuple
 
-    def __call__(self, addresses: list[int | None]) -> None:
-        k = self.kernel
-        stream = driver.active.get_current_stream(self.device)
-        k.run(self.programs, 1, 1, stream, k.function, k.packed_metadata, None, None, None,
-              *addresses, *self.rest)
 
-
-PREPARED: WeakKeyDictionary[Space, dict[tuple, Launch]] = WeakKeyDictionary()
+PREPARED: dict[tuple, Launch] = {}
 
 
 def launch(kernel, p: Pass, moving: tuple[Tensor | None, ...], others: Callable[..., dict],
@@ -52,21 +50,26 @@ def launch(kernel, p: Pass, moving: tuple[Tensor | None, ...], others: Callable[
 
     Args:
         kernel: what to run.
-        moving: the kernel's first arguments: what may lie elsewhere at the next pass.
+        moving: the kernel's first arguments: what may lie elsewhere at the next pass. How they lie
+            must not change the compiled kernel, or be told by one of the numbers.
         others: the kernel's own other arguments by name, from the pass and `numbers`. Which
-            launch is like which follows from the space, `p.scaling`, `p.g_dtype`, `numbers` and
-            how `moving` lies to 16 bytes, so they may depend on nothing else.
+            launch is like which follows from the space, `p.scaling`, `p.g_dtype` and `numbers`,
+            so they may depend on nothing else.
     """
-    addresses = [t if t is None else t.data_ptr() for t in moving]
-    key = id(kernel), p.scaling, p.g_dtype, *numbers, *[a and a % 16 for a in addresses]
-    ready = PREPARED.get(p.space, {}).get(key)
+    key = id(kernel), id(p.space), p.scaling, p.g_dtype, *numbers
+    ready = PREPARED.get(key)
     if ready is None or not is_plain(kernel):
         launch_ordinarily(kernel, p, moving, others(p, *numbers), key)
-    elif ready.device == driver.active.get_current_device():
-        ready(addresses)
-    else:
-        with torch.cuda.device(ready.device):
-            ready(addresses)
+        return
+    active, (_, run, device, programs, function, metadata, rest) = driver.active, ready
+    addresses = [t if t is None else t.data_ptr() for t in moving]
+    if active.get_current_device() == device:
+        run(programs, 1, 1, active.get_current_stream(device), function, metadata, None, None, None,
+            *addresses, *rest)
+        return
+    with torch.cuda.device(device):
+        run(programs, 1, 1, active.get_current_stream(device), function, metadata, None, None, None,
+            *addresses, *rest)
 
 
 def is_plain(kernel) -> bool:
@@ -84,7 +87,8 @@ def has_calls(hook: Any) -> bool:
 
 def launch_ordinarily(kernel, p: Pass, moving: tuple[Tensor | None, ...], others: dict,
                       key: tuple) -> None:
-    """By Triton's own way; what it handed over is kept for the next launch like this."""
+    """By Triton's own way; what it handed over is kept for the next launch like this, as long as
+    the space is."""
     space, kind = p.space, p.space.kind
     blocks = space.blocks(BLOCK)
     programs = max(1, min(len(blocks), PARTIALS))
@@ -93,8 +97,12 @@ def launch_ordinarily(kernel, p: Pass, moving: tuple[Tensor | None, ...], others
                  BLOCK=BLOCK, **others)
     with torch.cuda.device_of(space.partials):
         compiled = kernel[(programs,)](*moving, **named, **OPTIONS)
-        if CAN_PREPARE and isinstance(compiled, CompiledKernel) and is_plain(kernel):
-            rest = (named[name] for name in kernel.arg_names[len(moving):])
-            rest = tuple(x.data_ptr() if isinstance(x, Tensor) else x for x in rest)
-            PREPARED.setdefault(space, {})[key] = Launch(
-                compiled, driver.active.get_current_device(), programs, rest)
+        if not (CAN_PREPARE and isinstance(compiled, CompiledKernel) and is_plain(kernel)):
+            return
+        rest = (named[name] for name in kernel.arg_names[len(moving):])
+        rest = tuple(x.data_ptr() if isinstance(x, Tensor) else x for x in rest)
+        if key not in PREPARED:
+            finalize(space, PREPARED.pop, key, None)
+        PREPARED[key] = Launch(
+            compiled, compiled.run, driver.active.get_current_device(), programs,
+            compiled.function, compiled.packed_metadata, rest)
