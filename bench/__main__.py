@@ -158,6 +158,8 @@ def add_step_command(commands: Any) -> None:
         "does in a training loop (glibc)")  # fmt: skip
     add("--reps", type=int, help="timed steps (default 20, on a GPU 100, for about a minute)")
     add("--threads", type=int, help="CPU threads")
+    add("--host", action="store_true", help="instead: how long a step keeps the host, without a "
+        "GPU, at 10, 62, 161 and 1000 tensors (or --tensors) of one element")  # fmt: skip
     add("--rows", type=Path, help="append a row per optimizer to this JSONL file")
 
 
@@ -497,10 +499,23 @@ def run_recipes(options: dict[str, Any]) -> None:
 def run_step(options: dict[str, Any]) -> int:
     from bench.step import StepConfig, step
 
-    given = {k: x for k, x in options.items() if k not in ("command", "rows")}
+    given = {k: x for k, x in options.items() if k not in ("command", "rows", "host")}
+    if options.get("host"):
+        return run_host(given, options.get("rows"))
     if "methods" in given:
         given["methods"] = tuple(dict.fromkeys(given["methods"]))
     return step(StepConfig(**given), options.get("rows"))
+
+
+def run_host(given: dict[str, Any], rows: Path | None) -> int:
+    from bench.host import HostConfig, host
+
+    other = given.keys() - {"tensors", "reps"}
+    if other:
+        raise ValueError(f"--host takes --tensors, --reps and --rows, not --{sorted(other)[0]}")
+    if "tensors" in given:
+        given["tensors"] = (given["tensors"],)
+    return host(HostConfig(**given), rows)
 
 
 def run_report(options: dict[str, Any]) -> None:

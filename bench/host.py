@@ -8,6 +8,7 @@ that is in the times of the optimizers that call them, and not in fastsam's.
 
 import ctypes
 import gc
+import os
 import subprocess
 import tempfile
 import time
@@ -39,9 +40,11 @@ int cuGetErrorString(int error, const char **text) { *text = "none"; return 0; }
 ONE(cuCtxGetCurrent) ONE(cuDevicePrimaryCtxRetain) ONE(cuModuleLoadData) ONE(cuModuleGetFunction)
 #define NONE(name) int name() { return 0; }
 NONE(cuInit) NONE(cuDeviceGet) NONE(cuCtxSetCurrent) NONE(cuFuncSetAttribute) NONE(cuCtxGetDevice)
-NONE(cuFuncSetCacheConfig) NONE(cuLaunchKernelEx) NONE(cuModuleUnload) NONE(cuDriverGetVersion)
-NONE(cuCtxGetLimit) NONE(cuCtxSetLimit) NONE(cuTensorMapEncodeTiled)
-NONE(cuTensorMapEncodeIm2col) NONE(cuOccupancyMaxActiveClusters)
+NONE(cuFuncSetCacheConfig) NONE(cuModuleUnload) NONE(cuDriverGetVersion) NONE(cuCtxGetLimit)
+NONE(cuCtxSetLimit) NONE(cuTensorMapEncodeTiled) NONE(cuTensorMapEncodeIm2col)
+NONE(cuOccupancyMaxActiveClusters)
+int launches = 0;
+int cuLaunchKernelEx() { launches++; return 0; }
 """
 
 
@@ -65,8 +68,9 @@ class HostConfig:
 
 
 @contextmanager
-def pretended_gpu() -> Iterator[None]:
+def pretended_gpu() -> Iterator[ctypes.c_int]:
     """Let Triton launch on a GPU that is not there, and fastsam take tensors on the CPU for its.
+    Yields the number of launches so far.
 
     Raises ValueError where Triton, or a C compiler, is missing, or a GPU is there.
     """
@@ -100,11 +104,11 @@ def pretended_gpu() -> Iterator[None]:
             subprocess.run(command, input=LIBCUDA, text=True, check=True)
         except (OSError, subprocess.CalledProcessError) as error:
             raise ValueError(f"--host needs a C compiler ({error})") from error
-        ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
-        mock.patch.dict("os.environ", TRITON_LIBCUDA_PATH=folder).start()
+        loaded = ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
+        os.environ["TRITON_LIBCUDA_PATH"] = folder
         active.set_active(Driver())
         with mock.patch.object(choose, "why_not_triton", lambda *_: None):
-            yield
+            yield ctypes.c_int.in_dll(loaded, "launches")
 
 
 def found() -> list[Contender]:
@@ -153,7 +157,8 @@ def race(runners: list[Runner], reps: int | None) -> list[list[float]]:
     return times
 
 
-def row(runner: Runner, us: list[float]) -> dict[str, Any]:
+def row(runner: Runner, us: list[float], launches: int) -> dict[str, Any]:
+    """Return one contender's numbers; launches: Triton's in a step."""
     quantiles = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
     p20, p50, p80 = torch.tensor(us, dtype=torch.float64).quantile(quantiles).tolist()
     return {
@@ -164,17 +169,21 @@ def row(runner: Runner, us: list[float]) -> dict[str, Any]:
         "tensors": len(runner.params),
         "us": {"p20": p20, "p50": p50, "p80": p80},
         "reps": len(us),
+        "launches": launches,
     }
 
 
 def measure(config: HostConfig) -> list[dict[str, Any]]:
     """Return a row per contender and number of parameters."""
     git, rows = git_hash(), []
-    with pretended_gpu():
+    with pretended_gpu() as so_far:
         for n in config.tensors:
-            runners = line_up(n)
-            times = race(runners, config.reps)
-            rows += map(row, runners, times)
+            runners, counts = line_up(n), []
+            for runner in runners:
+                before = so_far.value
+                microseconds(runner)
+                counts.append(so_far.value - before)
+            rows += map(row, runners, race(runners, config.reps), counts)
     shared = {"config": asdict(config), "hyper": HYPER} | stamp("cpu", git)
     return [r | shared for r in rows]
 
