@@ -403,6 +403,7 @@ class SAM(Optimizer):
         cells = layout.spaces[0].cells
         skip = (found_inf is not None and bool(found_inf)) or (phase.perturbed and not cells.ok)
         self._go_back()
+        phase.leave()
         if skip:
             cells.skipped += 1
             return
