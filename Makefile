@@ -20,7 +20,7 @@ prove: .venv/ready
 
 fuzz: .venv/ready
 	$(BIN)/python -m tests.sequences --examples 20000
-	$(BIN)/python -m tests.sequences --examples 10000 --backend compiled
+	$(BIN)/python -m tests.sequences --examples 10000 --backend numba
 	$(BIN)/python -m tests.sequences --examples 2000 --backend triton --events 4
 
 survive: .venv/ready

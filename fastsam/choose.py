@@ -52,12 +52,11 @@ def why_not_numba(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the CPU kernels cannot serve tensors of this device and dtype; None when they can."""
     if device.type != "cpu":
         return f"parameters are on {device.type!r}: numba's kernels run on a CPU"
-    try:
-        cpu = import_module(MODULES["numba"])
-    except ImportError as error:
-        return f"numba cannot be imported ({first_line(error)}): pip install 'fastsam[cpu]'"
-    if dtype not in cpu.DTYPES:
-        return f"parameters are {dtype}: numba's kernels take " + ", ".join(map(str, cpu.DTYPES))
+    cpu = import_module(MODULES["numba"])
+    if cpu.why_not():
+        return cpu.why_not()
+    if dtype not in cpu.NAMES:
+        return f"parameters are {dtype}: numba's kernels take " + ", ".join(map(str, cpu.NAMES))
     return None
 
 

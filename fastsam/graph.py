@@ -161,6 +161,7 @@ class Captured:
                     set_counts(step.optimizer, counts)
         finally:
             torch.cuda.current_stream().wait_stream(stream)
+            step.optimizer.restore()  # half a step, where one failed
             with torch.no_grad():
                 for t, value in kept:
                     t.copy_(value)

@@ -5,7 +5,7 @@ made for as the very objects and addresses it saw, so that one comparison of lis
 anything may have changed; only then is it looked at closely, followed, or refused by name.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import chain
 from operator import is_, itemgetter
 from typing import Any, NamedTuple
@@ -204,9 +204,9 @@ class Layout:
         """Whether the state has something else than what is shown there."""
         return not self._is_as_seen(state) and bool(self.shown.missing(state))
 
-    def show(self, state: dict[Tensor, Any]) -> None:
-        """Put the slots' tensors into the state, and remember it."""
-        self.shown.put(state)
+    def show(self, state: dict[Tensor, Any], stepped: Collection[Tensor] = ()) -> None:
+        """Put the slots' tensors into the state (see `Shown.put`), and remember it."""
+        self.shown.put(state, stepped)
         try:
             self._state = (state, [*chain.from_iterable(map(dict.values, state.values()))])
         except TypeError:  # an entry that is no dict: look closely every time
@@ -321,17 +321,16 @@ def lies_as(w: Tensor, slot: Slot) -> bool:
     """Whether a parameter's memory has the order that its slot was made for.
 
     Raises:
-        RuntimeError: it has another device, dtype or shape.
+        RuntimeError: it has another device, dtype or shape, or its elements no longer fill one
+            stretch of memory.
     """
-    was = (slot.shape, slot.saved.device)
-    if (w.shape, w.device) != was or w.dtype != slot.dtype:
+    was = (slot.shape, slot.dtype, slot.saved.device)
+    if (w.shape, w.dtype, w.device) != was or (slot.dense and not is_dense(w)):
         raise RuntimeError(
             f"a parameter of shape {tuple(slot.shape)}, {slot.dtype} on {slot.saved.device}, is "
-            f"now {tuple(w.shape)}, {w.dtype} on {w.device}: build the optimizer after the model "
-            "has its final form")
-    return w.stride() == slot.stride or (
-        slot.dense and is_dense(w) and same_layout(w, slot.saved)) or (
-        not slot.dense and not is_dense(w))
+            f"now {tuple(w.shape)} of strides {w.stride()}, {w.dtype} on {w.device}: build the "
+            "optimizer after the model has its final form")
+    return same_layout(w, slot.saved) if slot.dense else not is_dense(w)
 
 
 def readable(slot: Slot, g: Tensor) -> Tensor:

@@ -242,9 +242,9 @@ class SAM(Optimizer):
         try:
             if self._traits.projection:
                 passes = self._projected(passes)
-            sums = self._norm(passes)
+            self._norm(passes)
             for p in passes:
-                climbs.append(phase.layout.backend.climb(p, to(sums, p.space)))
+                climbs.append(phase.layout.backend.climb(p, global_sums(passes, p.space)))
         except BaseException:
             go_back(climbs)
             raise
@@ -256,15 +256,10 @@ class SAM(Optimizer):
         else:
             phase.keep_witness(self._parameters())
 
-    def _norm(self, passes: list[Pass]) -> Tensor:
-        """The partial sums of every space, (2, k): the norm is global."""
+    def _norm(self, passes: list[Pass]) -> None:
         for p in passes:
             self._phase.layout.backend.norm(p)
             p.space.sum_over_shards(p.space.partials)
-        first = passes[0].space.partials
-        if len(passes) == 1:
-            return first
-        return torch.cat([to(p.space.partials, passes[0].space) for p in passes], 1)
 
     def _projected(self, passes: list[Pass]) -> list[Pass]:
         """The passes with sigma multiplied with the projection's share, a function of g and m."""
@@ -417,7 +412,7 @@ class SAM(Optimizer):
                     p.grad.div_(grad_scale)
         with foreign.as_base_sees(self.base_optimizer, self._shared):
             self.base_optimizer.step()
-        layout.show(self.state)
+        layout.show(self.state, {p for p in self._parameters() if p.grad is not None})
 
     # ---- several first passes for one step
 
@@ -655,6 +650,13 @@ class SAM(Optimizer):
 def to(t: Tensor, space: Space) -> Tensor:
     """A device value where and as a space has its own."""
     return t.to(space.kind.device, space.kind.acc, non_blocking=True)
+
+
+def global_sums(passes: Sequence[Pass], space: Space) -> Tensor:
+    """The partial sums of every space, where and as one of them has its own: the norm is global."""
+    if len(passes) == 1:
+        return space.partials
+    return torch.cat([to(p.space.partials, space) for p in passes], 1)
 
 
 @torch.no_grad()

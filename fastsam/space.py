@@ -204,9 +204,9 @@ class Space:
             brought: what the last call returned, or None.
         """
         table = [row.columns() for row in rows]
-        numbers = [[0.0 if isinstance(x, Tensor) else float(x) for x in row] for row in table]
+        numbers = [[None if isinstance(x, Tensor) else float(x) for x in row] for row in table]
         if numbers != brought:
-            upload(numbers, self.hyper)
+            upload([[x or 0.0 for x in row] for row in numbers], self.hyper)
         for i, row in enumerate(table):
             for j, value in enumerate(row):
                 if isinstance(value, Tensor):

@@ -6,7 +6,7 @@ all go this way.
 """
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -125,11 +125,12 @@ class Shown:
         self.fused = all(space.kind.base for space in spaces)
         self.visible = set[Tensor]()  # those that are there; a base that is not fused comes first
 
-    def put(self, state: dict[Tensor, State]) -> None:
+    def put(self, state: dict[Tensor, State], stepped: Collection[Tensor] = ()) -> None:
         """Show every slot's tensors. A base that is not fused sets a parameter's state up at a
-        step where it finds none, so beside its they are shown only where it has done so."""
+        step where it finds none, so beside its they are shown only where it has done so, or has
+        just `stepped` without any need of one."""
         for p, tensors in self.tensors.items():
-            if tensors and (self.fused or state.get(p)):
+            if self.fused or state.get(p) or p in stepped:
                 state.setdefault(p, {}).update(tensors)
                 self.visible.add(p)
 

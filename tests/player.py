@@ -35,7 +35,7 @@ CLASSES = {"sam": SAM, "asam": ASAM, "fisher": FisherSAM, "fsam": FriendlySAM,
 BASES = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW,
          "own sgd": OwnSGD, "own adamw": OwnAdamW}
 MAY_BE_TENSORS = ("rho", "sigma", "lmbda", "lr", "weight_decay")
-STATE = {"m": ("ema", "full_gradient"), "v": ("momentum_buffer", "exp_avg"), "u": ("exp_avg_sq",)}
+STATE = {"m": ("ema", "full_gradient", "sam_ema", "sam_full_gradient"), "v": ("momentum_buffer", "exp_avg"), "u": ("exp_avg_sq",)}
 SENTINEL = 7.0
 
 
@@ -115,6 +115,10 @@ def as_bits(t: torch.Tensor) -> torch.Tensor:
 
 def all_finite(grads: list) -> bool:
     return all(g is None or bool(g.isfinite().all()) for g in grads)
+
+
+def slot_of(opt: SAM, p: torch.Tensor):
+    return next(slot for space in opt.spaces for slot in space.slots if slot.param is p)
 
 
 def scalar(x) -> float:
@@ -237,14 +241,14 @@ class Player:
 
     def state(self, i: int, letter: str) -> torch.Tensor | None:
         if letter == "m" and not self.fused:  # in state_dict() alone
-            return self.opt._slot_of(self.params[i])[1].m
+            return slot_of(self.opt, self.params[i]).m
         return next((self.entry(i)[k] for k in STATE[letter] if k in self.entry(i)), None)
 
     def counts(self, i: int) -> dict[str, torch.Tensor]:
         """How often m and v were updated, where that is kept."""
         entry, found = self.entry(i), {}
         if self.setup.method == "fsam":
-            found["m"] = self.opt._slot_of(self.params[i])[1].m_steps
+            found["m"] = slot_of(self.opt, self.params[i]).m_steps
         for key in ("momentum_steps", "step"):
             if key in entry:
                 found["v"] = entry[key]
@@ -374,11 +378,11 @@ class Player:
                 f"parameter {i} was moved")
         for storage, free in self.storages:
             assert (storage[free] == SENTINEL).all(), "memory beside a parameter was written"
-        for space in self.opt._spaces:
+        for space in self.opt.spaces:
             padding = torch.ones(space.size, dtype=torch.bool)
             for slot in space.slots:
-                padding[slot.offset:slot.offset + slot.w.numel()] = False
-            for buffer in (space.flat_w, space.backup, space.m, space.v, space.u):
+                padding[slot.offset:slot.offset + slot.numel] = False
+            for buffer in (space.saved, space.m, space.v, space.u):
                 assert buffer is None or not buffer.cpu()[padding].any(), "padding was written"
         for t, bits in self.left_behind:
             assert torch.equal(as_bits(t), bits), "the original of a copy changed"
@@ -412,7 +416,7 @@ class Player:
                     for p, w in zip(self.params, self.before[1], strict=True)) ** 0.5
         assert self.opt.last_radius == pytest.approx(moved, rel=1e-5, abs=1e-15)
         if isinstance(self.oracle.size, Rounded) and self.oracle.ok:
-            norm = torch.tensor(self.opt.last_grad_norm, dtype=self.opt._spaces[0].acc)
+            norm = torch.tensor(self.opt.last_grad_norm, dtype=self.opt.spaces[0].kind.acc)
             self.hold("norm", norm, self.oracle.size)
 
     def back(self, why: str) -> None:
@@ -616,13 +620,13 @@ class Player:
     def grow(self, group: Group) -> None:
         """add_param_group in mid-training."""
         before = self.bits()
-        kinds = {s.dtype for s in self.opt._spaces} | {w.dtype for w in group.weights}
+        kinds = {s.kind.dtype for s in self.opt.spaces} | {w.dtype for w in group.weights}
         self._make(group)
         self.groups.append(group)
         self.opt.add_param_group(self._group(len(self.groups) - 1, self.params))
         self._teach(len(self.groups) - 1)
         self.assert_bits(before, "add_param_group")
-        assert len(self.opt._spaces) == len(kinds)
+        assert len(self.opt.spaces) == len(kinds)
         old = self.places
         self._settle()
         assert self.places[:len(old)] == old, "a parameter of another group was moved"

@@ -68,7 +68,7 @@ NARROW = [(F32,), (BF16,), (F16,), (F32, BF16), (F32, F16, BF16)]
 DENSE = ["contiguous", "channels_last", "transposed"]
 MENUS = {
     "reference": Menu([*NARROW, (F64,), (F64, F32, BF16)], [*DENSE, "gapped"], 3),
-    "compiled": Menu([*NARROW, (F64,), (F64, F32, BF16)], [*DENSE, "gapped"], 3),
+    "numba": Menu([*NARROW, (F64,), (F64, F32, BF16)], DENSE, 3),
     "triton": Menu(NARROW, DENSE, 2),
 }
 
@@ -241,8 +241,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from . import conftest  # also the interpreter, where there is no GPU
+    from . import conftest  # noqa: F401: the interpreter, where there is no GPU
 
-    conftest.run_uncompiled()
-    conftest.meet_large_parameters_early()
     main()

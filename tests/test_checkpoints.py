@@ -275,7 +275,9 @@ def test_a_rho_schedule_continues(device, as_tensor, scheduler_first):
 
 @pytest.mark.parametrize("base", ["adamw", "nadam"])
 def test_hooks_see_the_whole_state_once(device, base):
-    names = {"ema", "ema_steps", "exp_avg", "exp_avg_sq", "step"}
+    own = {"ema", "ema_steps"} if base == "adamw" else {"sam_ema", "sam_ema_steps"}
+    ema = min(own)
+    names = {*own, "exp_avg", "exp_avg_sq", "step"}
     seen = []
 
     def post(optimizer, state):
@@ -286,7 +288,7 @@ def test_hooks_see_the_whole_state_once(device, base):
     opt = build(network(device), "fsam", base)
     opt.register_state_dict_post_hook(post)
     opt.state_dict()
-    assert {"ema", "ema_steps"} <= seen[0][1]  # before the base has a state, too
+    assert own <= seen[0][1]  # before the base has a state, too
     net, opt = trained("fsam", base, "reference", device)
     opt.register_state_dict_pre_hook(lambda optimizer: seen.append(("pre", optimizer is opt)))
     opt.register_state_dict_post_hook(post)
@@ -298,22 +300,22 @@ def test_hooks_see_the_whole_state_once(device, base):
 
     def shift(optimizer, state):
         seen.append(("load pre", names <= state["state"][0].keys()))
-        entries = {i: {**x, "ema": x["ema"] + 1, "exp_avg": x["exp_avg"] + 2}
+        entries = {i: {**x, ema: x[ema] + 1, "exp_avg": x["exp_avg"] + 2}
                    for i, x in state["state"].items()}
         return {**state, "state": entries}
 
     twin, other = fresh("fsam", base, "reference", device)
     other.register_load_state_dict_pre_hook(shift)
     other.register_load_state_dict_post_hook(
-        lambda optimizer: seen.append(("load post", optimizer.state_dict()["state"][0]["ema"])))
+        lambda optimizer: seen.append(("load post", optimizer.state_dict()["state"][0][ema])))
     seen.clear()
     other.load_state_dict(state)
     loaded = other.state_dict()["state"]
     assert [name for name, _ in seen] == ["load pre", "load post"] and seen[0][1]
     for i, entry in opt.state_dict()["state"].items():
-        assert torch.equal(loaded[i]["ema"], entry["ema"] + 1)
+        assert torch.equal(loaded[i][ema], entry[ema] + 1)
         assert torch.equal(loaded[i]["exp_avg"], entry["exp_avg"] + 2)
-    assert torch.equal(seen[1][1], loaded[0]["ema"])
+    assert torch.equal(seen[1][1], loaded[0][ema])
 
 
 # ---- torch's own optimizers and the public classes

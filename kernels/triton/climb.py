@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...phase import Climb, Pass
+from ...passes import Climb, Pass
 from ...space import GUARD, PARTIALS
 from .common import (
     CLIMB_TICKET,
@@ -23,13 +23,14 @@ from .common import (
     SIGMA,
     UNSCALED,
     is_last_program,
-    launch,
+    jit,
     locate,
     pointer,
     read,
     weights,
     wide_pointer,
 )
+from .launch import launch
 from .norm import direction, scaling
 
 # ||T d||^2 / ||T g||^2 of a d that is what rounding leaves of 0: (64 unit roundoffs)^2
@@ -70,17 +71,17 @@ def move(w_ptr, g_ptr, saved, m, flat, offs, mask, a, b, inv_scale, sigma, lmbda
 
 
 @triton.jit
-def sum_of(parts, n, PARTIALS: tl.constexpr):
-    """The sum of n parts in a fixed order: every program gets the same bits."""
+def sum_of(parts, n_spaces, PARTIALS: tl.constexpr):
+    """The sum of each space's parts in a fixed order: every program gets the same bits."""
     total = tl.zeros((PARTIALS,), tl.float32)
-    for i in range(0, n, PARTIALS):
-        total += tl.load(parts + i + tl.arange(0, PARTIALS))
+    for i in range(n_spaces):
+        total += tl.load(parts + i * PARTIALS + tl.arange(0, PARTIALS))
     return tl.sum(total)
 
 
-@triton.jit
-def climb_kernel(w_table, g_table, saved, m, sums, radii, blocks, layout, scalings, hyper, control,
-                 counters, m_steps, n_blocks, n_slots, n_sums, guard, noise_share,
+@jit
+def climb_kernel(w_table, g_table, sums, saved, m, radii, blocks, layout, scalings, hyper, control,
+                 counters, m_steps, n_blocks, n_slots, n_spaces, guard, noise_share,
                  MODE: tl.constexpr, SCALING: tl.constexpr, MASTERS: tl.constexpr,
                  TYPE: tl.constexpr, G_TYPE: tl.constexpr, BLOCK: tl.constexpr,
                  PARTIALS: tl.constexpr):
@@ -88,12 +89,13 @@ def climb_kernel(w_table, g_table, saved, m, sums, radii, blocks, layout, scalin
     w, the partial sums of the squared radii (realised; wanted, for 16-bit weights without
     masters), and control's norm and ok."""
     CAN_ROUND_AWAY: tl.constexpr = TYPE.primitive_bitwidth == 16 and not MASTERS
-    squared = sum_of(sums, n_sums, PARTIALS)
+    squared = sum_of(sums, n_spaces, PARTIALS)
     norm = tl.sqrt_rn(squared)
     ok = norm < float("inf")  # false for NaN too
     moves = ok
     if MODE != PLAIN:
-        moves = ok & (squared > noise_share * sum_of(sums + n_sums, n_sums, PARTIALS))
+        of_g = sum_of(sums + n_spaces * PARTIALS, n_spaces, PARTIALS)
+        moves = ok & (squared > noise_share * of_g)
     inv_scale = tl.load(control + INV_SCALE1)
     if tl.program_id(0) == 0:
         tl.store(control + NORM, norm)
@@ -138,10 +140,15 @@ def climb_kernel(w_table, g_table, saved, m, sums, radii, blocks, layout, scalin
 def climb(p: Pass, sums: Tensor) -> Climb:
     """w -> w + rho T^2 d / ||T d||, with w saved and m updated; `sums`: (2, k), the partials of
     every space of the optimizer."""
-    space = p.space
-    launch(climb_kernel, p, w_table=p.w_table, saved=space.saved, m=space.m, sums=sums,
-           radii=space.radii, scalings=space.scalings, counters=space.counters,
-           m_steps=space.steps[0], n_slots=len(space.slots), n_sums=sums.shape[1], guard=GUARD,
-           noise_share=NOISE_SHARE, MODE=MODES[space.kind.mode], SCALING=SCALINGS[p.scaling],
-           MASTERS=space.kind.masters, PARTIALS=PARTIALS)
+    launch(climb_kernel, p, (p.w_table, p.g_table, sums), climb_arguments,
+           sums.shape[1] // PARTIALS)
     return Climb.of(p)
+
+
+def climb_arguments(p: Pass, n_spaces: int) -> dict:
+    space = p.space
+    return dict(saved=space.saved, m=space.m, radii=space.radii, scalings=space.scalings,
+                counters=space.counters, m_steps=space.steps[0], n_slots=len(space.slots),
+                n_spaces=n_spaces, guard=GUARD, noise_share=NOISE_SHARE,
+                MODE=MODES[space.kind.mode], SCALING=SCALINGS[p.scaling],
+                MASTERS=space.kind.masters, PARTIALS=PARTIALS)

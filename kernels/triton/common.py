@@ -10,8 +10,7 @@ import triton
 import triton.language as tl
 
 from ...hyper import COLUMN, COLUMNS
-from ...phase import Pass
-from ...space import CONTROL, COUNTERS, PARTIALS
+from ...space import CONTROL, COUNTERS
 
 BLOCK = 1024
 WARPS = 4
@@ -46,16 +45,10 @@ MODES = {None: 0, "algorithm1": 1, "official": 2, "full": 3, "noise": 4}
 UNSCALED, WEIGHTS, GRADIENT = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 SCALINGS = {None: 0, "weights": 1, "gradient": 2}
 
-
-def launch(kernel, p: Pass, **arguments) -> None:
-    """Run a kernel over the space of a pass, on the space's own GPU, whichever is current."""
-    space = p.space
-    blocks = space.blocks(BLOCK)
-    with torch.cuda.device_of(space.partials):
-        kernel[(max(1, min(len(blocks), PARTIALS)),)](
-            g_table=p.g_table, blocks=blocks, n_blocks=len(blocks), layout=space.layout,
-            hyper=space.hyper, control=space.control, TYPE=TYPES[space.kind.dtype],
-            G_TYPE=TYPES[p.g_dtype], BLOCK=BLOCK, **arguments, **OPTIONS)
+# Addresses that a kernel reads single numbers at, and counts: nothing to compile for each anew.
+jit = triton.jit(
+    do_not_specialize=("n_blocks", "n_slots"),
+    do_not_specialize_on_alignment=("w_table", "g_table", "climbed_table", "m_steps", "v_steps"))
 
 
 @triton.jit

@@ -4,7 +4,7 @@ not a constant: of the inner products of g and m."""
 import triton
 import triton.language as tl
 
-from ...phase import Pass
+from ...passes import Pass
 from ...space import PARTIALS
 from .common import (
     ALGORITHM1,
@@ -21,13 +21,14 @@ from .common import (
     SIGMA,
     UNSCALED,
     WEIGHTS,
-    launch,
+    jit,
     locate,
     pointer,
     read,
     weights,
     wide_pointer,
 )
+from .launch import launch
 
 
 @triton.jit
@@ -79,7 +80,7 @@ def squares(w_ptr, g_ptr, saved, m, flat, offs, mask, a, b, inv_scale, sigma, lm
     return d * d, g * g
 
 
-@triton.jit
+@jit
 def norm_kernel(w_table, g_table, saved, m, partials, blocks, layout, scalings, hyper, control,
                 n_blocks, MODE: tl.constexpr, SCALING: tl.constexpr, MASTERS: tl.constexpr,
                 TYPE: tl.constexpr, G_TYPE: tl.constexpr, BLOCK: tl.constexpr,
@@ -117,10 +118,14 @@ def norm_kernel(w_table, g_table, saved, m, partials, blocks, layout, scalings, 
 
 def norm(p: Pass) -> None:
     """space.partials = the parts of ||T d||^2, and with a mode of ||T g||^2."""
+    launch(norm_kernel, p, (p.w_table, p.g_table), norm_arguments)
+
+
+def norm_arguments(p: Pass) -> dict:
     space = p.space
-    launch(norm_kernel, p, w_table=p.w_table, saved=space.saved, m=space.m,
-           partials=space.partials, scalings=space.scalings, MODE=MODES[space.kind.mode],
-           SCALING=SCALINGS[p.scaling], MASTERS=space.kind.masters, PARTIALS=PARTIALS)
+    return dict(saved=space.saved, m=space.m, partials=space.partials, scalings=space.scalings,
+                MODE=MODES[space.kind.mode], SCALING=SCALINGS[p.scaling],
+                MASTERS=space.kind.masters, PARTIALS=PARTIALS)
 
 
 @triton.jit
@@ -133,7 +138,7 @@ def products(g_ptr, m, flat, offs, mask, inv_scale, lmbda, share, MODE: tl.const
     return g * m, g * g, m * m
 
 
-@triton.jit
+@jit
 def dots_kernel(g_table, m, dots, blocks, layout, hyper, control, n_blocks,
                 MODE: tl.constexpr, TYPE: tl.constexpr, G_TYPE: tl.constexpr,
                 BLOCK: tl.constexpr, PARTIALS: tl.constexpr):
@@ -166,6 +171,9 @@ def dots_kernel(g_table, m, dots, blocks, layout, hyper, control, n_blocks,
 
 def dots(p: Pass) -> None:
     """space.dots = the parts of <g, m>, <g, g> and <m, m>, with the m that is projected with."""
+    launch(dots_kernel, p, (p.g_table,), dots_arguments)
+
+
+def dots_arguments(p: Pass) -> dict:
     space = p.space
-    launch(dots_kernel, p, m=space.m, dots=space.dots, MODE=MODES[space.kind.mode],
-           PARTIALS=PARTIALS)
+    return dict(m=space.m, dots=space.dots, MODE=MODES[space.kind.mode], PARTIALS=PARTIALS)

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from ...phase import Climb, Pass
+from ...passes import Climb, Pass
 from .common import (
     BETA1,
     BETA1_SHARE,
@@ -25,13 +25,14 @@ from .common import (
     STEP_TICKET,
     WEIGHT_DECAY,
     is_last_program,
-    launch,
+    jit,
     locate,
     pointer,
     read,
     weights,
     wide_pointer,
 )
+from .launch import launch
 
 BASES = {"sgd": 0, "sgd-momentum": 1, "adam": 2}
 SGD, SGD_MOMENTUM, ADAM = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
@@ -103,8 +104,8 @@ def update(w_ptr, g_ptr, saved, v, u, flat, offs, mask, inv_scale, row, count, o
         tl.store(saved + flat + offs, stored, mask)
 
 
-@triton.jit
-def step_kernel(w_table, climbed_table, g_table, saved, v, u, blocks, layout, hyper, control,
+@jit
+def step_kernel(w_table, g_table, climbed_table, saved, v, u, blocks, layout, hyper, control,
                 counters, v_steps, n_blocks, n_slots, BASE: tl.constexpr, PERTURBED: tl.constexpr,
                 MASTERS: tl.constexpr, TYPE: tl.constexpr, G_TYPE: tl.constexpr,
                 BLOCK: tl.constexpr):
@@ -161,9 +162,12 @@ def step_kernel(w_table, climbed_table, g_table, saved, v, u, blocks, layout, hy
 
 def step(p: Pass, climb: Climb | None) -> None:
     """The base optimizer from the saved w (from w itself where nothing was saved) with p.g."""
+    climbed = None if climb is None else climb.table
+    launch(step_kernel, p, (p.w_table, p.g_table, climbed), step_arguments, climb is not None)
+
+
+def step_arguments(p: Pass, perturbed: bool) -> dict:
     space = p.space
-    launch(step_kernel, p, w_table=p.w_table,
-           climbed_table=None if climb is None else climb.table, saved=space.saved, v=space.v,
-           u=space.u, counters=space.counters, v_steps=space.steps[1],
-           n_slots=len(space.slots), BASE=BASES[space.kind.base], PERTURBED=climb is not None,
-           MASTERS=space.kind.masters)
+    return dict(saved=space.saved, v=space.v, u=space.u, counters=space.counters,
+                v_steps=space.steps[1], n_slots=len(space.slots), BASE=BASES[space.kind.base],
+                PERTURBED=perturbed, MASTERS=space.kind.masters)
