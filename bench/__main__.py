@@ -73,7 +73,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     add("--awp-warmup", type=int, help="epochs before it (default 0)")
     add("--amp", help="off, bf16 or fp16, for training; evaluation is always float32")
     add("--channels-last", action=argparse.BooleanOptionalAction)
-    add("--backend", help="fastsam's: triton, compiled or reference (default: fastsam chooses)")
+    add("--backend", help="fastsam's: triton, numba or reference (default: fastsam chooses)")
     add("--threads", type=int, help="CPU threads of one run")
     add("--workers", type=int, help="processes that read photographs (default: by CPUs)")
 

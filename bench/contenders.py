@@ -70,32 +70,11 @@ def adaptive(method: str) -> dict[str, bool]:
     return {} if method == "sgd" else {"adaptive": method in ADAPTIVE}
 
 
-def why_not_step(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Return why a step by torch.compile fails on a GPU, where nobody has tried it; else None."""
-    if backend != "compiled" or device.type == "cpu":
-        return None
-    p = nn.Parameter(torch.zeros(100, dtype=dtype, device=device))
-    opt = FriendlySAM([p], torch.optim.SGD, backend=backend, lr=0.1, momentum=0.9)
-    try:
-        for call in (opt.first_step, opt.second_step):
-            p.grad = torch.ones_like(p)
-            call()
-    except Exception as error:  # whatever the toolchain says
-        return next(iter(str(error).strip().splitlines()), type(error).__name__)
-    return None
-
-
 def of_fastsam(methods: tuple[str, ...], base: str, dtype: torch.dtype, device: torch.device,
-               graph: bool, compiled: bool) -> tuple[list[Contender], list[str]]:  # fmt: skip
-    """Return a contender per method and usable backend, and why the other backends are not.
-
-    compiled: also the backend of that name on a GPU, where compiling it takes a minute.
-    """
+               graph: bool) -> tuple[list[Contender], list[str]]:  # fmt: skip
+    """Return a contender per method and usable backend, and why the other backends are not."""
     found, left_out = [], []
     for backend in BACKENDS:
-        if backend == "compiled" and device.type == "cuda" and not compiled:
-            left_out.append("fastsam compiled: only with --compile on a GPU")
-            continue
         p = nn.Parameter(torch.zeros(1, dtype=dtype, device=device))
         try:
             fused = SAM([p], BASES[base], backend=backend, lr=0.1).backend_report()["fused_base"]
@@ -107,12 +86,6 @@ def of_fastsam(methods: tuple[str, ...], base: str, dtype: torch.dtype, device: 
             continue
         if graph and not fused:
             left_out.append(f"fastsam {backend}: over {base} its step waits for the device")
-            continue
-        if graph and backend == "compiled":
-            left_out.append("fastsam compiled: it is not made for graphs")
-            continue
-        if obstacle := why_not_step(backend, device, dtype):
-            left_out.append(f"fastsam {backend}: a step fails ({obstacle})")
             continue
         for method in methods:
             cls = FriendlySAM if method in FRIENDLY else SAM
@@ -169,7 +142,7 @@ def contenders(
             raise ValueError(f"torch.compile does not work here ({obstacle}); leave --compile out")
         compiled = obstacle is None
     state = dtype.itemsize  # others' states have the parameters' dtype
-    found, left_out = of_fastsam(methods, base, dtype, device, graph, bool(compiled))
+    found, left_out = of_fastsam(methods, base, dtype, device, graph)
     peers, missing = of_peers(methods, base, state, graph, bool(compiled))
     found += peers + (of_torch(base, state, graph) if "sgd" in methods else [])
     left_out += missing + ([f"per-parameter compiled: {obstacle}"] if obstacle else [])

@@ -241,6 +241,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from . import conftest  # noqa: F401: the interpreter, where there is no GPU
+    from . import conftest  # noqa: F401  (the interpreter, where there is no GPU)
 
     main()

@@ -79,7 +79,7 @@ def is_plain(kernel) -> bool:
 
 
 def has_calls(hook: Any) -> bool:
-    return hook is not None and bool(getattr(hook, "calls", True))
+    return bool(hook.calls) if isinstance(hook, knobs.HookChain) else hook is not None
 
 
 def launch_ordinarily(kernel, p: Pass, moving: tuple[Tensor | None, ...], others: dict,

@@ -23,6 +23,8 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from fastsam.space import PARTIALS
+
 # by import_module: as attributes of the package, these names are the launchers
 common, norm, climb, step = (importlib.import_module(f"fastsam.kernels.triton.{name}")
                              for name in ("common", "norm", "climb", "step"))
@@ -82,7 +84,7 @@ def compile_variant(name: str, constants: dict, elements: str, target: str):
     constants = {**constants, "TYPE": TYPES[element], "G_TYPE": TYPES[(others or [element])[0]],
                  "BLOCK": common.BLOCK}
     if "PARTIALS" in kernel.arg_names:
-        constants["PARTIALS"] = common.PARTIALS
+        constants["PARTIALS"] = PARTIALS
     types = signature(kernel, element, constants)
     index = {argument: (i,) for i, argument in enumerate(kernel.arg_names)}
     aligned = {index[p.name]: [["tt.divisibility", 16]] for p in kernel.params
@@ -137,7 +139,7 @@ def row(job: tuple) -> dict:
     measure = amd if target.startswith("gfx") else nvidia
     threads = TARGETS[target].warp_size * common.WARPS
     return dict(kernel=name, constants=constants, type=elements, target=target,
-                elements=common.BLOCK // threads, partials=common.PARTIALS // threads,
+                elements=common.BLOCK // threads, partials=PARTIALS // threads,
                 **measure(compiled))
 
 

@@ -11,11 +11,10 @@ import torch
 
 numba = pytest.importorskip("numba")
 
+from fastsam import reference  # noqa: E402
 from fastsam.kernels import cpu, cpu_loops  # noqa: E402
 
-from fastsam import reference  # noqa: E402
-
-from ..helpers.passes import Hand  # noqa: E402
+from ..helpers.hand import Hand  # noqa: E402
 
 F4, F8, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 SHAPES = [(3, 5), (40_000,), (1,), (0,), (17, 3), (20, 1000), (1023,)]

@@ -18,11 +18,12 @@ pytest.importorskip("triton", reason="the kernels need Triton")
 
 from bench.contenders import bytes_per_parameter  # noqa: E402
 from bench.models import MODELS  # noqa: E402
-from fastsam import ASAM, SAM, FisherSAM, FriendlySAM  # noqa: E402
-from fastsam.flat import Space  # noqa: E402
+from fastsam import ASAM, SAM, FisherSAM, FriendlySAM, layout, space  # noqa: E402
 
 from .test_aot import budget  # noqa: E402
 
+# nothing here depends on what a gradient is
+pytestmark = pytest.mark.filterwarnings("ignore:second_step with the gradients:UserWarning")
 CLASSES = {"sam": SAM, "asam": ASAM, "fisher": FisherSAM, "fsam": FriendlySAM}
 BASES = {
     "sgd": (torch.optim.SGD, dict(lr=0.1, momentum=0.9, weight_decay=0.01)),
@@ -59,20 +60,25 @@ def launches(monkeypatch) -> list[str]:
             self.name = name
 
         def __getitem__(self, grid):
-            return lambda **arguments: seen.append(self.name)
+            return lambda *arguments, **named: seen.append(self.name)
 
-    for module in ("dots", "norm", "climb", "step"):
-        launcher = importlib.import_module(f"fastsam.kernels.{module}")
-        monkeypatch.setattr(launcher, f"{module}_kernel", Noted(f"{module}_kernel"))
+    for module, name in (("norm", "dots"), ("norm", "norm"), ("climb", "climb"), ("step", "step")):
+        launcher = importlib.import_module(f"fastsam.kernels.triton.{module}")
+        monkeypatch.setattr(launcher, f"{name}_kernel", Noted(f"{name}_kernel"))
     return seen
 
 
 @pytest.fixture
-def uploads(monkeypatch) -> list:
-    """The spaces that sent a table to the device since the last `clear`, one entry per table."""
-    seen, upload = [], Space._upload
-    monkeypatch.setattr(Space, "_upload", lambda self, *args: (seen.append(self),
-                                                               upload(self, *args)))
+def uploads(monkeypatch) -> list[torch.Tensor]:
+    """The tables on the device that the host sent anew since the last `clear`."""
+    seen, upload = [], space.upload
+
+    def noted(values, target):
+        seen.append(target)
+        upload(values, target)
+
+    for module in (space, layout):
+        monkeypatch.setattr(module, "upload", noted)
     return seen
 
 
@@ -220,8 +226,9 @@ def test_a_scheduled_learning_rate_is_one_upload_per_space_and_step(
         schedule.step()
         uploads.clear()
         two_phases(opt)
-        assert len(opt._spaces) == 2
-        assert sorted(map(id, uploads)) == sorted(map(id, opt._spaces))
+        spaces = opt._phase.layout.spaces
+        assert len(spaces) == 2
+        assert sorted(map(id, uploads)) == sorted(id(s.hyper) for s in spaces)
     uploads.clear()
     two_phases(opt)
     assert uploads == [], "nothing was scheduled"
@@ -246,7 +253,7 @@ def test_gradients_at_new_addresses_are_one_more_upload_per_pass(launches, uploa
 
 def page_rows(*head: str) -> list[list[str]]:
     """The cells of the page's table with this head."""
-    page = (Path(__file__).parent.parent / "docs" / "performance.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "performance.md").read_text()
     lines = page.split("| " + " | ".join(head) + " |\n")[1].splitlines()
     table = lines[1:next(i for i, line in enumerate(lines) if not line.startswith("|"))]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
@@ -302,7 +309,7 @@ def test_the_pages_arithmetic():
         model(image).sum().backward()
     flops, n = counter.get_total_flops(), sum(p.numel() for p in model.parameters())
     large, small = (2 * flops * batch / (52 * n) for batch in (128, 8))
-    page = " ".join((Path(__file__).parent.parent / "docs" / "performance.md").read_text().split())
+    page = " ".join((Path(__file__).parents[2] / "docs" / "performance.md").read_text().split())
     for text in (f"{n:,} parameters", f"{flops / 1e9:.2f} GFLOP", f"do {large:,.0f} operations",
                  f"they do {small:.0f}."):
         assert text in page, text

@@ -1,4 +1,4 @@
-"""Passes made by hand: what the optimizer would give a backend, for tensors and hyper-parameters."""
+"""Passes made by hand: what the optimizer gives a backend, for any tensors."""
 
 from collections.abc import Sequence
 
@@ -61,10 +61,9 @@ class Hand:
         """Everything that a backend writes, but the parts of sums."""
         s = self.space
         found = {f"w{i}": w for i, w in enumerate(self.weights)}
-        found |= {name: t for name in ("saved", "m", "v", "u") if (t := getattr(s, name)) is not None}
-        found |= {"steps": s.steps, "norm": s.cells.norm, "ok": s.cells.ok,
-                  "skipped": s.cells.skipped}
-        return {name: t.clone() for name, t in found.items()}
+        found |= {name: getattr(s, name) for name in ("saved", "m", "v", "u", "steps")}
+        found |= {name: getattr(s.cells, name) for name in ("norm", "ok", "skipped")}
+        return {name: t.clone() for name, t in found.items() if t is not None}
 
 
 def address(t: Tensor | None) -> int:
