@@ -52,11 +52,12 @@ def why_not_numba(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the CPU kernels cannot serve tensors of this device and dtype; None when they can."""
     if device.type != "cpu":
         return f"parameters are on {device.type!r}: numba's kernels run on a CPU"
-    cpu = import_module(MODULES["numba"])
-    if cpu.why_not():
-        return cpu.why_not()
-    if dtype not in cpu.NAMES:
-        return f"parameters are {dtype}: numba's kernels take " + ", ".join(map(str, cpu.NAMES))
+    try:
+        cpu = import_module(MODULES["numba"])
+    except Exception as error:  # a numba that does not fit its NumPy raises what it likes
+        return f"numba cannot be imported ({first_line(error)}): pip install 'fastsam[cpu]'"
+    if dtype not in cpu.DTYPES:
+        return f"parameters are {dtype}: numba's kernels take " + ", ".join(map(str, cpu.DTYPES))
     return None
 
 

@@ -234,10 +234,8 @@ class Layout:
         Returns:
             The climbs in this layout.
         """
-        hidden = {p: tensors for p, tensors in old.shown.tensors.items()
-                  if p not in old.shown.visible}
-        state_dict.adopt(self.shown, self.params, {
-            p: {**hidden.get(p, {}), **(state.get(p) or {})} for p in self.params})
+        state_dict.adopt(self.shown, self.params,
+                         state_dict.together(old.shown.hidden(), state))
         first, was = self.spaces[0], old.spaces[0]
         first.cells.skipped.copy_(was.cells.skipped)
         first.radii[0, 0] = sum(space.radii[0].sum().to(first.radii) for space in old.spaces)
@@ -272,14 +270,12 @@ class Layout:
         """
         space, values = self.spaces[i], self.values
         grads: list[Tensor | None] = [p.grad for p in space.params]
-        if first and not all(values.perturb[i]):
-            grads = [g if climbs else None
-                     for g, climbs in zip(grads, values.perturb[i], strict=True)]
+        takes_part = values.perturb[i] if first else None
         facts = facts_of(space.params, grads) if self._plain[i] else None
         last_facts, last_values, last_tables, last = self._last.get((i, first), (None,) * 4)
         if facts is not None and facts == last_facts and (
                 values is last_values and tables is last_tables):
-            return last._replace(g=grads)
+            return last._replace(g=only(takes_part, grads))
         with torch.no_grad():
             w = [local(p) for p in space.params]
             if not all(map(lies_as, w, space.slots)):
@@ -290,14 +286,23 @@ class Layout:
             read = [None if g is None else readable(slot, g)
                     for slot, g in zip(space.slots, grads, strict=True)]
             read, dtype = in_one_dtype(read, space.kind.acc)
+        is_read = all(map(is_, read, grads))
+        read = only(takes_part, read)
         p = Pass(space, w, read, dtype, values.rows, values.scaling[i], values.ab[i], None,
                  tables.bring("w", addresses),
                  tables.bring("g1" if first else "g2",
                               [0 if g is None else g.data_ptr() or NOWHERE for g in read]))
-        is_read = all(map(is_, read, grads))
         self._last[i, first] = (facts if is_read else None, values, tables,
                                 p._replace(g=[]) if is_read else None)
         return p
+
+
+def only(takes_part: Sequence[bool] | None, grads: Sequence[Tensor | None],
+         ) -> Sequence[Tensor | None]:
+    """The gradients of those that take part; of all, for None."""
+    if takes_part is None or all(takes_part):
+        return grads
+    return [g if taken else None for g, taken in zip(grads, takes_part, strict=True)]
 
 
 def facts_of(params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> tuple | None:

@@ -174,7 +174,8 @@ class SAM(Optimizer):
         new = Layout(self._traits, self.param_groups)
         new.follow_values(self.param_groups)
         if old is None:
-            saving.adopt(new.shown, new.params, self.state)
+            saving.adopt(new.shown, new.params, saving.together(phase.hidden, self.state))
+            phase.hidden = {}
         else:
             phase.climbs = new.inherit(old, self.state, phase.climbs)
         new.show(self.state)
@@ -403,6 +404,7 @@ class SAM(Optimizer):
         cells = layout.spaces[0].cells
         skip = (found_inf is not None and bool(found_inf)) or (phase.perturbed and not cells.ok)
         self._go_back()
+        phase.leave()
         if skip:
             cells.skipped += 1
             return
@@ -634,16 +636,17 @@ class SAM(Optimizer):
         hooks = [name for name in self.__dict__ if name.endswith("_hooks")]
         return {**{k: v for k, v in self.__dict__.items()
                    if k not in (*hooks, "_phase", "step", "_zero_grad_profile_name")},
-                "_skipped": self.skipped_steps}
+                "_skipped": self.skipped_steps, "_hidden": self._phase.layout.shown.hidden()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        skipped = state.pop("_skipped", None)
+        state = dict(state)
+        skipped, hidden = state.pop("_skipped", None), state.pop("_hidden", {})
         super().__setstate__(state)
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
         if skipped is not None:  # a copy or a pickle; without it, load_state_dict
-            self._phase = Phase(skipped=skipped)
+            self._phase = Phase(skipped=skipped, hidden=hidden)
             self._follow()
 
 

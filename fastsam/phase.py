@@ -11,6 +11,7 @@ from torch import Tensor
 from .layout import Layout
 from .passes import Climb
 from .rounding_watch import RoundingWatch
+from .state_dict import State
 
 PACKAGES = ("fastsam", "torch")
 NO_CLIMB = 10  # plain steps where a climb was due, after which it is said
@@ -33,7 +34,8 @@ class Phase:
         scaler, group: the GradScaler and the process group of the first pass, if any.
         stash, stash_ok: what `stash_grad` has set aside, and whether its climbs were finite.
         watch: of rounding.
-        skipped: the skips that a copied or unpickled optimizer had before.
+        skipped, hidden: the skips that a copied or unpickled optimizer had before, and what of
+            SAM's own was not in its state.
         plain: how many steps went by without a climb that was due, before the first climb.
         witness: a first-pass gradient and its version, to notice that no second one came.
         warned: what has been warned of.
@@ -48,6 +50,7 @@ class Phase:
     stash_ok: Tensor | None = None
     watch: RoundingWatch = field(default_factory=RoundingWatch)
     skipped: int = 0
+    hidden: dict[Tensor, State] = field(default_factory=dict)
     plain: int | None = 0
     witness: tuple[Tensor, int] | None = None
     warned: set[str] = field(default_factory=set)

@@ -134,10 +134,20 @@ class Shown:
                 state.setdefault(p, {}).update(tensors)
                 self.visible.add(p)
 
+    def hidden(self) -> dict[Tensor, State]:
+        """What is not in the state yet."""
+        return {p: tensors for p, tensors in self.tensors.items()
+                if tensors and p not in self.visible}
+
     def missing(self, state: dict[Tensor, State]) -> list[Tensor]:
         """The parameters in whose state something else is found, or nothing."""
         return [p for p, tensors in self.tensors.items() if p in self.visible
                 and not all((state.get(p) or {}).get(name) is t for name, t in tensors.items())]
+
+
+def together(hidden: dict[Tensor, State], state: dict[Tensor, State]) -> dict[Tensor, State]:
+    """The state, and what was hidden beside it."""
+    return {p: {**hidden.get(p, {}), **(state.get(p) or {})} for p in {**hidden, **state}}
 
 
 @torch.no_grad()

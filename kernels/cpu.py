@@ -18,7 +18,7 @@ from fastsam.space import CONTROL, COUNTERS, Space
 from . import cpu_loops
 
 INLINE = 2**17  # elements: from there on waking another thread pays
-OK, FOUND_INF = CONTROL.index("ok"), CONTROL.index("found_inf")
+NORM, OK, FOUND_INF = (CONTROL.index(c) for c in ("norm", "ok", "found_inf"))
 SKIPPED, MOMENTUM = COUNTERS.index("skipped"), COLUMN["momentum"]
 DTYPES = {torch.float32: "f4", torch.float64: "f8", torch.bfloat16: "bf16", torch.float16: "f16"}
 
@@ -64,12 +64,11 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=new_pool)
 
 
-def run(loop: Callable, p: Pass, steps: Tensor, *more) -> None:
+def run(loop: Callable, p: Pass, f: Frame, steps: np.ndarray, *more) -> None:
     """Run the loop over all blocks of the space, in as many threads as torch would use. An
     exception, such as a KeyboardInterrupt, leaves when all blocks are done."""
-    f = frame_of(p.space)
     arguments = (np.zeros(1, np.int64), f.blocks, f.layout, f.hyper, f.scalings, f.control,
-                 steps.numpy(), p.w_table.numpy(), p.g_table.numpy(), *more)
+                 steps, p.w_table.numpy(), p.g_table.numpy(), *more)
     threads = min(torch.get_num_threads(), p.space.size * 2 // INLINE, len(f.blocks))
     if threads < 2:
         loop(*arguments)
@@ -97,27 +96,27 @@ def address(flat: Tensor | None) -> int:
     return 0 if flat is None else flat.data_ptr()
 
 
-def put(target: Tensor, *sums: np.ndarray) -> None:
+def put(target: Tensor, sums: np.ndarray) -> None:
     """target[i] = the parts of the sum of sums[i]: a single one, added up in a fixed order."""
     cells = target.numpy()
     cells[...] = 0
-    for row, one in zip(cells, sums, strict=True):
-        row[0] = one.sum()
+    cells[:, 0] = np.add.reduce(sums[:len(cells)], 1)
 
 
 def dots(p: Pass) -> None:
     """space.dots = the parts of <g, m>, <g, g> and <m, m>, with the m that is projected with."""
-    s, sums = p.space, frame_of(p.space).sums
-    run(cpu_loops.dots(s.kind.mode, *dtypes(p)), p, s.steps[0], address(s.m), sums)
-    put(s.dots, *sums)
+    s, f = p.space, frame_of(p.space)
+    loop = cpu_loops.dots(s.kind.mode, *dtypes(p))
+    run(loop, p, f, s.steps.numpy()[0], address(s.m), f.sums)
+    put(s.dots, f.sums)
 
 
 def norm(p: Pass) -> None:
     """space.partials = the parts of ||T d||^2 and, with a mode, of ||T g||^2."""
-    s, kind, sums = p.space, p.space.kind, frame_of(p.space).sums
+    s, kind, f = p.space, p.space.kind, frame_of(p.space)
     loop = cpu_loops.norm(kind.mode, p.scaling, kind.masters, *dtypes(p))
-    run(loop, p, s.steps[0], address(s.saved), address(s.m), sums)
-    put(s.partials, sums[0], sums[1])
+    run(loop, p, f, s.steps.numpy()[0], address(s.saved), address(s.m), f.sums)
+    put(s.partials, f.sums)
 
 
 def climb(p: Pass, sums: Tensor) -> Climb:
@@ -128,21 +127,22 @@ def climb(p: Pass, sums: Tensor) -> Climb:
     """
     s, kind, f = p.space, p.space.kind, frame_of(p.space)
     sums = sums.sum(1)
-    total = s.cells.norm.copy_(sums[0].sqrt()).item()
-    f.control[OK] = ok = math.isfinite(total)
-    if not ok:
+    f.control[NORM] = total = float(sums[0].sqrt())
+    f.control[OK] = math.isfinite(total)
+    if not math.isfinite(total):
         return stay(p)
     d, g = sums.tolist()
     moves = kind.mode is None or d > (32 * torch.finfo(sums.dtype).eps) ** 2 * g
     loop = cpu_loops.climb(kind.mode, p.scaling, kind.masters, *dtypes(p))
+    steps = s.steps.numpy()[0]
     try:
-        run(loop, p, s.steps[0], address(s.saved), address(s.m), total, moves, f.sums)
+        run(loop, p, f, steps, address(s.saved), address(s.m), total, moves, f.sums)
     except BaseException:
         go_back(p, Climb.of(p).moved)
         raise
-    put(s.radii, f.sums[0], f.sums[1])
+    put(s.radii, f.sums)
     if kind.mode in FRIENDLY:
-        s.steps[0].numpy()[...] += p.g_table.numpy() != 0
+        steps += p.g_table.numpy() != 0
     return Climb.of(p)
 
 
@@ -176,11 +176,11 @@ def step(p: Pass, climb: Climb | None) -> None:
     if f.control[FOUND_INF] != 0 or climb is not None and f.control[OK] == 0:
         f.counters[SKIPPED] += 1
         return go_back(p, moved != 0)
-    steps = p.g_table.numpy() != 0
-    if not steps.all():
-        go_back(p, (moved != 0) & ~steps)
+    stepped, steps = p.g_table.numpy() != 0, s.steps.numpy()[1]
+    if not stepped.all():
+        go_back(p, (moved != 0) & ~stepped)
     loop = cpu_loops.step(kind.base, kind.masters, *dtypes(p))
-    run(loop, p, s.steps[1], moved, address(s.saved), address(s.v), address(s.u))
+    run(loop, p, f, steps, moved, address(s.saved), address(s.v), address(s.u))
     if kind.base != "adam":
-        steps &= f.hyper[f.groups, MOMENTUM] != 0
-    s.steps[1].numpy()[...] += steps
+        stepped &= f.hyper[f.groups, MOMENTUM] != 0
+    steps += stepped

@@ -35,7 +35,8 @@ CLASSES = {"sam": SAM, "asam": ASAM, "fisher": FisherSAM, "fsam": FriendlySAM,
 BASES = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW,
          "own sgd": OwnSGD, "own adamw": OwnAdamW}
 MAY_BE_TENSORS = ("rho", "sigma", "lmbda", "lr", "weight_decay")
-STATE = {"m": ("ema", "full_gradient", "sam_ema", "sam_full_gradient"), "v": ("momentum_buffer", "exp_avg"), "u": ("exp_avg_sq",)}
+STATE = {"m": ("ema", "full_gradient", "sam_ema", "sam_full_gradient"),
+         "v": ("momentum_buffer", "exp_avg"), "u": ("exp_avg_sq",)}
 SENTINEL = 7.0
 
 
