@@ -16,11 +16,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
+from torch import Tensor
 
 from bench.contenders import Contender, of_peers, of_torch
 from bench.race import Runner, random_like
@@ -122,30 +124,46 @@ def found() -> list[Contender]:
     return ours + peers + of_torch("sgd", 4, False)
 
 
-def microseconds(runner: Runner) -> float:
-    """Return how much of the thread's processor time the calls of one step take; by the clock on
-    the wall, others who share the machine would be in it."""
-    total = 0
-    for grads, call in runner.phases:
-        runner.point_at(grads)
-        start = time.thread_time_ns()
-        call()
-        total += time.thread_time_ns() - start
-    return total / 1e3
+class HostRunner(Runner):
+    """A runner whose gradients may lie elsewhere at every other step, as they do in training
+    whenever the allocator gives a backward pass other memory than the one before.
+
+    elsewhere: more gradients of both passes; None: they stay where they are.
+    """
+
+    def __init__(self, contender: Contender, weights: list[Tensor],
+                 passes: tuple[list[Tensor], ...], elsewhere: tuple[list[Tensor], ...] | None,
+                 ) -> None:  # fmt: skip
+        super().__init__(contender, weights, passes, HYPER)
+        calls = [call for _, call in self.phases]
+        self.others = list(zip((elsewhere or passes)[-len(calls):], calls, strict=True))
+
+    def microseconds(self) -> float:
+        """Return how much of the thread's processor time the calls of one step take; by the clock
+        on the wall, others who share the machine would be in it."""
+        total = 0
+        for grads, call in self.phases:
+            self.point_at(grads)
+            start = time.thread_time_ns()
+            call()
+            total += time.thread_time_ns() - start
+        self.phases, self.others = self.others, self.phases
+        return total / 1e3
 
 
-def line_up(n: int) -> list[Runner]:
-    """Return a runner per contender over n parameters, after three steps."""
+def line_up(n: int, move: bool) -> list[HostRunner]:
+    """Return a runner per contender over n parameters, after four steps; move: of gradients."""
     cpu = torch.device("cpu")
-    weights, *passes = (random_like([1] * n, torch.float32, cpu, seed) for seed in range(3))
-    runners = [Runner(c, weights, tuple(passes), HYPER) for c in found()]
+    weights, *grads = (random_like([1] * n, torch.float32, cpu, seed) for seed in range(5))
+    elsewhere = tuple(grads[2:]) if move else None
+    runners = [HostRunner(c, weights, tuple(grads[:2]), elsewhere) for c in found()]
     for runner in runners:
-        for _ in range(3):
-            microseconds(runner)
+        for _ in range(4):
+            runner.microseconds()
     return runners
 
 
-def race(runners: list[Runner], reps: int | None) -> list[list[float]]:
+def race(runners: list[HostRunner], reps: int | None) -> list[list[float]]:
     """Return everyone's times in microseconds: in turn, TURN steps at a time."""
     times, start = [[] for _ in runners], time.monotonic()
     gc.collect()
@@ -153,11 +171,11 @@ def race(runners: list[Runner], reps: int | None) -> list[list[float]]:
         if reps is None and i >= 2 and time.monotonic() - start > 20:
             break
         for runner, own in zip(runners, times, strict=True):
-            own += [microseconds(runner) for _ in range(TURN)]
+            own += [runner.microseconds() for _ in range(TURN)]
     return times
 
 
-def row(runner: Runner, us: list[float], launches: int) -> dict[str, Any]:
+def row(runner: HostRunner, us: list[float], launches: int, move: bool) -> dict[str, Any]:
     """Return one contender's numbers; launches: Triton's in a step."""
     quantiles = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
     p20, p50, p80 = torch.tensor(us, dtype=torch.float64).quantile(quantiles).tolist()
@@ -167,6 +185,7 @@ def row(runner: Runner, us: list[float], launches: int) -> dict[str, Any]:
         "implementation": runner.contender.name,
         "base": "sgd",
         "tensors": len(runner.params),
+        "gradients": "move" if move else "stay",
         "us": {"p20": p20, "p50": p50, "p80": p80},
         "reps": len(us),
         "launches": launches,
@@ -174,29 +193,30 @@ def row(runner: Runner, us: list[float], launches: int) -> dict[str, Any]:
 
 
 def measure(config: HostConfig) -> list[dict[str, Any]]:
-    """Return a row per contender and number of parameters."""
+    """Return a row per contender, number of parameters, and whether their gradients stay."""
     git, rows = git_hash(), []
     with pretended_gpu() as so_far:
-        for n in config.tensors:
-            runners, counts = line_up(n), []
+        for n, move in product(config.tensors, (False, True)):
+            runners, counts = line_up(n, move), []
             for runner in runners:
                 before = so_far.value
-                microseconds(runner)
+                runner.microseconds()
                 counts.append(so_far.value - before)
-            rows += map(row, runners, race(runners, config.reps), counts)
+            times = race(runners, config.reps)
+            rows += [row(*each, move) for each in zip(runners, times, counts, strict=True)]
     shared = {"config": asdict(config), "hyper": HYPER} | stamp("cpu", git)
     return [r | shared for r in rows]
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Return the median times in microseconds, a line per optimizer."""
+    """Return the median times in microseconds, a line per optimizer and kind of gradients."""
     counts = sorted({r["tensors"] for r in rows})
-    names = list(dict.fromkeys((r["method"], r["implementation"]) for r in rows))
-    cells = {(r["method"], r["implementation"], r["tensors"]): r["us"]["p50"] for r in rows}
-    lines = [f"{'host time, us':<36}" + "".join(f"{n:>10}" for n in counts)]
-    for name in names:
-        times = "".join(f"{cells[(*name, n)]:10.0f}" for n in counts)
-        lines.append(f"{' '.join(name):<36}{times}")
+    cells = {(r["method"], r["implementation"], r["gradients"], r["tensors"]): r["us"]["p50"]
+             for r in rows}
+    lines = [f"{'host time, us; gradients stay or move':<40}" + "".join(f"{n:>9}" for n in counts)]
+    for name in dict.fromkeys(key[:3] for key in cells):
+        times = "".join(f"{cells[(*name, n)]:9.0f}" for n in counts)
+        lines.append(f"{' '.join(name):<40}{times}")
     return "\n".join(lines)
 
 

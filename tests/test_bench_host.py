@@ -32,6 +32,8 @@ def test_everybody_is_timed_over_the_launcher_and_fastsam_really_launches(tmp_pa
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     names = {(r["method"], r["implementation"]) for r in rows}
+    assert [r["gradients"] for r in rows] == sorted(["stay", "move"] * (len(rows) // 2),
+                                                    reverse=True)
     assert {("sam", "fastsam triton"), ("fsam", "fastsam triton"), ("fsam", "per-parameter"),
             ("sgd", "torch"), ("sgd", "torch foreach"), ("sgd", "torch fused")} <= names
     for r in rows:
@@ -50,7 +52,7 @@ def test_what_does_not_belong_to_it_is_refused(capsys):
 
 
 def test_the_table_has_a_line_per_optimizer_and_a_column_per_number():
-    rows = [{"method": m, "implementation": i, "tensors": n, "us": {"p50": t}}
+    rows = [{"method": m, "implementation": i, "gradients": "stay", "tensors": n, "us": {"p50": t}}
             for m, i, n, t in (("sgd", "torch", 62, 30.4), ("sgd", "torch", 10, 7.0),
                                ("fsam", "fastsam triton", 10, 9.0),
                                ("fsam", "fastsam triton", 62, 12.6))]
