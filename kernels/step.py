@@ -148,8 +148,9 @@ def step_kernel(w_table, climbed_table, g2_table, backup, v, u, blocks, layout, 
         elif saved:
             back = tl.load(backup + flat + offs, mask).to(TYPE)
             tl.store(pointer(w, TYPE) + start + offs, back, mask)
+    skipped = tl.load(counters + SKIPPED)  # every thread reads, one writes: the barrier between
     if is_last_program(counters + STEP_TICKET):
-        tl.store(counters + SKIPPED, tl.load(counters + SKIPPED) + (ok == 0).to(tl.int32))
+        tl.store(counters + SKIPPED, skipped + (ok == 0).to(tl.int32))
         for i in range(0, n_slots, 128):
             slots = i + tl.arange(0, 128)
             mask = slots < n_slots
