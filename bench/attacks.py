@@ -3,7 +3,7 @@
 PGD (Madry et al. 2018): x_adv <- Proj_eps(x_adv + alpha step(grad loss(x_adv))), from a random
 start; one step of it with alpha 1.25 eps is FGSM-RS (Wong et al. 2020). The gradient is taken with
 respect to the input only, so no parameter's .grad is touched. On a GPU the step is one fused kernel
-(fastsam.kernels), elsewhere plain PyTorch.
+(fastsam.kernels.triton), elsewhere plain PyTorch.
 """
 
 import math
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastsam.dispatch import why_not_triton
+from fastsam.choose import why_not_triton
 
 LARGEST_LINF = 0.25
 NOISE = 2.0  # N-FGSM's k for CIFAR
@@ -112,7 +112,7 @@ def plain_climb(x_adv: Tensor, g: Tensor, x: Tensor, attack: Attack) -> Tensor:
 
 def fused_climb(x_adv: Tensor, g: Tensor, x: Tensor, attack: Attack) -> Tensor:
     """Return x_adv after the same step, made in place by one kernel."""
-    from fastsam import kernels
+    from fastsam.kernels import triton as kernels
 
     if g.stride() != x.stride():  # a model that converts to channels_last returns g like that
         g = torch.empty_like(x).copy_(g)
@@ -122,7 +122,7 @@ def fused_climb(x_adv: Tensor, g: Tensor, x: Tensor, attack: Attack) -> Tensor:
 
 
 def can_fuse(x: Tensor) -> bool:
-    return x.is_cuda and why_not_triton(x.device, x.dtype, dense=True) is None
+    return x.is_cuda and why_not_triton(x.device, x.dtype) is None
 
 
 def pgd(

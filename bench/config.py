@@ -20,7 +20,7 @@ from bench.methods import (
 )
 from bench.pipeline import PADDINGS
 from bench.recipe import load_recipe
-from fastsam.dispatch import BACKENDS
+from fastsam.choose import BACKENDS
 
 # SAM_AT eval.py's four small radii, and the larger two where adversarial training shows
 EVAL_EPS = {

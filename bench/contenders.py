@@ -15,7 +15,7 @@ from bench.peers import (
     why_not_compile,
 )
 from fastsam import SAM, FriendlySAM
-from fastsam.dispatch import BACKENDS
+from fastsam.choose import BACKENDS
 
 METHODS = ("sgd", "sam", "asam", "fsam", "fasam")
 FRIENDLY, ADAPTIVE = ("fsam", "fasam"), ("asam", "fasam")

@@ -141,7 +141,7 @@ def agenda(out: Path) -> list[Piece]:
 
 def code_digest() -> str:
     """Return a digest of the optimizer's and the kernels' sources: what is checked and timed."""
-    paths = sorted(p for d in ("fastsam", "kernels") for p in (ROOT / d).glob("*.py"))
+    paths = sorted(p for d in ("fastsam", "kernels") for p in (ROOT / d).rglob("*.py"))
     return hashlib.sha256(b"".join(p.read_bytes() for p in paths)).hexdigest()[:12]
 
 

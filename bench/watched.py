@@ -59,7 +59,7 @@ def take_steps(variant: tuple, over: tuple, kind: tuple, device: torch.device) -
 
 def variants() -> int:
     """Take steps with everything that the kernels can do, PGD's included."""
-    from fastsam import kernels
+    from fastsam.kernels import triton as kernels
 
     device = torch.device("cuda")
     for variant, over, kind in product(VARIANTS, OVER, TYPES):

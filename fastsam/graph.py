@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 
 from .batchnorm import freeze_bn_stats
-from .checks import refuse_shared
 from .optimizer import SAM
 
 
@@ -94,15 +93,12 @@ class GraphedStep:
 
     def _structure(self) -> list:
         """What a graph has in it as it was at the capture. Brings the rest to the device."""
-        optimizer = self.optimizer
-        optimizer._bring_hyper()
-        if any([space.follow_parameters() for space in optimizer._spaces]):
-            refuse_shared([slot.param for slot in optimizer._slots()])
-            optimizer._link_state()
-        slots = [[(s.a, s.b, s.param.requires_grad) for s in space.slots]
-                 for space in optimizer._spaces]
-        return [self.model.training, [group["perturb"] for group in optimizer.param_groups], slots,
-                [(space, space._memory, space.v is None) for space in optimizer._spaces]]
+        groups = self.optimizer.param_groups
+        scaled = [(group["adaptive"], group.get("scale"), group.get("eta"), group["perturb"])
+                  for group in groups]
+        memory = [(p.data_ptr(), p.stride(), p.requires_grad)
+                  for group in groups for p in group["params"]]
+        return [self.model.training, self.optimizer.spaces, scaled, memory]
 
     def _eager(self) -> Tensor:
         x, *rest = self._batch
@@ -140,27 +136,16 @@ class Captured:
         except BaseException:
             optimizer.zero_grad()  # gradients of a capture that nothing has computed
             raise
-        finally:  # neither is a step, nor is half of one
-            optimizer._leave_phase([])
+        finally:  # neither is a step
             set_counts(optimizer, counts)
 
     def _capture(self, step: GraphedStep) -> None:
-        spaces = step.optimizer._spaces
-        for space in spaces:
-            space.late_uploads = []
         self.graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-        try:  # a capture that fails leaves its stream current, but for the outer block
-            with torch.cuda.stream(stream), torch.cuda.graph(
-                    self.graph, stream=stream, capture_error_mode="thread_local"):
-                self.loss = step._eager()
-        finally:  # also where it failed: the tables hold what their spaces think
-            for space in spaces:
-                uploads, space.late_uploads = space.late_uploads, None
-                for values, target in uploads:
-                    space._upload(values, target)
+        # a capture that fails leaves its stream current, but for the outer block
+        with step.optimizer.capture() as self.tables, torch.cuda.stream(stream), torch.cuda.graph(
+                self.graph, stream=stream, capture_error_mode="thread_local"):
+            self.loss = step._eager()
         self.output = step.output
-        self.tables = [{name: space._tables[name] for name in ("w", "g1", "g2")
-                        if name in space._tables} for space in spaces]
 
     @staticmethod
     def _warm_up(step: GraphedStep, counts: list[int]) -> None:
@@ -176,6 +161,7 @@ class Captured:
                     set_counts(step.optimizer, counts)
         finally:
             torch.cuda.current_stream().wait_stream(stream)
+            step.optimizer.restore()  # half a step, where one failed
             with torch.no_grad():
                 for t, value in kept:
                     t.copy_(value)
@@ -183,11 +169,6 @@ class Captured:
 
     def replay(self, optimizer: SAM) -> Tensor:
         """One step with the batch that lies in the static buffers."""
-        for space, tables in zip(optimizer._spaces, self.tables, strict=True):
-            for name, (values, target) in tables.items():
-                if space._tables[name][0] is not values:  # an eager step came between
-                    space._upload(values, target)
-                    space._tables[name] = (values, target)
         self.graph.replay()
         for group in optimizer.param_groups:
             group["sam_steps"] += 1
@@ -197,9 +178,10 @@ class Captured:
 def state_of(model: nn.Module, optimizer: SAM) -> list[Tensor]:
     """Every tensor that a training step changes in place."""
     # the optimizer may have parameters that are not the model's, such as the loss's own
-    tensors = [*{*model.parameters(), *optimizer._parameters()}, *model.buffers()]
-    for s in optimizer._spaces:
-        tensors += [t for t in (s.backup, s.m, s.v, s.u, s.steps, s.counters, s.control_buffer)
+    theirs = [p for group in optimizer.param_groups for p in group["params"]]
+    tensors = [*{*model.parameters(), *theirs}, *model.buffers()]
+    for s in optimizer.spaces:
+        tensors += [t for t in (s.saved, s.m, s.v, s.u, s.steps, s.counters, s.control)
                     if t is not None]
     return tensors
 

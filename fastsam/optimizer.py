@@ -1,40 +1,25 @@
-"""The torch optimizer front: parameter groups, the two-phase step, closures and state."""
+"""The torch optimizer: parameter groups, the two-phase step, closures and state."""
 
-import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
+from typing_extensions import Self
 
-from . import distributed, saving
-from .amp import inverse_scale, report_overflow
-from .checks import check_group, check_options, refuse_shared, refuse_unfused, refuse_unusable
-from .dispatch import Kind, resolve
-from .flat import Hyper, Slot, Space, is_dense
-from .radius import RadiusWatch
+from . import distributed, foreign, micro_batches
+from . import state_dict as saving
+from .checks import check_base, check_group, check_options, refuse_unfused
+from .grad_scaler import inverse_scale, report_overflow
+from .layout import Layout, Traits
+from .passes import Climb, Pass
+from .phase import Phase, PhaseError
 from .reference import projection
+from .space import Space, Tables, local
 
-FUSED = {SGD: "sgd", Adam: "adam", AdamW: "adam"}
-
-
-class PhaseError(RuntimeError):
-    """A call that does not fit the phase: perturbed (after first_step) or not."""
-
-
-@dataclass
-class Phase:
-    """Where in a step an optimizer is: whether the weights are moved, the GradScaler and the
-    process group of its first pass, and what `stash_grad` has set aside. An object of its own,
-    because wrappers such as Lightning's share an optimizer's attributes by copying them."""
-
-    perturbed: bool = False
-    scaler: object = None
-    group: object = None
-    stash: dict[Tensor, Tensor] = field(default_factory=dict)
-    stash_ok: Tensor | None = None
+FUSED: dict[type[Optimizer], str] = {SGD: "sgd", Adam: "adam", AdamW: "adam"}
 
 
 class SAM(Optimizer):
@@ -46,17 +31,20 @@ class SAM(Optimizer):
 
     `torch.optim.SGD`, `Adam` and `AdamW` are fused into the kernels and never wait for the
     device (their foreach, fused and capturable flags are taken and change nothing); any other
-    base optimizer runs its own step after the weights are restored.
+    base optimizer runs its own step after the weights are restored. `param_groups` and `state` may
+    be edited as any torch optimizer's: parameters added, replaced, moved or removed between
+    steps, state cleared or replaced.
 
     Args:
         params: parameters, groups, or named parameters, as for any torch optimizer. Group keys:
             `rho`, `adaptive`, `perturb` (False: the group neither climbs nor enters the norm) and
-            the base optimizer's own. Complex parameters are refused.
+            the base optimizer's own. A key that the base has too, as Adadelta has `rho`, is SAM's;
+            the base's is `base_rho`. Complex parameters are refused.
         base_optimizer: a torch optimizer class, such as `torch.optim.SGD`.
         rho: radius of the perturbation, in units of the weights; at least 0. Default 0.05.
         adaptive: ASAM's perturbation with T = |w| (see `ASAM`). Default False.
-        backend: None chooses (see `backend_report`); "triton", "compiled" or "reference" is
-            obeyed or raises.
+        backend: None chooses (see `backend_report`); "triton", "numba" or "reference" is used,
+            or an error says why it cannot be.
         interval: climb at every interval-th step only; the others are plain steps of the base
             optimizer, of one pass. `step(closure)` sees to it; a loop of its own asks
             `climbs_next`. Default 1.
@@ -68,181 +56,166 @@ class SAM(Optimizer):
 
     Raises:
         ValueError: a negative or non-finite rho, an empty parameter list, a complex parameter,
-            an unknown backend or one that cannot run here, an interval below 1, a negative start,
-            master_weights with a base that is not fused, a bad base-optimizer argument.
-        TypeError: base_optimizer is not an optimizer class.
+            parameters that share memory, an unknown backend or one that cannot run here, an
+            interval below 1, a negative start, master_weights with a base that is not fused, a
+            base that needs a closure (LBFGS), a bad base-optimizer argument.
+        TypeError: base_optimizer is not an optimizer class; an argument that nobody has.
     """
 
-    _mode: str | None = None
-    _projection: str | None = None
-    _scales_with = "weights"
     _step_supports_amp_scaling = True
+    base_optimizer: Optimizer
 
-    def __init__(self, params: Iterable, base_optimizer: type[Optimizer], rho: float = 0.05,
+    def __init__(self, params: Iterable[Any], base_optimizer: type[Optimizer], rho: float = 0.05,
                  adaptive: bool = False, *, backend: str | None = None, interval: int = 1,
-                 start: int = 0, master_weights: bool = False, **kwargs):
+                 start: int = 0, master_weights: bool = False, **kwargs: Any):
         self._build(params, base_optimizer, dict(rho=rho, adaptive=adaptive), backend=backend,
                     interval=interval, start=start, master_weights=master_weights, **kwargs)
 
-    def _build(self, params, base_optimizer, own: dict, *, backend: str | None = None,
-               interval: int = 1, start: int = 0, master_weights: bool = False, **kwargs) -> None:
+    def _build(self, params: Any, base_optimizer: Any, own: dict[str, Any], *,
+               mode: str | None = None, projection: str | None = None,
+               scales_with: str = "weights", backend: str | None = None, interval: int = 1,
+               start: int = 0, master_weights: bool = False, **kwargs: Any) -> None:
         wrapped = isinstance(base_optimizer, Optimizer)
         kind = type(base_optimizer) if wrapped else base_optimizer
-        if not (isinstance(kind, type) and issubclass(kind, Optimizer)):
-            raise TypeError(f"base_optimizer={base_optimizer!r} is not an optimizer class: "
-                            "pass the class, such as torch.optim.SGD, and its arguments by name")
+        check_base(kind, type(self), kwargs)
         if wrapped and (kwargs or params is not base_optimizer.param_groups):
             raise TypeError(f"an existing {kind.__name__} has its parameters and arguments: "
                             f"use {type(self).__name__}.wrap(optimizer, rho=...)")
         own = {**own, "perturb": True, "sam_steps": 0}
         check_group(own)
-        self._fused = FUSED.get(kind)
-        check_options(interval, start, master_weights, self._fused, kind)
-        self._requested_backend, self._backend, self._report = backend, None, {}
-        self._interval, self._start, self._masters = interval, start, master_weights
-        self._spaces: list[Space] = []
+        fused = FUSED.get(kind)
+        check_options(interval, start, master_weights, fused, kind)
+        self._traits = Traits(mode, projection, fused, master_weights, scales_with, backend)
+        self._interval, self._start = interval, start
         self._phase = Phase()
-        self._watch = RadiusWatch()
-        self.base_optimizer = None
-        super().__init__(params, own)
-        self.base_optimizer = base_optimizer if wrapped else kind(self.param_groups, **kwargs)
-        self.param_groups = self.base_optimizer.param_groups
-        self.defaults = {**self.base_optimizer.defaults, **own}
-        if self._fused:
+        self._built = False
+        super().__init__(foreign.own_part(base_optimizer, own) if wrapped else params, own)
+        self.base_optimizer = (base_optimizer if wrapped else
+                               kind(foreign.without(self.param_groups, own), **kwargs))
+        self._shared = foreign.shared_keys(self.base_optimizer, own)
+        self.param_groups = foreign.join(self.base_optimizer, self.param_groups, own, self._shared)
+        self.defaults = {**self.base_optimizer.defaults, **own, **{
+            "base_" + key: self.base_optimizer.defaults[key] for key in self._shared}}
+        if fused:
             refuse_unfused(self.param_groups)
-        else:  # one state for both, to which m is added when the base has set it up
+            self.state.update(self.base_optimizer.state)
+        else:
             self.state = self.base_optimizer.state
-        self._add_spaces(range(len(self.param_groups)))
-        if wrapped and self._fused:
-            for p, state in base_optimizer.state.items():
-                saving.load_slot(*self._slot_of(p), state)
-            base_optimizer.state.clear()
-            self._link_state()
+        self._built = True
+        self._follow()
+        if fused and wrapped:
+            self.base_optimizer.state.clear()
 
     @classmethod
-    def wrap(cls, base_optimizer: Optimizer, *args, **kwargs) -> "SAM":
+    def wrap(cls, base_optimizer: Optimizer, *args: Any, **kwargs: Any) -> Self:
         """Put this class around an existing optimizer, whose groups and state it takes over.
 
         Args:
             base_optimizer: the instance; its param_groups stay shared.
             *args, **kwargs: rho and the other arguments of the class; a group's own rho wins.
+
+        Raises:
+            TypeError: a class instead of an optimizer.
         """
+        if not isinstance(base_optimizer, Optimizer):
+            raise TypeError(f"wrap takes an optimizer that exists, not {base_optimizer!r}: use "
+                            f"{cls.__name__}(params, torch.optim.SGD, ...) to build one")
         return cls(base_optimizer.param_groups, base_optimizer, *args, **kwargs)
 
-    # ---- parameters and their spaces
-
-    def add_param_group(self, param_group: dict) -> None:
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, in mid-training too. It shares the kernel launches of the others.
 
         Raises:
             PhaseError: while perturbed.
             ValueError: as the constructor.
         """
-        if getattr(self, "base_optimizer", None) is None:  # called by torch's constructor
+        if not self._built:  # called by torch's constructor
             super().add_param_group(param_group)
             check_group(self.param_groups[-1])
             return
-        self._need_phase(False, "add_param_group")
+        self._phase.need(False, "add_param_group")
         merged = {**self.defaults, **param_group, "sam_steps": self.param_groups[0]["sam_steps"]}
         check_group(merged)
-        if self._fused:
+        if self._traits.base:
             refuse_unfused([merged])
-        self.base_optimizer.add_param_group(merged)
+        with foreign.as_base_sees(self.base_optimizer, self._shared):
+            self.base_optimizer.add_param_group(foreign.exchanged(merged, self._shared))
         try:
-            self._add_spaces([len(self.param_groups) - 1])
-        except ValueError:
+            self._follow()
+        except BaseException:
             self.param_groups.pop()
             raise
 
-    def _add_spaces(self, group_indices: Iterable[int]) -> None:
-        """Lay the groups' parameters out: one space per device, dtype and sharding."""
-        kinds: dict[tuple, list] = {}
-        for i in group_indices:
-            group = self.param_groups[i]
-            names = group.get("param_names") or [None] * len(group["params"])
-            for p, name in zip(group["params"], names, strict=True):
-                refuse_unusable(p)
-                key = p.device, p.dtype, distributed.shards_of(p)
-                kinds.setdefault(key, []).append((p, name, i))
-        refuse_shared([slot.param for slot in self._slots()]
-                      + [p for rows in kinds.values() for p, _, _ in rows])
-        new = [Kind(*key[:2], all(is_dense(p) for p, _, _ in rows),
-                    sum(p.numel() for p, _, _ in rows)) for key, rows in kinds.items()]
-        self._backend, self._report = resolve(self._requested_backend, self._kinds() + new)
-        for key, rows in kinds.items():
-            self._add_space(key, rows)
-        self._scaled_by = None
-        self._bring_hyper()
-        self._link_state()
+    # ---- what others may have changed
 
-    def _add_space(self, key: tuple, rows: list) -> None:
-        """Make a space; of a kind that there is already, one with the old slots and the new."""
-        old = next((s for s in self._spaces if (s.device, s.dtype, s.shards) == key), None)
-        if old is not None:
-            rows = [(slot.param, slot.name, slot.group) for slot in old.slots] + rows
-        space = Space(rows, self._mode, self._fused, self._masters, key[2], pack=old is None)
-        if self._fused == "adam" or (old is not None and old.v is not None):
-            space.allocate_base()
+    def _follow(self) -> Layout:
+        """The layout of the parameters and values as they are now.
+
+        Raises:
+            PhaseError: the groups' parameters, or masters, changed while the weights are moved.
+            ValueError: what has changed is refused; nothing else has changed then.
+        """
+        phase = self._phase
+        self._join_containers()
+        layout = phase.layout
+        if layout is None or not layout.has(self.param_groups):
+            phase.need(False, "changing the groups' parameters")
+            layout = self._lay_out()
+        while not layout.follow_values(self.param_groups):
+            layout = self._lay_out()
+        if phase.perturbed and self._traits.masters and layout.is_edited(self.state):
+            phase.need(False, "changing the state of float32 masters")
+        layout.follow_state(self.state)
+        return layout
+
+    def _lay_out(self) -> Layout:
+        """Make a new layout, in which everything goes on where it was."""
+        phase, old = self._phase, self._phase.layout
+        new = Layout(self._traits, self.param_groups)
+        new.follow_values(self.param_groups)
         if old is None:
-            self._spaces.append(space)
+            saving.adopt(new.shown, new.params, self.state)
         else:
-            space.absorb(old)
-            self._spaces[self._spaces.index(old)] = space
+            phase.climbs = new.inherit(old, self.state, phase.climbs)
+        new.show(self.state)
+        phase.layout = new
+        return new
 
-    def _slots(self) -> list[Slot]:
-        return [slot for space in self._spaces for slot in space.slots]
+    def _join_containers(self) -> None:
+        """Someone may have replaced the groups or the state of one of the two optimizers, who
+        share them; a fused base has no state."""
+        base = self.base_optimizer
+        if base.param_groups is not self.param_groups:
+            base.param_groups = self.param_groups
+        if not self._traits.base and base.state is not self.state:
+            base.state = self.state
 
-    def _parameters(self) -> list[Tensor]:
-        return [p for group in self.param_groups for p in group["params"]]
+    def _read(self, first: bool, inverse: Tensor | None) -> list[Pass]:
+        """What this pass reads of every space; whatever can be refused is, before a weight
+        changes.
 
-    def _slot_of(self, p: Tensor) -> tuple[Space, Slot]:
-        return next((space, slot) for space in self._spaces for slot in space.slots
-                    if slot.param is p)
-
-    def _kinds(self) -> list[Kind]:
-        return [Kind(s.device, s.dtype, all(x.dense for x in s.slots),
-                     sum(x.w.numel() for x in s.slots)) for s in self._spaces]
-
-    def _link_state(self, initialised: Iterable[Tensor] = ()) -> None:
-        """Make `state[p]` show the slot's own tensors, under torch's names for the base's. A base
-        that is not fused sets p's state up at a step where it finds none, so m is shown beside it
-        only from then on: where there is a state, and for `initialised`."""
-        for space in self._spaces:
-            for slot in space.slots:
-                p = slot.param
-                if self._fused or p in initialised or self.state.get(p):
-                    self.state[p].update(saving.entry(space, slot))
-
-    def _bring_hyper(self) -> None:
-        """Send the groups' current values (a scheduler may have changed them) to the device."""
-        rows = [hyper_row(group, self._mode, self._fused) for group in self.param_groups]
-        momentum = self._fused == "sgd" and any(row.momentum for row in rows)
-        scaled_by = [(g["adaptive"], g.get("scale"), g.get("eta")) for g in self.param_groups]
-        for space in self._spaces:
-            space.set_hyper(rows)
-            if momentum and space.v is None:
-                space.allocate_base()
-                self._link_state()
-            if scaled_by != self._scaled_by:
-                space.set_scalings([self._scaling(self.param_groups[s.group], s)
-                                    for s in space.slots], self._scales_with)
-        self._scaled_by = scaled_by
-
-    def _scaling(self, group: dict, slot: Slot) -> tuple[float, float]:
-        """(a, b) of T = a |w| + b for one parameter; FisherSAM's a is its eta."""
-        if not group["adaptive"]:
-            return 0.0, 1.0
-        if self._scales_with == "gradient":
-            return float(group["eta"]), 1.0
-        if group.get("scale", "all") == "all":
-            return 1.0, 0.0
-        is_weight = "weight" in slot.name if slot.name is not None else slot.param.ndim >= 2
-        return (1.0, float(group["eta"])) if is_weight else (0.0, 1.0)
+        Args:
+            first: it is a first pass.
+            inverse: 1 / the loss scale of the gradients, if they are scaled.
+        """
+        layout = self._follow()
+        passes: list[Pass] = []
+        while len(passes) < len(layout.spaces):
+            i = len(passes)
+            p = layout.read(i, first, layout.tables[i])
+            if p is None:
+                layout, passes = self._lay_out(), []
+                continue
+            passes.append(p if inverse is None else p._replace(
+                inv_scale=inverse.to(p.space.kind.device, p.space.kind.acc)))
+        for i, p in enumerate(passes):
+            layout.set_cell(i, "inv_scale1" if first else "inv_scale2", p.inv_scale, 1)
+        return passes
 
     # ---- the step
 
     @torch.no_grad()
-    def first_step(self, zero_grad: bool = False, scaler=None) -> None:
+    def first_step(self, zero_grad: bool = False, scaler: Any = None) -> None:
         """Climb from w to w + e with the gradients in `.grad`, and save w.
 
         A zero norm moves nothing. A norm that is not finite moves nothing, leaves the moving
@@ -256,66 +229,55 @@ class SAM(Optimizer):
 
         Raises:
             PhaseError: called twice without a second step or `restore()`.
-            ValueError: a sparse gradient; a scaler that has scaled nothing or unscaled already.
+            ValueError: a sparse gradient; a scaler that has scaled nothing or unscaled already; a
+                value in a group that is out of range; parameters that share memory.
             RuntimeError: a parameter changed its device, dtype or shape.
         Whatever is raised, the weights are as before.
         """
-        self._need_phase(False, "first_step")
+        phase = self._phase
+        phase.need(False, "first_step")
         scaler = scaler if scaler is not None and scaler.is_enabled() else None
-        inverse = None if scaler is None else inverse_scale(scaler, self)
-        gradients = self._gradients()
-        self._bring_hyper()
-        for slot, g in gradients:
-            slot.g1 = g if self.param_groups[slot.group].get("perturb", True) else None
-        self._phase.perturbed, self._phase.scaler = True, scaler
+        passes = self._read(True, None if scaler is None else inverse_scale(scaler, self))
+        climbs: list[Climb] = []
         try:
-            for space in self._spaces:
-                space.set_control("inv_scale1", inverse)
-            if self._projection:
-                self._project()
-            for space in self._spaces:
-                self._backend.norm(space)
-                space.sum_over_shards(space.partials)
-            for space in self._spaces:
-                self._backend.climb(space, self._all_partials(space))
+            if self._traits.projection:
+                passes = self._projected(passes)
+            sums = self._norm(passes)
+            for p in passes:
+                climbs.append(phase.layout.backend.climb(p, to(sums, p.space)))
         except BaseException:
-            self._go_back()
+            go_back(climbs)
             raise
-        for slot, _ in gradients:
-            slot.g1 = None
-        self._announce(slot.w for slot, _ in gradients if slot.climbed)
-        self._watch.look(self._spaces)
+        phase.climbs, phase.perturbed, phase.scaler, phase.plain = climbs, True, scaler, None
+        announce(written(passes, climbs))
+        phase.watch.look(phase.layout.spaces)
         if zero_grad:
             self.zero_grad()
+        else:
+            phase.keep_witness(self._parameters())
 
-    def _gradients(self) -> list[tuple[Slot, Tensor | None]]:
-        """Every slot with its gradient; whatever can be refused is, before anything changes."""
-        if any([space.follow_parameters() for space in self._spaces]):
-            refuse_shared([slot.param for slot in self._slots()])
-            self._link_state()
-        return [(slot, Space.read_gradient(slot)) for slot in self._slots()]
+    def _norm(self, passes: list[Pass]) -> Tensor:
+        """The partial sums of every space, (2, k): the norm is global."""
+        for p in passes:
+            self._phase.layout.backend.norm(p)
+            p.space.sum_over_shards(p.space.partials)
+        first = passes[0].space.partials
+        if len(passes) == 1:
+            return first
+        return torch.cat([to(p.space.partials, passes[0].space) for p in passes], 1)
 
-    def _project(self) -> None:
-        """Multiply sigma with the projection's share, a function of g and m."""
-        for space in self._spaces:
-            self._backend.dots(space)
-        first = self._spaces[0]
-        sums = sum(s.sum_over_shards(s.dots).sum(1).to(first.device, first.acc, non_blocking=True)
-                   for s in self._spaces)
-        for space in self._spaces:
-            space.multiply_sigma(projection(sums, self._projection).to(space.device, space.acc))
-
-    def _all_partials(self, space: Space) -> Tensor:
-        """The partial sums of every space, where and as `space` has its own: a global norm."""
-        if len(self._spaces) == 1:
-            return space.partials
-        return torch.cat([s.partials.to(space.device, space.acc, non_blocking=True)
-                          for s in self._spaces])
-
-    def _announce(self, changed: Iterable[Tensor]) -> None:
-        """Tell autograd and autocast, which do not see all writes, of new weights."""
-        torch.autograd.graph.increment_version(list(changed))
-        torch.clear_autocast_cache()
+    def _projected(self, passes: list[Pass]) -> list[Pass]:
+        """The passes with sigma multiplied with the projection's share, a function of g and m."""
+        for p in passes:
+            self._phase.layout.backend.dots(p)
+        first = passes[0].space
+        sums = torch.stack([to(p.space.sum_over_shards(p.space.dots).sum(1), first)
+                            for p in passes]).sum(0)
+        c = projection(sums, self._traits.projection)
+        for p in passes:
+            p.space.multiply_sigma(to(c, p.space))
+        return [p._replace(rows=[row._replace(sigma=row.sigma * to(c, p.space)) for row in p.rows])
+                for p in passes]
 
     @torch.no_grad()
     def second_step(self, zero_grad: bool = False) -> None:
@@ -323,16 +285,27 @@ class SAM(Optimizer):
 
         Goes through `step()`, so learning-rate schedulers and step hooks count it.
 
+        Args:
+            zero_grad: clear the gradients afterwards. Default False.
+
         Raises:
             PhaseError: without a `first_step` before.
         """
-        self._need_phase(True, "second_step")
+        self._phase.need(True, "second_step")
+        self._phase.look_for_second_pass(self._parameters())
         self.step()
         if zero_grad:
             self.zero_grad()
 
-    def step(self, closure: Callable | None = None,
-             ascent_closure: Callable | None = None) -> Tensor | None:
+    @overload
+    def step(self, closure: None = None, ascent_closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], Tensor],
+             ascent_closure: Callable[[], Tensor] | None = None) -> Tensor: ...
+
+    def step(self, closure: Callable[[], Tensor] | None = None,
+             ascent_closure: Callable[[], Tensor] | None = None) -> Tensor | None:
         """Both passes with a closure; without one, the second step or a plain base step.
 
         Args:
@@ -348,111 +321,106 @@ class SAM(Optimizer):
 
         Raises:
             PhaseError: a closure while perturbed, or through GradScaler.step.
+            TypeError: a closure that cannot be called, such as a loss.
             ValueError: an ascent_closure without a closure.
         """
+        for name, f in (("closure", closure), ("ascent_closure", ascent_closure)):
+            if f is not None and not callable(f):
+                raise TypeError(f"{name} is a {type(f).__name__}, not a function: after "
+                                "loss.backward() call first_step() and second_step(), or pass a "
+                                "function that computes the loss and calls backward")
         if closure is None:
             if ascent_closure is not None:
                 raise ValueError("step(ascent_closure=...) needs a closure for the second pass")
             self._base_step()
             return None
-        self._need_phase(False, "step(closure)")
+        self._phase.need(False, "step(closure)")
         if getattr(self, "found_inf", None) is not None:
             raise PhaseError("a GradScaler cannot see a closure's gradients: call first_step("
                              "scaler=scaler), the second backward, then scaler.step(optimizer)")
         climbs = self.climbs_next
-        had_gradients = self._has_gradients()
-        with torch.enable_grad():
-            self.zero_grad()
-            loss = (ascent_closure or closure)() if climbs else closure()
-        if had_gradients and not self._has_gradients():
-            warnings.warn("the closure left no gradients, and those there were before it are "
-                          "cleared: a closure computes the loss and calls backward; without one, "
-                          "call first_step and second_step", stacklevel=3)
+        loss = self._call((ascent_closure or closure) if climbs else closure)
         if not climbs:
             self._base_step()
             return loss
         self.first_step(zero_grad=True)
         try:
-            with torch.enable_grad():
-                closure()
+            self._call(closure)
             self._base_step()
         except BaseException:
-            self._go_back()
+            self.restore()
             raise
         return loss
 
-    def _has_gradients(self) -> bool:
-        return any(p.grad is not None for p in self._parameters())
+    def _call(self, closure: Callable[[], Tensor]) -> Tensor:
+        """Call a closure with cleared gradients."""
+        with torch.enable_grad():
+            self.zero_grad()
+            loss = closure()
+        if all(p.grad is None for p in self._parameters()):
+            self._phase.warn("closure", "the closure left no gradients, so this step changes "
+                             "nothing: a closure computes the loss and calls backward; without "
+                             "one, call first_step and second_step")
+        return loss
 
     @torch.no_grad()
     def _base_step(self) -> None:
-        grad_scale = getattr(self, "grad_scale", None)  # set by torch.amp.GradScaler.step
-        found_inf = getattr(self, "found_inf", None)
+        """Return to w if perturbed, then update. GradScaler.step gives its loss scale and its
+        overflow flag in the attributes `grad_scale` and `found_inf`."""
         phase = self._phase
+        grad_scale = getattr(self, "grad_scale", None)
+        found_inf = getattr(self, "found_inf", None)
         if phase.scaler is not None and found_inf is None:
-            raise PhaseError("first_step had a scaler, so the second pass's gradients are "
-                             "scaled too: call scaler.step(optimizer), not second_step()")
+            raise PhaseError("the first pass was scaled, so the second is scaled too: call "
+                             "scaler.step(optimizer), not second_step()")
         if phase.stash:
             raise PhaseError("gradients are set aside: call unstash_grad() before the step")
-        ok = self._agreed_ok()
+        if not phase.perturbed:
+            phase.count_plain(self.climbs_next)
+        ok = micro_batches.agreed_ok(phase)
         if phase.scaler is not None:
-            report_overflow(phase.scaler, self, self._spaces[0].control.ok if ok is None else ok)
+            report_overflow(phase.scaler, self,
+                            phase.layout.spaces[0].cells.ok if ok is None else ok)
         if ok is not None:
             found_inf = (1 - ok) if found_inf is None else found_inf.to(ok) + (1 - ok)
-        if self._fused:
+        if self._traits.base:
             self._fused_step(grad_scale, found_inf)
         else:
             self._foreign_step(grad_scale, found_inf)
         for group in self.param_groups:
             group["sam_steps"] = group.get("sam_steps", 0) + 1
 
-    def _agreed_ok(self) -> Tensor | None:
-        """Whether the climbs of this step were finite, in every micro-batch and on every rank;
-        None where there is only the one that the kernels know of."""
-        phase, last = self._phase, self._spaces[0].control.ok
-        if phase.stash_ok is None and phase.group is None:
-            return None
-        ok = last if phase.perturbed else torch.ones_like(last)
-        if phase.stash_ok is not None:
-            ok, phase.stash_ok = ok * phase.stash_ok, None
-        return ok if phase.group is None else distributed.all_ok(ok, phase.group)
-
     def _fused_step(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-        gradients = self._gradients()
-        self._bring_hyper()
-        for slot, g in gradients:
-            slot.g2 = g
-        for space in self._spaces:
-            space.set_control("inv_scale2", None if grad_scale is None else 1 / grad_scale)
-            space.set_control("found_inf", found_inf)
-            self._backend.step(space, self._phase.perturbed)
+        phase = self._phase
+        passes = self._read(False, None if grad_scale is None else 1 / grad_scale)
+        climbs = phase.climbs if phase.perturbed else [None] * len(passes)
+        for i, (p, climb) in enumerate(zip(passes, climbs, strict=True)):
+            phase.layout.set_cell(i, "found_inf", found_inf, 0)
+            phase.layout.backend.step(p, climb)
         self.base_optimizer._opt_called = True  # for a scheduler that was built around it
-        self._leave_phase([slot.w for slot, _ in gradients
-                           if slot.climbed or slot.g2 is not None])
+        phase.leave()
+        announce(written(passes, climbs))
 
     def _foreign_step(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         """Restore and let the base optimizer step. Whether the step is a skip is read on the
         host here: an optimizer of someone else's cannot be skipped from the device."""
-        control = self._spaces[0].control
-        skip = (found_inf is not None and bool(found_inf)) or (
-            self._phase.perturbed and not control.ok)
+        phase, layout = self._phase, self._follow()
+        cells = layout.spaces[0].cells
+        skip = (found_inf is not None and bool(found_inf)) or (phase.perturbed and not cells.ok)
         self._go_back()
-        self._phase.scaler = self._phase.group = None
         if skip:
-            control.skipped += 1
+            cells.skipped += 1
             return
         if grad_scale is not None:
             for p in self._parameters():
                 if p.grad is not None:
                     p.grad.div_(grad_scale)
-        new = {p for p in self._parameters() if p.grad is not None and not self.state.get(p)}
-        self.base_optimizer.step()
-        if new:
-            self._link_state(new)
+        with foreign.as_base_sees(self.base_optimizer, self._shared):
+            self.base_optimizer.step()
+        layout.show(self.state, {p for p in self._parameters() if p.grad is not None})
 
     # ---- several first passes for one step
 
-    @torch.no_grad()
     def stash_grad(self) -> None:
         """Return to w and set the gradients in `.grad` aside, added to those already set aside.
 
@@ -460,35 +428,16 @@ class SAM(Optimizer):
         aside, and step once after `unstash_grad()`. A climb that was not finite makes that step a
         counted skip. Costs one more gradient's memory.
         """
-        phase = self._phase
-        if phase.perturbed:
-            ok = self._spaces[0].control.ok
-            phase.stash_ok = ok.clone() if phase.stash_ok is None else phase.stash_ok * ok
-        scaler, group = phase.scaler, phase.group
-        self._go_back()
-        phase.scaler, phase.group = scaler, group  # still true of the gradients set aside
-        for p in self._parameters():
-            if p.grad is not None:
-                aside = phase.stash.get(p)
-                if aside is not None:
-                    aside.add_(p.grad)
-                else:  # a view belongs to a bucket of DistributedDataParallel, which is reused
-                    phase.stash[p] = p.grad.clone() if p.grad._is_view() else p.grad
-                p.grad = None
+        micro_batches.stash(self._phase, self._parameters(), self._go_back)
 
-    @torch.no_grad()
     def unstash_grad(self) -> None:
         """Put the sums of the gradients set aside into `.grad`, in place of what is there.
 
         Raises:
             PhaseError: while perturbed, or with nothing set aside.
         """
-        self._need_phase(False, "unstash_grad")
-        if not self._phase.stash:
-            raise PhaseError("unstash_grad with nothing set aside: call stash_grad after each "
-                             "micro-batch's second backward")
-        for p in self._parameters():
-            p.grad = self._phase.stash.pop(p, None)
+        self._phase.need(False, "unstash_grad")
+        micro_batches.unstash(self._phase, self._parameters())
 
     @contextmanager
     def local_first_pass(self, model: torch.nn.parallel.DistributedDataParallel) -> Iterator[None]:
@@ -502,7 +451,7 @@ class SAM(Optimizer):
             PhaseError: while perturbed.
             ValueError: another kind of model.
         """
-        self._need_phase(False, "local_first_pass")
+        self._phase.need(False, "local_first_pass")
         group = distributed.group_of(model)
         with model.no_sync():
             yield
@@ -513,36 +462,41 @@ class SAM(Optimizer):
         """Go back to w, bit for bit, without an update: give the step up, and with it what
         `stash_grad` set aside. Harmless where there is nothing to give up."""
         self._go_back()
-        self._phase.stash.clear()
-        self._phase.stash_ok = self._phase.scaler = self._phase.group = None
+        self._phase.give_up()
 
-    @torch.no_grad()
     def _go_back(self) -> None:
-        if not self._phase.perturbed:
-            return
-        moved = [slot for slot in self._slots() if slot.climbed]
-        for slot in moved:
-            slot.w.copy_(slot.backup)  # rounds a master as it was rounded
-        self._leave_phase([slot.w for slot in moved])
+        climbs = self._phase.climbs
+        if self._phase.perturbed:
+            go_back(climbs)
+            self._phase.leave()
+            announce(moved(climbs))
 
-    def _leave_phase(self, changed: list[Tensor]) -> None:
-        self._phase.perturbed, self._phase.scaler, self._phase.group = False, None, None
-        for slot in self._slots():
-            slot.climbed, slot.g1, slot.g2 = False, None, None
-        self._announce(changed)
-
-    def _need_phase(self, perturbed: bool, call: str) -> None:
-        if self._phase.stash and call in ("state_dict", "copying or pickling"):
-            raise PhaseError(f"{call} with gradients set aside: finish the step first")
-        if self._phase.perturbed == perturbed:
-            return
-        if perturbed:
-            raise PhaseError(f"{call} without a first_step before it: the weights are not "
-                             "perturbed; call first_step, then compute the gradients again")
-        raise PhaseError(f"{call} while the weights are perturbed: call second_step (or restore "
-                         "to give the step up) first")
+    @contextmanager
+    def capture(self) -> Iterator[list[Tables]]:
+        """Around the capture of a step as a CUDA graph: the addresses that its kernels read stand
+        in tables of the graph's own, which are filled when the block ends. Keep them (what `as`
+        gives) as long as the graph.
+        """
+        layout = self._follow()
+        eager, layout.tables = layout.tables, [Tables(s, late=True) for s in layout.spaces]
+        try:
+            yield layout.tables
+        finally:
+            tables, layout.tables = layout.tables, eager
+            self._phase.leave()
+            for table in tables:
+                table.upload_late()
 
     # ---- what can be asked
+
+    def _parameters(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
+
+    @property
+    def spaces(self) -> tuple[Space, ...]:
+        """Where fastsam's own buffers lie, by device, dtype and sharding of the parameters. Brings
+        values that changed to the device."""
+        return self._follow().spaces
 
     @property
     def is_perturbed(self) -> bool:
@@ -560,74 +514,78 @@ class SAM(Optimizer):
     def skipped_steps(self) -> int:
         """How many steps were skipped, for a norm that was not finite or because a GradScaler
         found an overflow. Waits for the device."""
-        return int(self._spaces[0].control.skipped)
+        return self._phase.skipped + int(self._phase.layout.spaces[0].cells.skipped)
 
     @property
     def last_radius(self) -> float:
         """The l2 distance the last first_step really moved the weights, after rounding to their
         dtype; of sharded parameters, this process's part of it. Waits for the device."""
-        return sum(float(s.radii[0].sum(dtype=torch.float64)) for s in self._spaces) ** 0.5
+        return sum(float(s.radii[0].sum(dtype=torch.float64))
+                   for s in self._phase.layout.spaces) ** 0.5
 
     @property
     def last_grad_norm(self) -> float:
         """||T d|| of the last first_step: for SAM the gradient's norm. Waits for the device."""
-        return float(self._spaces[0].control.norm)
+        return float(self._phase.layout.spaces[0].cells.norm)
 
-    def backend_report(self) -> dict:
+    def backend_report(self) -> dict[str, Any]:
         """What runs and why: `backend`, `why`, `fused_base` and one line per `spaces`."""
-        spaces = [f"{len(s.slots)} tensors, {sum(x.w.numel() for x in s.slots)} parameters, "
-                  f"{s.dtype} on {s.device}, "
-                  + ("packed in one buffer" if s.flat_w is not None else "in their own memory")
-                  + (", float32 masters" if s.masters else "")
-                  + (", sharded" if s.shards else "")
-                  for s in self._spaces]
-        return {**self._report, "fused_base": self._fused is not None, "spaces": spaces}
+        layout = self._follow()
+        spaces = [f"{len(s.slots)} tensors, {s.numel} parameters, {s.kind.dtype} on "
+                  f"{s.kind.device}" + (", float32 masters" if s.kind.masters else "")
+                  + (", sharded" if s.kind.shards else "") for s in layout.spaces]
+        return {**layout.report, "fused_base": self._traits.base is not None, "spaces": spaces}
 
     def memory_report(self) -> dict[str, int]:
         """Bytes that the optimizer keeps between steps, by buffer: the saved weights (`backup`;
         the masters, where there are), F-SAM's average or the full gradient (`ema`), the fused
-        base's buffers (`base`). Weights packed into one buffer are the model's own and not
-        counted, nor is the state of a base optimizer that is not fused."""
+        base's buffers (`base`), tables and sums (`other`). The state of a base optimizer that is
+        not fused is not counted."""
         report = dict.fromkeys(("backup", "ema", "base", "other"), 0)
-        for s in self._spaces:
-            for name, t in (("backup", s.backup), ("ema", s.m), ("base", s.v), ("base", s.u)):
+        for s in self._follow().spaces:
+            for name, t in (("backup", s.saved), ("ema", s.m), ("base", s.v), ("base", s.u)):
                 report[name] += 0 if t is None else t.nbytes
             report["other"] += sum(t.nbytes for t in (
-                s.steps, s.partials, s.radii, s.dots, s.control_buffer, s.counters,
-                *s.scratch.values()))
+                s.steps, s.partials, s.radii, s.dots, s.control, s.counters, s.hyper, s.scalings,
+                s.layout))
         return report
+
+    def __repr__(self) -> str:
+        head, _, groups = super().__repr__().partition("(")
+        report = self._phase.layout.report if self._phase.layout else {}
+        options = "".join(f", {name}={value}" for name, value, usual in (
+            ("interval", self._interval, 1), ("start", self._start, 0),
+            ("master_weights", self._traits.masters, False)) if value != usual)
+        return (f"{head}(base={type(self.base_optimizer).__name__}, "
+                f"backend={report.get('backend')!r}{options}{groups}")
 
     # ---- saving and loading
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
         """The whole state, the base optimizer's included, in torch's format.
 
         Raises:
             PhaseError: while perturbed (the weights that belong to it are not in the model), or
                 with gradients set aside.
         """
-        self._need_phase(False, "state_dict")
+        self._phase.need(False, "state_dict")
+        layout = self._follow()
         with saving.without_hooks(self, "_optimizer_state_dict_post_hooks") as (hooks,):
             state = super().state_dict()
-        if self._fused:
+        if self._traits.base:
             state["state"] = {i: saving.as_torch_saves(x) for i, x in state["state"].items()}
         else:
-            own = self._by_index(saving.entry)
-            base = self.base_optimizer.state_dict()["state"]
-            state["state"] = {i: {**base.get(i, {}), **own.get(i, {})} for i in {**base, **own}}
+            base = self.base_optimizer.state_dict()
+            own = {i: layout.shown.tensors[p] for i, p in enumerate(self._parameters())}
+            theirs = base["state"]
+            state = {**base, "param_groups": state["param_groups"], "state": {
+                **theirs, **{i: {**theirs.get(i, {}), **x} for i, x in own.items() if x}}}
         for hook in hooks.values():
             state = hook(self, state) or state
         return state
 
-    def _by_index(self, entry: Callable[[Space, Slot], dict]) -> dict[int, dict]:
-        """What `entry` gives for every slot, under the parameter's index in torch's format."""
-        index = {p: i for i, p in enumerate(self._parameters())}
-        entries = {index[slot.param]: entry(space, slot)
-                   for space in self._spaces for slot in space.slots}
-        return {i: e for i, e in entries.items() if e}
-
     @torch.no_grad()
-    def load_state_dict(self, state_dict: dict) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a state: of this class, of the base optimizer alone, or of a public SAM or
         F-SAM class, whose saved weights (`old_p`) are transient and left out. Group keys that it
         lacks, such as rho in SGD's, stay as they are.
@@ -637,62 +595,91 @@ class SAM(Optimizer):
             ValueError: groups, parameter counts or shapes differ, or a value this class refuses;
                 nothing has changed then.
         """
-        self._need_phase(False, "load_state_dict")
+        self._phase.need(False, "load_state_dict")
         with saving.hooks_around(self, state_dict) as state_dict:
             self._load(state_dict)
 
-    def _load(self, state_dict: dict) -> None:
+    def _load(self, state_dict: dict[str, Any]) -> None:
         groups = saving.merged_groups(self.param_groups, state_dict["param_groups"])
+        saving.keep_decoupled(groups, self.base_optimizer)
         for group in groups:
             check_group(group)
-        if self._fused:
+        if self._traits.base:
             refuse_unfused(groups)
-        states = [state_dict["state"].get(i, {}) for g in groups for i in g["params"]]
         params = self._parameters()
-        for p, state in zip(params, states, strict=False):
-            saving.check_entry(p, state)
+        states = [state_dict["state"].get(i, {}) for g in groups for i in g["params"]]
+        for p, entry in zip(params, states, strict=False):
+            saving.check_entry(p, entry)
         state_dict = {**state_dict, "param_groups": groups}
+        containers = self.param_groups, self.state
         super().load_state_dict({**state_dict, "state": {}})
-        self.base_optimizer.param_groups = self.param_groups
-        if not self._fused:
-            theirs = {i: saving.bases_part(state) for i, state in state_dict["state"].items()}
-            theirs = {i: part for i, part in theirs.items() if part}
-            self.base_optimizer.load_state_dict({**state_dict, "state": theirs})
-            self.param_groups, self.state = (self.base_optimizer.param_groups,
-                                             self.base_optimizer.state)
-            for p in [p for p, state in self.state.items() if state is None]:
-                del self.state[p]  # ZeroRedundancyOptimizer's sign for another process's
-        for p, state in zip(params, states, strict=True):
-            saving.load_slot(*self._slot_of(p), state)
-        for space in self._spaces:
-            space.clear_between()
-        self._link_state()
+        entries = dict(zip(params, states, strict=True))
+        if self._traits.base:
+            self.state.update((p, saving.without_published(x)) for p, x in entries.items() if x)
+        else:
+            self.param_groups, self.state = foreign.load(
+                self.base_optimizer, state_dict, self._shared)
+        self._keep_containers(*containers)
+        layout = self._phase.layout
+        saving.adopt(layout.shown, params, entries)
+        layout.show(self.state)
+        self._follow()
 
-    def __getstate__(self) -> dict:
-        self._need_phase(False, "copying or pickling")
+    def _keep_containers(self, groups: list[dict], state: dict[Tensor, Any]) -> None:
+        """Go on with these containers, which others hold, such as Lightning's wrapper."""
+        new_groups, new_state = list(self.param_groups), dict(self.state)
+        groups[:] = new_groups
+        state.clear()
+        state.update(new_state)
+        self.param_groups, self.state = groups, state
+        self._join_containers()
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._phase.need(False, "copying or pickling")
         hooks = [name for name in self.__dict__ if name.endswith("_hooks")]
-        return {k: v for k, v in self.__dict__.items()
-                if k not in (*hooks, "_backend", "_watch", "step", "_zero_grad_profile_name")}
+        return {**{k: v for k, v in self.__dict__.items()
+                   if k not in (*hooks, "_phase", "step", "_zero_grad_profile_name")},
+                "_skipped": self.skipped_steps}
 
-    def __setstate__(self, state: dict) -> None:
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        skipped = state.pop("_skipped", None)
         super().__setstate__(state)
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
-        if "_spaces" in state:  # a copy or a pickle; without it, load_state_dict
-            self._watch = RadiusWatch()
-            self._backend, self._report = resolve(self._requested_backend, self._kinds())
-            self._link_state()
+        if skipped is not None:  # a copy or a pickle; without it, load_state_dict
+            self._phase = Phase(skipped=skipped)
+            self._follow()
 
 
-def hyper_row(group: dict, mode: str | None, base: str | None) -> Hyper:
-    """One group's row of the device table: only what this optimizer and its base use."""
-    g = group if base else {}
-    friendly = group if mode in ("algorithm1", "official") else {}
-    beta1, beta2 = g.get("betas", (0.0, 0.0))
-    return Hyper(
-        rho=group["rho"], sigma=friendly.get("sigma", 1.0), lmbda=friendly.get("lmbda", 0.0),
-        lr=g.get("lr", 0.0), momentum=g.get("momentum", 0.0), dampening=g.get("dampening", 0.0),
-        weight_decay=g.get("weight_decay", 0.0), nesterov=g.get("nesterov", False),
-        beta1=float(beta1), beta2=float(beta2), eps=g.get("eps", 0.0),
-        decoupled=g.get("decoupled_weight_decay", False))
+def to(t: Tensor, space: Space) -> Tensor:
+    """A device value where and as a space has its own."""
+    return t.to(space.kind.device, space.kind.acc, non_blocking=True)
+
+
+@torch.no_grad()
+def go_back(climbs: Sequence[Climb]) -> None:
+    """Bring what climbed back to its saved weights; a master is rounded as it was rounded."""
+    for climb in climbs:
+        for slot, moved in zip(climb.space.slots, climb.moved, strict=True):
+            if moved:
+                local(slot.param).copy_(slot.saved)
+
+
+def announce(changed: Iterable[Tensor]) -> None:
+    """Tell autograd and autocast, which do not see all writes, of new weights."""
+    torch.autograd.graph.increment_version(list(changed))
+    torch.clear_autocast_cache()
+
+
+def moved(climbs: Sequence[Climb]) -> list[Tensor]:
+    return [local(slot.param) for climb in climbs
+            for slot, moved in zip(climb.space.slots, climb.moved, strict=True) if moved]
+
+
+def written(passes: Sequence[Pass], climbs: Sequence[Climb | None]) -> Iterator[Tensor]:
+    """The weights that a step writes: those with a gradient, and those that climbed."""
+    for p, climb in zip(passes, climbs, strict=True):
+        others = climb.moved if climb else [False] * len(p.w)
+        yield from (w for w, g, climbed in zip(p.w, p.g, others, strict=True)
+                    if climbed or g is not None)

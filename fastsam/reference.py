@@ -1,33 +1,35 @@
-"""The mathematics of the SAM family over SGD and Adam, in plain PyTorch.
+"""The mathematics of the SAM family over SGD and Adam, in plain PyTorch: a loop over parameters.
 
 Letters follow the papers: weights w, gradient g, its moving average m, direction d, radius rho,
 projection constant sigma, averaging factor lmbda, scaling T. One step on a minibatch is
 
-    m  = lmbda m + (1 - lmbda) g(w)                     F-SAM eq. 14 (Friendly-SAM only)
+    m  = lmbda m + (1 - lmbda) g(w)                     F-SAM eq. 10 (Friendly-SAM only)
     d  = g(w) - sigma m                                 F-SAM eq. 12 (SAM, ASAM: d = g(w))
-    w' = w + rho T^2 d / ||T d||                        T = 1; ASAM: a |w| + b;
+    w' = w + rho T^2 d / ||T d||                        F-SAM eq. 14; T = 1; ASAM: a |w| + b;
                                                         FisherSAM: 1 / sqrt(1 + a g^2)
     w  = base(w, g(w'))                                 SGD, Adam or AdamW, at the saved w
 
-`dots`, `norm`, `climb` and `step` do this over a `fastsam.flat.Space`, on any device and dtype,
-with the signatures of `fastsam.kernels`. They load, compute in float32 (float64 for float64
-weights), and cast at the store. Nothing here reads a device value on the host.
+`dots`, `norm`, `climb` and `step` do this over one space, on any device and dtype, with the
+signatures of the kernels. They load, compute in float32 (float64 for float64 weights), and cast
+at the store. Nothing here reads a device value on the host.
 """
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from .flat import GUARD, Hyper, Slot, Space
-from .runs import parts
+from .hyper import FRIENDLY, Hyper
+from .passes import Climb, Pass
+from .space import GUARD, Slot
 
 
-def ema(m: Tensor, g: Tensor, h: Hyper, first: Tensor | None = None) -> Tensor:
-    """The estimate of the full gradient (F-SAM eq. 14). Where `first`, m becomes g."""
-    new = h.lmbda * m + h.ema_share * g
-    return new if first is None else torch.where(first, g, new)
+def ema(m: Tensor, g: Tensor, h: Hyper) -> Tensor:
+    """The estimate of the full gradient (F-SAM eq. 10)."""
+    return h.lmbda * m + h.ema_share * g
 
 
-def direction(g: Tensor, m: Tensor, sigma: float) -> Tensor:
+def direction(g: Tensor, m: Tensor, sigma: float | Tensor) -> Tensor:
     """The batch gradient without sigma times its full-gradient part (F-SAM eq. 12)."""
     return g - sigma * m
 
@@ -44,14 +46,15 @@ def projection(dots: Tensor, kind: str) -> Tensor:
 def scaling(w: Tensor, g: Tensor, a: float, b: float, kind: str | None) -> Tensor | float:
     """T. ASAM: a |w| + b, where |w| is (1, 0), |w| + eta is (1, eta) and SAM's 1 is (0, 1).
     FisherSAM: the root of the inverse Fisher diagonal, f = g^2, with a = eta."""
-    if not is_on(a):
+    if a == 0:
         return 1.0
     return a * w.abs() + b if kind == "weights" else 1 / (1 + a * g * g).sqrt()
 
 
-def times(T: Tensor | float, d: Tensor) -> Tensor:
-    """T d, without an operation where T is 1."""
-    return T * d if isinstance(T, Tensor) else d
+def is_noise(sums: Tensor) -> Tensor:
+    """Whether d is what rounding leaves of a difference that is 0: ||T d|| is at most 64 unit
+    roundoffs of ||T g||. Scaled up to rho it would be a step in no direction."""
+    return sums[0] <= (32 * torch.finfo(sums.dtype).eps) ** 2 * sums[1]
 
 
 def sgd(w: Tensor, g: Tensor, v: Tensor | None, first: Tensor | None, h: Hyper,
@@ -60,8 +63,8 @@ def sgd(w: Tensor, g: Tensor, v: Tensor | None, first: Tensor | None, h: Hyper,
     said only where there is dampening: before it v is 0."""
     if is_on(h.weight_decay):
         g = g + h.weight_decay * w
-    if is_on(h.momentum):
-        if is_on(h.dampening):
+    if h.momentum != 0:
+        if h.dampening != 0:
             v = torch.where(first, g, h.momentum * v + h.momentum_share * g)
         else:
             v = h.momentum * v + g
@@ -87,172 +90,151 @@ def is_on(x: float | Tensor) -> bool:
     return isinstance(x, Tensor) or x != 0
 
 
-def read(space: Space, g: Tensor, scale_name: str) -> Tensor:
+def read(p: Pass, i: int) -> Tensor:
     """A gradient in the precision of the arithmetic, with the loss scale (if any) divided out."""
-    g = g.to(space.acc)
-    return g * getattr(space.control, scale_name) if space.is_set(scale_name) else g
+    g = p.g[i].to(p.space.kind.acc)
+    return g if p.inv_scale is None else g * p.inv_scale
 
 
-def weights(space: Space, slot: Slot) -> Tensor:
-    """w in the precision of the arithmetic: the float32 master where the space has masters,
-    unless someone else has written another w since."""
-    w = slot.w.to(space.acc)
-    if not space.masters:
+def weights(p: Pass, i: int) -> Tensor:
+    """w in the precision of the arithmetic: the float32 master where there are masters, unless
+    someone else has written another w since."""
+    w = p.w[i].to(p.space.kind.acc)
+    if not p.space.kind.masters:
         return w
-    return torch.where(slot.backup.to(space.dtype) == slot.w, slot.backup, w)
+    master = p.space.slots[i].saved
+    return torch.where(master.to(p.w[i].dtype) == p.w[i], master, w)
 
 
-def ascent(space: Space, slot: Slot) -> tuple[Tensor, Tensor, Tensor | None]:
+def members(p: Pass) -> Iterator[tuple[int, Slot, Hyper]]:
+    """The slots that have a gradient, with their numbers and their groups' hyper-parameters."""
+    for i, slot in enumerate(p.space.slots):
+        if p.g[i] is not None:
+            yield i, slot, p.rows[slot.group]
+
+
+def ascent(p: Pass, i: int, slot: Slot, h: Hyper) -> tuple[Tensor, Tensor, Tensor | None]:
     """g, d and the new m (None: m stays) of one slot, before T.
 
     Algorithm 1 updates m first and starts from m = 0; the official code projects with the m of
     the step before and starts from m = g. With a given full gradient m, d is the batch gradient's
     part along it ("full") or the rest ("noise").
     """
-    h = space.rows[slot.group]
-    g = read(space, slot.g1, "inv_scale1")
-    if space.mode is None:
+    g, mode = read(p, i), p.space.kind.mode
+    if mode is None:
         return g, g, None
-    if space.mode == "algorithm1":
+    if mode == "algorithm1":
         m = ema(slot.m, g, h)
         return g, direction(g, m, h.sigma), m
-    if space.mode == "official":
-        return g, direction(g, slot.m, h.sigma), ema(slot.m, g, h, slot.m_steps == 0)
-    return g, h.sigma * slot.m if space.mode == "full" else direction(g, slot.m, h.sigma), None
+    if mode == "official":
+        m = torch.where(slot.m_steps == 0, g, ema(slot.m, g, h))
+        return g, direction(g, slot.m, h.sigma), m
+    return g, h.sigma * slot.m if mode == "full" else direction(g, slot.m, h.sigma), None
 
 
-def scaled(space: Space, slot: Slot) -> Tensor:
-    """T d of one slot, whose norm is taken."""
-    g, d, _ = ascent(space, slot)
-    return times(scaling(weights(space, slot), g, slot.a, slot.b, space.scaling), d)
+def dots(p: Pass) -> None:
+    """space.dots = the parts of <g, m>, <g, g> and <m, m>, with the m that is projected with,
+    over the slots that climb."""
+    p.space.dots.zero_()
+    for i, slot, h in members(p):
+        g, _, new_m = ascent(p, i, slot, h)
+        m = new_m if p.space.kind.mode == "algorithm1" else slot.m
+        p.space.dots[:, 0] += torch.stack([(x * y).sum() for x, y in ((g, m), (g, g), (m, m))])
 
 
-def moved(space: Space, slot: Slot) -> Tensor:
-    """By how much the climb moved w, after rounding to its dtype."""
-    return slot.w.to(space.acc) - slot.backup.to(space.dtype).to(space.acc)
+def norm(p: Pass) -> None:
+    """space.partials = the parts of ||T d||^2 and, with a mode, of ||T g||^2, over the slots that
+    climb."""
+    p.space.partials.zero_()
+    for i, slot, h in members(p):
+        g, d, _ = ascent(p, i, slot, h)
+        T = scaling(weights(p, i), g, *p.ab[i], p.scaling)
+        p.space.partials[0, 0] += (T * d).square().sum()
+        if p.space.kind.mode is not None:
+            p.space.partials[1, 0] += (T * g).square().sum()
 
 
-def sum_of(space: Space, x: Tensor) -> Tensor:
-    return x.sum(dtype=space.sums)
-
-
-def dots_of(space: Space, slot: Slot) -> Tensor:
-    """One slot's <g, m>, <g, g> and <m, m>, with the m that is projected with."""
-    g, _, new_m = ascent(space, slot)
-    m = new_m if space.mode == "algorithm1" else slot.m
-    return torch.stack([sum_of(space, x) for x in (g * m, g * g, m * m)])
-
-
-def norm_of(space: Space, slot: Slot) -> Tensor:
-    """One slot's ||T d||^2."""
-    return sum_of(space, scaled(space, slot).square())
-
-
-def climb_slot(space: Space, slot: Slot, total: Tensor, ok: Tensor) -> Tensor:
-    """One slot's part of `climb`. Returns the squared radii: realised, and wanted where rounding
-    to 16 bits can part them."""
-    w = weights(space, slot)
-    g, d, m = ascent(space, slot)
-    T = scaling(w, g, slot.a, slot.b, space.scaling)
-    e = torch.where(ok, space.rows[slot.group].rho / (total + GUARD) * times(T, times(T, d)), 0)
-    slot.backup.copy_(w)
-    slot.w.copy_(w + e)
-    if m is not None:
-        slot.m.copy_(torch.where(ok, m, slot.m))
-    radii = (moved(space, slot), e) if rounds(space) else (moved(space, slot),)
-    return torch.stack([sum_of(space, x.square()) for x in radii])
-
-
-def rounds(space: Space) -> bool:
-    """Whether weights are stored in 16 bits alone."""
-    return space.dtype.itemsize == 2 and not space.masters
-
-
-def step_slot(space: Space, slot: Slot, perturbed: bool, ok: Tensor) -> None:
-    """One slot's part of `step`."""
-    h = space.rows[slot.group]
-    saved = perturbed and slot.climbed
-    old = slot.backup.to(space.acc) if saved else weights(space, slot)
-    g = read(space, slot.g2, "inv_scale2")
-    if space.base == "adam":
-        w, v, u = adam(old, g, slot.v, slot.u, (slot.v_steps + 1).to(space.acc), h)
-        slot.u.copy_(torch.where(ok, u, slot.u))
-    else:
-        first = slot.v_steps == 0 if is_on(h.dampening) else None
-        w, v = sgd(old, g, slot.v, first, h)
-    w = torch.where(ok, w, old)
-    slot.w.copy_(w)
-    if space.masters:
-        slot.backup.copy_(w)
-    if has_v(space, h):
-        slot.v.copy_(torch.where(ok, v, slot.v))
-
-
-def has_v(space: Space, h: Hyper) -> bool:
-    """Whether the base optimizer keeps a v."""
-    return space.base == "adam" or is_on(h.momentum)
-
-
-def dots(space: Space) -> None:
-    """space.dots = the parts of <g, m>, <g, g> and <m, m> over the slots that climb."""
-    space.dots.zero_()
-    for part, _ in parts(space, "g1"):
-        space.dots[:, 0] += dots_of(space, part)
-
-
-def norm(space: Space) -> None:
-    """space.partials = the parts of ||T d||^2 over the slots that have a first-pass gradient."""
-    space.partials.zero_()
-    for part, _ in parts(space, "g1"):
-        space.partials[0] += norm_of(space, part)
-
-
-def climb(space: Space, partials: Tensor) -> None:
+def climb(p: Pass, sums: Tensor) -> Climb:
     """w -> w + rho T^2 d / ||T d||, with w saved and m updated.
 
-    A zero norm moves nothing. A norm that is not finite moves nothing, leaves m as it was and
-    clears `control.ok`, which makes the next `step` a counted skip. `partials` holds the sums of
-    `norm`, which has gathered the gradients, over every space of the optimizer, so the norm is
-    global. `space.radii` gets the parts of the squared radii.
+    A zero norm, or a d that is rounding noise beside g, moves nothing. A norm that is not finite
+    moves nothing, leaves m as it was and clears the cell `ok`, which makes the next `step` a
+    counted skip. `space.radii` gets the parts of the squared radii: as stored, and as wanted,
+    where rounding to 16 bits can part them.
+
+    Args:
+        sums: (2, k), what `norm` left of every space of the optimizer, so the norm is global.
     """
-    total = partials.sum().sqrt()
+    kind, cells = p.space.kind, p.space.cells
+    sums = sums.sum(1)
+    total = sums[0].sqrt()
     ok = total.isfinite()
-    space.radii.zero_()
-    for part, slots in parts(space, "g1", moves=True, gather=False):
-        radii = climb_slot(space, part, total, ok)
-        space.radii[:len(radii), 0] += radii
-        for slot in slots:
-            slot.climbed = True
-    if space.mode in ("algorithm1", "official"):
-        count(space.steps[0], [slot.climbed for slot in space.slots], ok)
-    space.control.norm.copy_(total)
-    space.control.ok.copy_(ok)
+    moves = ok if kind.mode is None else ok & ~is_noise(sums)
+    p.space.radii.zero_()
+    for i, slot, _ in members(p):
+        slot.saved.copy_(weights(p, i))
+    try:
+        for i, slot, h in members(p):
+            p.space.radii[:, 0] += move(p, i, slot, h, total, moves, ok)
+    except BaseException:
+        for i, slot, _ in members(p):
+            p.w[i].copy_(slot.saved)
+        raise
+    cells.norm.copy_(total)
+    cells.ok.copy_(ok)
+    return Climb.of(p)
 
 
-def step(space: Space, perturbed: bool) -> None:
+def move(p: Pass, i: int, slot: Slot, h: Hyper, total: Tensor, moves: Tensor, ok: Tensor,
+         ) -> Tensor:
+    """One slot's part of `climb`, after w is saved. Returns its squared radii."""
+    kind, w = p.space.kind, slot.saved.to(p.space.kind.acc)
+    g, d, m = ascent(p, i, slot, h)
+    T = scaling(w, g, *p.ab[i], p.scaling)
+    e = torch.where(moves, h.rho / (total + GUARD) * (T * (T * d)), 0)
+    p.w[i].copy_(w + e)
+    if m is not None:
+        slot.m.copy_(torch.where(ok, m, slot.m))
+    if kind.mode in FRIENDLY:
+        slot.m_steps.add_(ok)
+    moved = p.w[i].to(kind.acc) - slot.saved.to(kind.dtype).to(kind.acc)
+    return torch.stack([moved.square().sum(), e.square().sum()])
+
+
+def step(p: Pass, climb: Climb | None) -> None:
     """The base optimizer from the saved w (from w itself where nothing was saved) with the
     second-pass gradient.
 
-    A slot with no second-pass gradient only returns. After a climb that was not ok, or with
-    `control.found_inf` set, every slot only returns, and the skip is counted.
+    A slot with no second-pass gradient only returns. After a climb that was not ok, or with the
+    cell `found_inf` set, every slot only returns, and the skip is counted.
     """
-    c = space.control
-    ok = (c.found_inf == 0) & (c.ok != 0) if perturbed else c.found_inf == 0
-    for part, _ in parts(space, "g2", moves=True):
-        step_slot(space, part, perturbed, ok)
-    for slot in space.slots:
-        if slot.g2 is None and perturbed and slot.climbed:
-            slot.w.copy_(slot.backup)
-    stepped = [slot.g2 is not None and has_v(space, space.rows[slot.group])
-               for slot in space.slots]
-    count(space.steps[1], stepped, ok)
-    c.skipped += ~ok
+    kind, cells = p.space.kind, p.space.cells
+    ok = cells.found_inf == 0
+    if climb is not None:
+        ok = ok & (cells.ok != 0)
+    for i, slot in enumerate(p.space.slots):
+        moved = climb is not None and climb.moved[i]
+        if p.g[i] is None:
+            if moved:
+                p.w[i].copy_(slot.saved)
+            continue
+        old = slot.saved.to(kind.acc) if moved else weights(p, i)
+        w = update(p, i, slot, old, ok)
+        p.w[i].copy_(w)
+        if kind.masters:
+            slot.saved.copy_(w)
+    cells.skipped.add_(~ok)
 
 
-def count(steps: Tensor, which: list[bool], ok: Tensor) -> None:
-    """One more step for those of the slots, if ok."""
-    if all(which):
-        steps += ok
-    elif any(which):
-        torch._foreach_add_([n for n, one in zip(steps, which, strict=True) if one],
-                            ok.to(steps.dtype))
+def update(p: Pass, i: int, slot: Slot, old: Tensor, ok: Tensor) -> Tensor:
+    """The new w of one slot, from the old one; stores v and u. The old w where not ok."""
+    h, g = p.rows[slot.group], read(p, i)
+    if p.space.kind.base == "adam":
+        w, v, u = adam(old, g, slot.v, slot.u, (slot.v_steps + 1).to(g.dtype), h)
+        slot.u.copy_(torch.where(ok, u, slot.u))
+    else:
+        w, v = sgd(old, g, slot.v, slot.v_steps == 0, h)
+    if p.space.kind.base == "adam" or h.momentum != 0:
+        slot.v.copy_(torch.where(ok, v, slot.v))
+        slot.v_steps.add_(ok)
+    return torch.where(ok, w, old)

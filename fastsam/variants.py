@@ -7,8 +7,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .distributed import placed_like
-from .flat import local
-from .optimizer import SAM, PhaseError
+from .optimizer import SAM
+from .phase import PhaseError
+from .space import local
 
 
 class ASAM(SAM):
@@ -36,6 +37,8 @@ class ASAM(SAM):
         if scale not in ("all", "weights"):
             raise ValueError(f"scale={scale!r} is unknown: use 'all' or 'weights'")
         rho = (2.0 if scale == "all" else 0.5) if rho is None else rho
+        if "adaptive" in kwargs:
+            raise TypeError("ASAM is adaptive: leave adaptive= out, or use SAM for adaptive=False")
         own = dict(rho=rho, adaptive=True, scale=scale, eta=eta)
         self._build(params, base_optimizer, own, **kwargs)
 
@@ -57,11 +60,10 @@ class FisherSAM(SAM):
         ValueError: as `SAM`; a negative eta.
     """
 
-    _scales_with = "gradient"
-
     def __init__(self, params: Iterable, base_optimizer: type[Optimizer], rho: float = 0.1,
                  eta: float = 1.0, **kwargs):
-        self._build(params, base_optimizer, dict(rho=rho, adaptive=True, eta=eta), **kwargs)
+        self._build(params, base_optimizer, dict(rho=rho, adaptive=True, eta=eta),
+                    scales_with="gradient", **kwargs)
 
 
 class FriendlySAM(SAM):
@@ -102,10 +104,9 @@ class FriendlySAM(SAM):
         if projection not in ("constant", "cosine", "orthogonal"):
             raise ValueError(f"projection={projection!r} is unknown: "
                              "use 'constant', 'cosine' or 'orthogonal'")
-        self._mode = convention
-        self._projection = None if projection == "constant" else projection
         own = dict(rho=rho, sigma=sigma, lmbda=lmbda, adaptive=adaptive)
-        self._build(params, base_optimizer, own, **kwargs)
+        self._build(params, base_optimizer, own, mode=convention,
+                    projection=None if projection == "constant" else projection, **kwargs)
 
 
 class FullGradientSAM(SAM):
@@ -133,8 +134,9 @@ class FullGradientSAM(SAM):
             raise ValueError(f"part={part!r} is unknown: use 'full' or 'noise'")
         if projection not in ("cosine", "orthogonal"):
             raise ValueError(f"projection={projection!r} is unknown: use 'cosine' or 'orthogonal'")
-        self._mode, self._projection, self._has_full_gradient = part, projection, False
-        self._build(params, base_optimizer, dict(rho=rho, adaptive=False), **kwargs)
+        self._has_full_gradient = False
+        self._build(params, base_optimizer, dict(rho=rho, adaptive=False), mode=part,
+                    projection=projection, **kwargs)
 
     def first_step(self, zero_grad: bool = False, scaler=None) -> None:
         """As `SAM.first_step`. Raises PhaseError without a full gradient."""
@@ -146,7 +148,9 @@ class FullGradientSAM(SAM):
     def load_state_dict(self, state_dict: dict) -> None:
         """As `SAM.load_state_dict`; the full gradient is part of the state."""
         super().load_state_dict(state_dict)
-        self._has_full_gradient = any("full_gradient" in s for s in state_dict["state"].values())
+        self._has_full_gradient = any(
+            name in s for s in state_dict["state"].values()
+            for name in ("full_gradient", "sam_full_gradient"))
 
     @torch.no_grad()
     def set_full_gradient(self, gradients: Iterable[Tensor | None] | None = None) -> None:
@@ -160,7 +164,7 @@ class FullGradientSAM(SAM):
             ValueError: another number of gradients, or another shape, than the parameters'.
             PhaseError: while perturbed.
         """
-        self._need_phase(False, "set_full_gradient")
+        self._phase.need(False, "set_full_gradient")
         params = self._parameters()
         gradients = [p.grad for p in params] if gradients is None else list(gradients)
         if len(gradients) != len(params):
@@ -170,7 +174,7 @@ class FullGradientSAM(SAM):
             if g is not None and g.shape != p.shape:
                 raise ValueError(f"a gradient of shape {tuple(g.shape)} for a parameter of shape "
                                  f"{tuple(p.shape)}: give them in the order of the groups")
-        slots = {slot.param: slot for slot in self._slots()}
+        slots = {slot.param: slot for space in self.spaces for slot in space.slots}
         for p, g in zip(params, gradients, strict=True):
             slots[p].m.zero_() if g is None else slots[p].m.copy_(
                 local(placed_like(p, g)))
@@ -189,7 +193,7 @@ class FullGradientSAM(SAM):
             ValueError: no batches.
             PhaseError: while perturbed.
         """
-        self._need_phase(False, "measure_full_gradient")
+        self._phase.need(False, "measure_full_gradient")
         self.zero_grad()
         total = 0
         for batch in batches:

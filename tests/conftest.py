@@ -9,8 +9,6 @@ if not torch.cuda.is_available():
 
 import pytest
 
-from fastsam import compiled, runs
-
 
 def patch_the_interpreter_once_per_launch() -> None:
     """A launch patches triton.language for the interpreter; a call from kernel to helper patches
@@ -53,34 +51,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
         round_to_bfloat16_as_gpus_do()
 
 
-class Uncompiled(compiled.Compiled):
-    def __init__(self, function, plan, setting):
-        self.arguments, self.run, self.tried = (function, plan), compiled.on_stand_in, True
-
-
-def run_uncompiled() -> None:
-    """Let the compiled backend do all that it does but compile, which takes seconds for each
-    structure."""
-    compiled.compiled = Uncompiled
-
-
-def meet_large_parameters_early() -> None:
-    """Let the few elements of a test be several runs, and some too large for one."""
-    runs.LARGE, runs.Run.MOST = 20, 64
-
-
-@pytest.fixture(autouse=True)
-def uncompiled(request, monkeypatch) -> None:
-    """As `run_uncompiled` and `meet_large_parameters_early`, except in tests marked `compiles`,
-    and where times are taken."""
-    for where, name in ((compiled, "compiled"), (runs, "LARGE"), (runs.Run, "MOST")):
-        monkeypatch.setattr(where, name, getattr(where, name))
-    if "compiles" not in request.keywords and not request.config.getoption("benchmark_enable"):
-        run_uncompiled()
-        meet_large_parameters_early()
-
-
-LONGEST = ("test_sequences", "test_compiled", "test_recipes", "test_aot", "test_kernels",
+LONGEST = ("test_sequences", "test_recipes", "test_aot", "test_kernels",
            "test_distributed", "test_bench_resume")
 
 

@@ -5,7 +5,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from fastsam import ASAM, SAM, FisherSAM, FriendlySAM, FullGradientSAM, freeze_bn_stats
-from fastsam.dispatch import BACKENDS
+from fastsam.choose import BACKENDS
 
 HYPER = dict(lr=0.07, momentum=0.85, dampening=0.1, weight_decay=3e-3)
 FRIENDLY = dict(rho=0.1, sigma=0.7, lmbda=0.6)

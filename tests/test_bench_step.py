@@ -16,7 +16,7 @@ from bench.race import Runner, count_launches, line_up, race, random_like
 from bench.report_steps import read_rows, same_parameters, same_tensors, step_report
 from bench.step import StepConfig, model_shapes, workload
 from fastsam import SAM, reference
-from fastsam.dispatch import BACKENDS
+from fastsam.choose import BACKENDS
 
 from .oracle import Oracle
 

@@ -10,8 +10,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from fastsam import ASAM, SAM, FriendlySAM, GraphedStep, freeze_bn_stats
-from fastsam.flat import Space
-from fastsam.graph import Captured, refuse_uncapturable, set_counts, state_of
+from fastsam.graph import refuse_uncapturable, set_counts, state_of
 
 from .contract import assert_bits, batch, bits, network
 
@@ -118,18 +117,17 @@ def test_what_it_refuses(device):
 
 def test_tables_that_change_during_a_capture_are_uploaded_after_it(device):
     """A copy from the host's memory cannot be part of a graph that is replayed later."""
-    p = torch.nn.Parameter(torch.ones(4, device=device))
-    space = Space([(p, None, 0)])
-    space.slots[0].g1 = torch.ones(4, device=device)
-    space.addresses("g1")
-    other = space.slots[0].g1 = torch.ones(4, device=device)
-    space.late_uploads = []
-    table = space.addresses("g1")
-    assert table.tolist() != [other.data_ptr()]
-    (values, target), = space.late_uploads
-    space.late_uploads = None
-    space._upload(values, target)
-    assert target is table and table.tolist() == [other.data_ptr()]
+    net = network(device)
+    opt = CASES["sam"](net.parameters())
+    plain_step(net, opt, *batch(0, device))
+    with opt.capture() as tables:
+        assert all(t.late for t in tables)
+        cross_entropy(net(batch(0, device)[0]), batch(0, device)[1]).backward()
+        opt.first_step()
+        assert not tables[0].w.any() and not tables[0].g1.any()
+    (space,) = opt.spaces
+    assert tables[0].w.tolist() == [p.data_ptr() for p in space.params]
+    assert tables[0].g1.tolist() == [p.grad.data_ptr() for p in space.params]
 
 
 # ---- around a graph: captures and replays as the host sees them
@@ -233,7 +231,7 @@ def test_the_state_of_a_reordered_parameter_is_shown_in_its_new_order(graphed):
     step(*batch(0, "cpu"))
     net.to(memory_format=torch.channels_last)
     step(*batch(1, "cpu"))
-    shown, slot = opt.state[net.conv.weight]["momentum_buffer"], opt._spaces[0].slots
+    shown, slot = opt.state[net.conv.weight]["momentum_buffer"], opt.spaces[0].slots
     (own,) = (s.v for s in slot if s.param is net.conv.weight)
     assert shown.stride() == own.stride() == net.conv.weight.stride()
     assert torch.equal(shown, own) and Pretended.captures == 2
@@ -295,24 +293,17 @@ def test_a_step_that_cannot_be_captured_changes_nothing(failing, graphed):
     assert_bits(net, bits(twin))
 
 
-def test_tables_hold_what_is_thought_of_them_after_a_capture_that_failed(graphed):
-    p = nn.Parameter(torch.ones(4))
-    space = Space([(p, None, 0)])
-    space.slots[0].g1 = torch.ones(4)
-    space.addresses("g1")
+def test_an_eager_step_between_replays_leaves_a_graphs_tables_alone():
     net = network("cpu")
-    step = graphed(net, reference(net.parameters()))
-    step.optimizer = SimpleNamespace(_spaces=[space], _parameters=lambda: [])
-
-    def fails():
-        space.slots[0].g1 = other
-        space.addresses("g1")
+    opt = reference(net.parameters())
+    cross_entropy(net(batch(0, "cpu")[0]), batch(0, "cpu")[1]).backward()
+    with pytest.raises(RuntimeError, match="not permitted"), opt.capture() as tables:
+        opt.first_step()
         raise RuntimeError("operation not permitted when stream is capturing")
-
-    other, step._eager = torch.ones(4), fails
-    with pytest.raises(RuntimeError, match="not permitted"):
-        Captured.__new__(Captured)._capture(step)
-    assert space.late_uploads is None and space.addresses("g1").tolist() == [other.data_ptr()]
+    held = tables[0].g1.clone()
+    assert held.all() and not opt.is_perturbed
+    plain_step(net, opt, *batch(1, "cpu"))
+    assert torch.equal(tables[0].g1, held)
 
 
 def test_what_a_graph_cannot_hold_is_refused():

@@ -2,6 +2,7 @@
 
 import copy
 from contextlib import nullcontext
+from importlib import import_module
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastsam import SAM, PhaseError, freeze_bn_stats
+from fastsam.choose import MODULES
 
 from .contract import (
     HYPER,
@@ -89,15 +91,16 @@ def test_an_exception_inside_the_climb_restores(backend, device, which, monkeypa
          nn.Parameter(torch.randn(5, device=device, dtype=torch.bfloat16))]
     opt = SAM(w, torch.optim.SGD, rho=0.3, lr=0.1, backend=backend)
     before = [p.detach().clone() for p in w]
-    climb, calls = opt._backend.climb, []
+    backend = import_module(MODULES[backend])
+    climb, calls = backend.climb, []
 
     def failing(*args):
         calls.append(1)
         if len(calls) == which:
             raise torch.cuda.OutOfMemoryError("made up")
-        climb(*args)
+        return climb(*args)
 
-    monkeypatch.setattr(opt._backend, "climb", failing)
+    monkeypatch.setattr(backend, "climb", failing)
     for p in w:
         p.grad = torch.ones_like(p)
     with pytest.raises(torch.cuda.OutOfMemoryError):

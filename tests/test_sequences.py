@@ -7,7 +7,7 @@
 import pytest
 import torch
 
-from fastsam import SAM, dispatch, flat, reference, saving
+from fastsam import SAM, choose, reference, state_dict
 
 from .rounding import Rounded
 from .sequences import EVENTS, METHODS, run

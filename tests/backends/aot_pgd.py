@@ -1,11 +1,12 @@
 """Compile PGD's kernels ahead of time, without a GPU, and print what came out.
 
-One JSON object per line: as tests/aot_compile.py's, and how many addresses are formed in 64 bits
+One JSON object per line: as aot_compile.py's, and how many addresses are formed in 64 bits
 (NVIDIA: and how many multiply-adds are fused). The forms of a launch are Triton's own: "aligned",
 "odd" (a length that 16 does not divide), "one" (the length 1 is a constant), "huge" (2^31 or more)
 and "misaligned" (nothing is known of the tensors' addresses). Runs without TRITON_INTERPRET.
 """
 
+import importlib
 import json
 import os
 import re
@@ -16,9 +17,7 @@ import triton
 from aot_compile import TARGETS, TYPES, amd, nvidia, options_for
 from triton.compiler import ASTSource
 
-from fastsam import kernels
-
-pgd = kernels.pgd
+pgd = importlib.import_module("fastsam.kernels.triton.pgd")
 LAUNCHES = {  # kernel, block, options
     "linf": (pgd.linf_kernel, pgd.BLOCK, pgd.OPTIONS),
     "l2": (pgd.l2_kernel, pgd.SAMPLE_BLOCK, pgd.SAMPLE_OPTIONS),

@@ -1,17 +1,19 @@
 """What the kernels share: sizes, table columns, and how a block finds its memory.
 
-K0 to K3 run as at most PARTIALS programs; each walks blocks p, p + programs, ... of BLOCK
-elements. A block belongs to one slot (fastsam.flat.Slot). Its gradient and weight are reached
-through an int64 table of addresses (0: none); the flat buffers (saved w, m, v) by its offset.
+Each runs as at most PARTIALS programs; a program walks blocks p, p + programs, ... of BLOCK
+elements. A block belongs to one slot (fastsam.space.Slot). Its gradient and weight are reached
+through an int64 table of addresses (0: none); the flat buffers (saved w, m, v, u) by its offset.
 """
 
 import torch
 import triton
 import triton.language as tl
 
+from ...hyper import COLUMN, COLUMNS
+from ...space import CONTROL, COUNTERS
+
 BLOCK = 1024
 WARPS = 4
-PARTIALS = 1024
 # Fusion off, so that a product and a sum round twice, as in plain PyTorch; the kernels wait for
 # memory. Without a bound of its own, ptxas spills accumulators to fit one more program.
 OPTIONS = {"num_warps": WARPS, "enable_fp_fusion": False}
@@ -19,19 +21,21 @@ if not torch.version.hip:
     OPTIONS["maxnreg"] = 128
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
-# columns of the hyper-parameter table: fastsam.flat.Hyper, then SHARES; 5 and 12 no kernel reads
-RHO, SIGMA, LMBDA, LR = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
-MOMENTUM, WEIGHT_DECAY, NESTEROV = tl.constexpr(4), tl.constexpr(6), tl.constexpr(7)
-BETA1, BETA2, EPS, DECOUPLED = (
-    tl.constexpr(8), tl.constexpr(9), tl.constexpr(10), tl.constexpr(11))
-EMA_SHARE, MOMENTUM_SHARE = tl.constexpr(13), tl.constexpr(14)  # 1 - lmbda, 1 - dampening
-BETA1_SHARE, BETA2_SHARE = tl.constexpr(15), tl.constexpr(16)  # 1 - beta
-LOG_BETA1, LOG_BETA2, HYPER = tl.constexpr(17), tl.constexpr(18), tl.constexpr(19)
-# cells of the control buffer and of the counters, fastsam.flat.CONTROL and COUNTERS
-NORM, OK, INV_SCALE1, INV_SCALE2 = (
-    tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3))
-FOUND_INF = tl.constexpr(4)
-SKIPPED, CLIMB_TICKET, STEP_TICKET = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+HYPER = tl.constexpr(len(COLUMNS))
+RHO, SIGMA, LMBDA, EMA_SHARE, LR, WEIGHT_DECAY, MOMENTUM, MOMENTUM_SHARE, NESTEROV = (
+    tl.constexpr(COLUMN[name]) for name in (
+        "rho", "sigma", "lmbda", "ema_share", "lr", "weight_decay", "momentum", "momentum_share",
+        "nesterov"))
+BETA1, BETA1_SHARE, LOG_BETA1, BETA2, BETA2_SHARE, LOG_BETA2, EPS, DECOUPLED = (
+    tl.constexpr(COLUMN[name]) for name in (
+        "beta1", "beta1_share", "log_beta1", "beta2", "beta2_share", "log_beta2", "eps",
+        "decoupled"))
+NORM, OK, INV_SCALE1, INV_SCALE2, FOUND_INF = (
+    tl.constexpr(CONTROL.index(name)) for name in (
+        "norm", "ok", "inv_scale1", "inv_scale2", "found_inf"))
+SKIPPED, CLIMB_TICKET, STEP_TICKET = (
+    tl.constexpr(COUNTERS.index(name)) for name in ("skipped", "climb_ticket", "step_ticket"))
+
 # the direction: g (SAM), g less the new m, g less the m of the step before, the part of g along a
 # given m, or the rest
 PLAIN, ALGORITHM1, OFFICIAL, FULL, NOISE = (
@@ -41,10 +45,10 @@ MODES = {None: 0, "algorithm1": 1, "official": 2, "full": 3, "noise": 4}
 UNSCALED, WEIGHTS, GRADIENT = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 SCALINGS = {None: 0, "weights": 1, "gradient": 2}
 
-
-def launching_on(space) -> torch.cuda.device_of:
-    """A context in which kernels launch on the space's own GPU, whichever is current."""
-    return torch.cuda.device_of(space.partials)
+# Addresses that a kernel reads single numbers at, and counts: nothing to compile for each anew.
+jit = triton.jit(
+    do_not_specialize=("n_blocks", "n_slots"),
+    do_not_specialize_on_alignment=("w_table", "g_table", "climbed_table", "m_steps", "v_steps"))
 
 
 @triton.jit

@@ -14,14 +14,14 @@ import pytest
 
 pytest.importorskip("triton", reason="the kernels need Triton")
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 ITEM = {"fp32": 4, "bf16": 2, "fp16": 2}
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 
 def compile_rows(*arguments: str) -> list[dict]:
     env = {k: x for k, x in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, ROOT / "tests" / "aot_compile.py", *arguments],
+    done = subprocess.run([sys.executable, Path(__file__).with_name("aot_compile.py"), *arguments],
                           env={**env, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
@@ -34,21 +34,24 @@ def rows() -> list[dict]:
 
 def budget(row: dict) -> tuple[int, int]:
     """The bytes that a thread must load and store in vector instructions: design's table of
-    streams. g, w and the saved w have the parameters' dtype; m, v, u, the masters and the
-    partials are fp32."""
-    c, fp32, own = row["constants"], 4 * row["elements"], ITEM[row["type"]] * row["elements"]
+    streams. w and the saved w have the parameters' dtype, g its own; m, v, u, the masters and the
+    sums are fp32."""
+    c, fp32 = row["constants"], 4 * row["elements"]
+    kinds = row["type"].split("/")
+    w, g = (ITEM[kind] * row["elements"] for kind in (kinds[0], kinds[-1]))
     if row["kernel"] == "dots":
-        return own + fp32, 0
+        return g + fp32, 0
     if row["kernel"] == "step":
         states, masters = fp32 * c["BASE"], fp32 * c["MASTERS"]
-        w = own if not (c["MASTERS"] and c["PERTURBED"]) else 0
-        return own + w + masters + states, own + masters + states
-    g = own * (c["MODE"] != 3 or c["SCALING"] == 2)  # the part along a given m needs no g
+        old_w = w if not (c["MASTERS"] and c["PERTURBED"]) else 0
+        return g + old_w + masters + states, w + masters + states
     m, masters = fp32 * (c["MODE"] > 0), fp32 * c["MASTERS"]
     if row["kernel"] == "norm":
-        return g + m + (own + masters) * (c["SCALING"] == 1), 0
-    new_m, saved = fp32 * (c["MODE"] in (1, 2)), own * (not c["MASTERS"])
-    return g + m + own + masters + 4 * row["partials"], own + saved + new_m
+        return g + m + (w + masters) * (c["SCALING"] == 1), 0
+    g *= c["MODE"] != 3 or c["SCALING"] == 2  # the part along a given m needs no g
+    sums = 4 * row["partials"] * (1 + (c["MODE"] > 0))
+    new_m, saved = fp32 * (c["MODE"] in (1, 2)), w * (not c["MASTERS"])
+    return g + m + w + masters + sums, w + saved + new_m
 
 
 def missed(row: dict) -> list[str]:
@@ -77,6 +80,8 @@ def test_every_variant_is_compiled_for_every_target(rows):
             assert counts["norm", target, element] == 9 * with_masters
             assert counts["climb", target, element] == 9 * with_masters
             assert counts["step", target, element] == 6 * with_masters
+    for elements in ("bf16/fp32", "fp32/bf16"):
+        assert [counts[k, "sm_90", elements] for k in ("dots", "norm", "climb", "step")] == 4 * [2]
 
 
 @pytest.mark.parametrize("target", TARGETS)

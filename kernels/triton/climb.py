@@ -1,10 +1,13 @@
 """K2: the moving average, and the climb along the scaled direction."""
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from ...passes import Climb, Pass
+from ...space import GUARD, PARTIALS
 from .common import (
-    BLOCK,
     CLIMB_TICKET,
     EMA_SHARE,
     HYPER,
@@ -14,32 +17,33 @@ from .common import (
     NORM,
     OFFICIAL,
     OK,
-    OPTIONS,
-    PARTIALS,
     PLAIN,
     RHO,
     SCALINGS,
     SIGMA,
-    TYPES,
     UNSCALED,
     is_last_program,
-    launching_on,
+    jit,
     locate,
     pointer,
     read,
     weights,
     wide_pointer,
 )
+from .launch import launch
 from .norm import direction, scaling
+
+# ||T d||^2 / ||T g||^2 of a d that is what rounding leaves of 0: (64 unit roundoffs)^2
+NOISE_SHARE = (32 * torch.finfo(torch.float32).eps) ** 2
 
 
 @triton.jit
-def move(w_ptr, g_ptr, backup, m, flat, offs, mask, a, b, inv_scale, sigma, lmbda, share,
-         scale, ok, count, MODE: tl.constexpr, SCALING: tl.constexpr, MASTERS: tl.constexpr,
+def move(w_ptr, g_ptr, saved, m, flat, offs, mask, a, b, inv_scale, sigma, lmbda, share,
+         scale, ok, moves, count, MODE: tl.constexpr, SCALING: tl.constexpr, MASTERS: tl.constexpr,
          CAN_ROUND_AWAY: tl.constexpr):
     """Save w, store w' = w + e with e = scale T^2 d, and the new m; (w' - w)^2 as stored, and e^2
     where rounding can make it another."""
-    w_in, w = weights(w_ptr + offs, backup + flat + offs, mask, MASTERS)
+    w_in, w = weights(w_ptr + offs, saved + flat + offs, mask, MASTERS)
     g = read(g_ptr + offs, mask).to(tl.float32) * inv_scale
     old_m = g
     if MODE != PLAIN:
@@ -50,13 +54,13 @@ def move(w_ptr, g_ptr, backup, m, flat, offs, mask, a, b, inv_scale, sigma, lmbd
     if SCALING != UNSCALED:
         T = scaling(w, g, a, b, SCALING)
         d = T * (T * d)
-    e = tl.where(ok, scale * d, 0.0)
+    e = tl.where(moves, scale * d, 0.0)
     moved = (w + e).to(w_in.dtype)
     if MASTERS:  # the master is the saved w already, but where w_in was taken over
         taken = w == w_in.to(tl.float32)
-        tl.store(backup + flat + offs, w, taken if mask is None else taken & mask)
+        tl.store(saved + flat + offs, w, taken if mask is None else taken & mask)
     else:
-        tl.store(backup + flat + offs, w_in, mask)
+        tl.store(saved + flat + offs, w_in, mask)
     tl.store(w_ptr + offs, moved, mask)
     if (MODE != PLAIN) & (MODE <= OFFICIAL):
         tl.store(m + flat + offs, tl.where(ok, new_m, old_m), mask)
@@ -67,25 +71,31 @@ def move(w_ptr, g_ptr, backup, m, flat, offs, mask, a, b, inv_scale, sigma, lmbd
 
 
 @triton.jit
-def sum_partials(partials, n_partials, PARTIALS: tl.constexpr):
-    """All partial sums in a fixed order: every program gets the same bits."""
+def sum_of(parts, n_spaces, PARTIALS: tl.constexpr):
+    """The sum of each space's parts in a fixed order: every program gets the same bits."""
     total = tl.zeros((PARTIALS,), tl.float32)
-    for i in range(0, n_partials, PARTIALS):
-        total += tl.load(partials + i + tl.arange(0, PARTIALS))
+    for i in range(n_spaces):
+        total += tl.load(parts + i * PARTIALS + tl.arange(0, PARTIALS))
     return tl.sum(total)
 
 
-@triton.jit
-def climb_kernel(w_table, g_table, backup, m, partials, radii, blocks, layout, scalings, hyper,
-                 control, counters, m_steps, n_blocks, n_slots, n_partials, guard,
+@jit
+def climb_kernel(w_table, g_table, sums, saved, m, radii, blocks, layout, scalings, hyper, control,
+                 counters, m_steps, n_blocks, n_slots, n_spaces, guard, noise_share,
                  MODE: tl.constexpr, SCALING: tl.constexpr, MASTERS: tl.constexpr,
-                 TYPE: tl.constexpr, BLOCK: tl.constexpr, PARTIALS: tl.constexpr):
+                 TYPE: tl.constexpr, G_TYPE: tl.constexpr, BLOCK: tl.constexpr,
+                 PARTIALS: tl.constexpr):
     """w -> w + rho T^2 d / ||T d|| with w saved and m updated. Reads g, m, w; writes m, saved w,
     w, the partial sums of the squared radii (realised; wanted, for 16-bit weights without
     masters), and control's norm and ok."""
     CAN_ROUND_AWAY: tl.constexpr = TYPE.primitive_bitwidth == 16 and not MASTERS
-    norm = tl.sqrt_rn(sum_partials(partials, n_partials, PARTIALS))
+    squared = sum_of(sums, n_spaces, PARTIALS)
+    norm = tl.sqrt_rn(squared)
     ok = norm < float("inf")  # false for NaN too
+    moves = ok
+    if MODE != PLAIN:
+        of_g = sum_of(sums + n_spaces * PARTIALS, n_spaces, PARTIALS)
+        moves = ok & (squared > noise_share * of_g)
     inv_scale = tl.load(control + INV_SCALE1)
     if tl.program_id(0) == 0:
         tl.store(control + NORM, norm)
@@ -105,13 +115,13 @@ def climb_kernel(w_table, g_table, backup, m, partials, radii, blocks, layout, s
             count = tl.load(m_steps + slot)
             offs = tl.arange(0, BLOCK)
             if (length >= BLOCK) & ((w | g) % 16 == 0):
-                x, y = move(wide_pointer(w, TYPE) + start, wide_pointer(g, TYPE) + start,
-                            backup, m, flat, offs, None, a, b, inv_scale, sigma, lmbda, share,
-                            scale, ok, count, MODE, SCALING, MASTERS, CAN_ROUND_AWAY)
+                x, y = move(wide_pointer(w, TYPE) + start, wide_pointer(g, G_TYPE) + start,
+                            saved, m, flat, offs, None, a, b, inv_scale, sigma, lmbda, share,
+                            scale, ok, moves, count, MODE, SCALING, MASTERS, CAN_ROUND_AWAY)
             else:
-                x, y = move(pointer(w, TYPE) + start, pointer(g, TYPE) + start,
-                            backup, m, flat, offs, offs < length, a, b, inv_scale, sigma, lmbda,
-                            share, scale, ok, count, MODE, SCALING, MASTERS, CAN_ROUND_AWAY)
+                x, y = move(pointer(w, TYPE) + start, pointer(g, G_TYPE) + start,
+                            saved, m, flat, offs, offs < length, a, b, inv_scale, sigma, lmbda,
+                            share, scale, ok, moves, count, MODE, SCALING, MASTERS, CAN_ROUND_AWAY)
             realised += x
             if CAN_ROUND_AWAY:
                 wanted += y
@@ -127,17 +137,18 @@ def climb_kernel(w_table, g_table, backup, m, partials, radii, blocks, layout, s
             tl.store(m_steps + slots, count + climbed, mask)
 
 
-def climb(space, partials) -> None:
-    """w -> w + rho T^2 d / ||T d||, with w saved and m updated; `partials` of every space."""
-    blocks = space.blocks(BLOCK)
-    with launching_on(space):
-        climb_kernel[(max(1, min(len(blocks), PARTIALS)),)](
-            w_table=space.addresses("w"), g_table=space.addresses("g1"), backup=space.backup,
-            m=space.m, partials=partials, radii=space.radii, blocks=blocks, layout=space.layout(),
-            scalings=space.scalings(), hyper=space.hyper, control=space.control_buffer,
-            counters=space.counters, m_steps=space.steps[0], n_blocks=len(blocks),
-            n_slots=len(space.slots), n_partials=len(partials), guard=space.guard,
-            MODE=MODES[space.mode], SCALING=SCALINGS[space.scaling], MASTERS=space.masters,
-            TYPE=TYPES[space.dtype], BLOCK=BLOCK, PARTIALS=PARTIALS, **OPTIONS)
-    for slot in space.climbing():
-        slot.climbed = True
+def climb(p: Pass, sums: Tensor) -> Climb:
+    """w -> w + rho T^2 d / ||T d||, with w saved and m updated; `sums`: (2, k), the partials of
+    every space of the optimizer."""
+    launch(climb_kernel, p, (p.w_table, p.g_table, sums), climb_arguments,
+           sums.shape[1] // PARTIALS)
+    return Climb.of(p)
+
+
+def climb_arguments(p: Pass, n_spaces: int) -> dict:
+    space = p.space
+    return dict(saved=space.saved, m=space.m, radii=space.radii, scalings=space.scalings,
+                counters=space.counters, m_steps=space.steps[0], n_slots=len(space.slots),
+                n_spaces=n_spaces, guard=GUARD, noise_share=NOISE_SHARE,
+                MODE=MODES[space.kind.mode], SCALING=SCALINGS[p.scaling],
+                MASTERS=space.kind.masters, PARTIALS=PARTIALS)

@@ -1,33 +1,38 @@
 """The warning that rounding ate the climb."""
 
 import warnings
+from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
-from .flat import Space
+from .space import Space
 
 
-class RadiusWatch:
+class RoundingWatch:
     """Warns once when 16-bit weights realise less than half of the radius that was asked for.
 
     It looks at the climbs number 1, 2, 4, 8, ... and never waits for the device: what one climb
     measured is copied to the host beside the work and read when a later one finds it arrived.
     """
 
-    def __init__(self):
-        self.climbs, self.pending, self.warned = 0, None, False
+    def __init__(self) -> None:
+        self.climbs, self.warned = 0, False
+        self.pending: tuple[Tensor, torch.cuda.Event | None] | None = None
 
-    def look(self, spaces: list[Space]) -> None:
+    def look(self, spaces: Sequence[Space]) -> None:
         """Note the radii of the climb that has just been launched, and read an earlier one's."""
-        spaces = [s for s in spaces if s.dtype.itemsize == 2 and not s.masters]
-        if self.warned or not spaces:
+        if self.warned:
             return
-        if spaces[0].device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        spaces = [s for s in spaces if s.kind.dtype.itemsize == 2 and not s.kind.masters]
+        if not spaces:
+            return
+        if spaces[0].kind.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return
         self._read()
         self.climbs += 1
         if self.pending is None and self.climbs & (self.climbs - 1) == 0:
-            squares = sum(s.radii.sum(1).to(spaces[0].device) for s in spaces)
+            squares = sum(s.radii.sum(1).to(spaces[0].kind.device) for s in spaces)
             event = None
             host = squares.to("cpu", non_blocking=True)
             if squares.is_cuda:

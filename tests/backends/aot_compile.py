@@ -3,8 +3,8 @@
 One JSON object per line and variant: the bytes that one thread loads and stores in vector
 instructions, registers, stack, shared-memory loads and atomics. Runs without TRITON_INTERPRET.
 
-    python tests/aot_compile.py                  every variant for every target
-    python tests/aot_compile.py --without-hints  a few, with the alignment hints taken out
+    python tests/backends/aot_compile.py                  every variant for every target
+    python tests/backends/aot_compile.py --without-hints  a few, with the alignment hints taken out
 """
 
 import importlib
@@ -24,11 +24,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 # by import_module: as attributes of the package, these names are the launchers
-common, dots, norm, climb, step = (
-    importlib.import_module(f"fastsam.kernels.{name}")
-    for name in ("common", "dots", "norm", "climb", "step"))
+common, norm, climb, step = (importlib.import_module(f"fastsam.kernels.triton.{name}")
+                             for name in ("common", "norm", "climb", "step"))
 
-KERNELS = {"dots": dots.dots_kernel, "norm": norm.norm_kernel, "climb": climb.climb_kernel,
+KERNELS = {"dots": norm.dots_kernel, "norm": norm.norm_kernel, "climb": climb.climb_kernel,
            "step": step.step_kernel}
 # (MODE, SCALING): every mode of SAM and Friendly-SAM with ASAM's T too, and FisherSAM
 ASCENTS = [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (2, 0), (2, 1), (3, 0), (4, 0)]
@@ -50,8 +49,14 @@ TARGETS = {
 }
 TYPES_OF = {"sm_80": ("fp32", "bf16"), "sm_90": ("fp32", "bf16", "fp16"),
             "sm_100": ("fp32", "bf16"), "gfx942": ("fp32", "bf16")}
+MIXED = ("bf16/fp32", "fp32/bf16")  # weights and gradients
 INTEGERS = {"blocks": "*i32", "counters": "*i32", "m_steps": "*i32", "v_steps": "*i32",
-            "layout": "*i64", "guard": "fp32"}
+            "layout": "*i64", "guard": "fp32", "noise_share": "fp32"}
+
+
+def plain(name: str) -> list[dict]:
+    """The variants of a kernel without masters."""
+    return [c for c in CONSTANTS[name] if not c.get("MASTERS")]
 
 
 def signature(kernel, element: str, constants: dict) -> dict[str, str]:
@@ -66,15 +71,16 @@ def signature(kernel, element: str, constants: dict) -> dict[str, str]:
         elif name.startswith("n_"):
             types[name] = "i32"
         else:
-            narrow = name == "backup" and not constants.get("MASTERS")
+            narrow = name == "saved" and not constants.get("MASTERS")
             types[name] = f"*{element}" if narrow else "*fp32"
     return types
 
 
-def compile_variant(name: str, constants: dict, element: str, target: str):
+def compile_variant(name: str, constants: dict, elements: str, target: str):
     """The compiled kernel, every pointer argument 16-byte aligned as torch allocates it."""
-    kernel = KERNELS[name]
-    constants = {**constants, "TYPE": TYPES[element], "BLOCK": common.BLOCK}
+    kernel, (element, *others) = KERNELS[name], elements.split("/")
+    constants = {**constants, "TYPE": TYPES[element], "G_TYPE": TYPES[(others or [element])[0]],
+                 "BLOCK": common.BLOCK}
     if "PARTIALS" in kernel.arg_names:
         constants["PARTIALS"] = common.PARTIALS
     types = signature(kernel, element, constants)
@@ -126,11 +132,11 @@ def amd(compiled) -> dict:
 
 
 def row(job: tuple) -> dict:
-    name, constants, element, target = job
-    compiled = compile_variant(name, constants, element, target)
+    name, constants, elements, target = job
+    compiled = compile_variant(name, constants, elements, target)
     measure = amd if target.startswith("gfx") else nvidia
     threads = TARGETS[target].warp_size * common.WARPS
-    return dict(kernel=name, constants=constants, type=element, target=target,
+    return dict(kernel=name, constants=constants, type=elements, target=target,
                 elements=common.BLOCK // threads, partials=common.PARTIALS // threads,
                 **measure(compiled))
 
@@ -139,15 +145,16 @@ def main() -> None:
     if os.environ.get("TRITON_INTERPRET") == "1":
         sys.exit("TRITON_INTERPRET=1 leaves nothing to compile: unset it")
     if "--without-hints" in sys.argv:
-        for module in (dots, norm, climb, step):
+        for module in (norm, climb, step):
             module.wide_pointer = common.pointer
-        jobs = [(name, [c for c in constants if not c.get("MASTERS")][-1], "fp32", "sm_90")
-                for name, constants in CONSTANTS.items()]
+        jobs = [(name, plain(name)[-1], "fp32", "sm_90") for name in CONSTANTS]
         rows = map(row, jobs)
     else:
         jobs = [(name, constants, element, target) for name, variants in CONSTANTS.items()
                 for constants in variants for target in TARGETS for element in TYPES_OF[target]
                 if element != "fp32" or not constants.get("MASTERS")]
+        jobs += [(name, plain(name)[i], elements, "sm_90") for name in CONSTANTS for i in (0, -1)
+                 for elements in MIXED]
         rows = ProcessPoolExecutor(2).map(row, jobs, chunksize=4)
     for result in rows:
         print(json.dumps(result), flush=True)

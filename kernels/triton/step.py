@@ -3,12 +3,12 @@
 import triton
 import triton.language as tl
 
+from ...passes import Climb, Pass
 from .common import (
     BETA1,
     BETA1_SHARE,
     BETA2,
     BETA2_SHARE,
-    BLOCK,
     DECOUPLED,
     EPS,
     FOUND_INF,
@@ -21,20 +21,18 @@ from .common import (
     MOMENTUM_SHARE,
     NESTEROV,
     OK,
-    OPTIONS,
-    PARTIALS,
     SKIPPED,
     STEP_TICKET,
-    TYPES,
     WEIGHT_DECAY,
     is_last_program,
-    launching_on,
+    jit,
     locate,
     pointer,
     read,
     weights,
     wide_pointer,
 )
+from .launch import launch
 
 BASES = {"sgd": 0, "sgd-momentum": 1, "adam": 2}
 SGD, SGD_MOMENTUM, ADAM = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
@@ -86,13 +84,13 @@ def adam(w, g, v, u, flat, offs, mask, row, count, ok):
 
 
 @triton.jit
-def update(w_ptr, g_ptr, backup, v, u, flat, offs, mask, inv_scale, row, count, ok,
-           SAVED: tl.constexpr, BASE: tl.constexpr, MASTERS: tl.constexpr, TYPE: tl.constexpr):
+def update(w_ptr, g_ptr, saved, v, u, flat, offs, mask, inv_scale, row, count, ok,
+           CLIMBED: tl.constexpr, BASE: tl.constexpr, MASTERS: tl.constexpr, TYPE: tl.constexpr):
     """The base optimizer's update of one block, from the saved w or the one at w_ptr."""
-    if SAVED:
-        old = read(backup + flat + offs, mask)
+    if CLIMBED:
+        old = read(saved + flat + offs, mask)
     else:
-        w_in, w32 = weights(w_ptr + offs, backup + flat + offs, mask, MASTERS)
+        w_in, w32 = weights(w_ptr + offs, saved + flat + offs, mask, MASTERS)
         old = w32 if MASTERS else w_in
     w = old.to(tl.float32)
     g = read(g_ptr + offs, mask).to(tl.float32) * inv_scale
@@ -103,15 +101,16 @@ def update(w_ptr, g_ptr, backup, v, u, flat, offs, mask, inv_scale, row, count, 
     stored = tl.where(ok, new.to(old.dtype), old)
     tl.store(w_ptr + offs, stored.to(TYPE), mask)
     if MASTERS:
-        tl.store(backup + flat + offs, stored, mask)
+        tl.store(saved + flat + offs, stored, mask)
 
 
-@triton.jit
-def step_kernel(w_table, climbed_table, g2_table, backup, v, u, blocks, layout, hyper, control,
+@jit
+def step_kernel(w_table, g_table, climbed_table, saved, v, u, blocks, layout, hyper, control,
                 counters, v_steps, n_blocks, n_slots, BASE: tl.constexpr, PERTURBED: tl.constexpr,
-                MASTERS: tl.constexpr, TYPE: tl.constexpr, BLOCK: tl.constexpr):
-    """w = base(saved w, g2); where there is no g2, w = saved w. Reads saved w, v, u, g2; writes v,
-    u, w.
+                MASTERS: tl.constexpr, TYPE: tl.constexpr, G_TYPE: tl.constexpr,
+                BLOCK: tl.constexpr):
+    """w = base(saved w, g); where there is no g, w = saved w. Reads saved w, v, u, g; writes v, u,
+    w.
 
     Where nothing was saved (it did not climb, or a plain step), w itself is the start. After a
     climb that was not ok, or with found_inf, every block only returns, and the skip is counted.
@@ -123,30 +122,30 @@ def step_kernel(w_table, climbed_table, g2_table, backup, v, u, blocks, layout, 
     for block in range(tl.program_id(0), n_blocks, tl.num_programs(0)):
         slot, start, flat, length, group = locate(block, blocks, layout, BLOCK)
         w = tl.load(w_table + slot)
-        g = tl.load(g2_table + slot)
-        saved = False
+        g = tl.load(g_table + slot)
+        climbed = False
         if PERTURBED:
-            saved = tl.load(climbed_table + slot) != 0
+            climbed = tl.load(climbed_table + slot) != 0
         offs = tl.arange(0, BLOCK)
         mask = offs < length
         if g != 0:
             row = hyper + group * HYPER
             count = tl.load(v_steps + slot)
             wide = (length >= BLOCK) & ((w | g) % 16 == 0)
-            if wide & (saved == PERTURBED):
-                update(wide_pointer(w, TYPE) + start, wide_pointer(g, TYPE) + start, backup, v, u,
+            if wide & (climbed == PERTURBED):
+                update(wide_pointer(w, TYPE) + start, wide_pointer(g, G_TYPE) + start, saved, v, u,
                        flat, offs, None, inv_scale, row, count, ok, PERTURBED, BASE, MASTERS,
                        TYPE)
             else:
-                w_ptr, g_ptr = pointer(w, TYPE) + start, pointer(g, TYPE) + start
-                if saved:
-                    update(w_ptr, g_ptr, backup, v, u, flat, offs, mask, inv_scale, row, count, ok,
+                w_ptr, g_ptr = pointer(w, TYPE) + start, pointer(g, G_TYPE) + start
+                if climbed:
+                    update(w_ptr, g_ptr, saved, v, u, flat, offs, mask, inv_scale, row, count, ok,
                            True, BASE, MASTERS, TYPE)
                 else:
-                    update(w_ptr, g_ptr, backup, v, u, flat, offs, mask, inv_scale, row, count, ok,
+                    update(w_ptr, g_ptr, saved, v, u, flat, offs, mask, inv_scale, row, count, ok,
                            False, BASE, MASTERS, TYPE)
-        elif saved:
-            back = tl.load(backup + flat + offs, mask).to(TYPE)
+        elif climbed:
+            back = tl.load(saved + flat + offs, mask).to(TYPE)
             tl.store(pointer(w, TYPE) + start + offs, back, mask)
     skipped = tl.load(counters + SKIPPED)  # every thread reads, one writes: the barrier between
     if is_last_program(counters + STEP_TICKET):
@@ -155,22 +154,21 @@ def step_kernel(w_table, climbed_table, g2_table, backup, v, u, blocks, layout, 
             slots = i + tl.arange(0, 128)
             mask = slots < n_slots
             count = tl.load(v_steps + slots, mask, 0)
-            moved = tl.load(g2_table + slots, mask, 0) != 0
+            moved = tl.load(g_table + slots, mask, 0) != 0
             if BASE != ADAM:
                 group = tl.load(layout + 3 * slots + 2, mask, 0)
                 moved = moved & (tl.load(hyper + group * HYPER + MOMENTUM) != 0)
             tl.store(v_steps + slots, count + moved.to(tl.int32) * ok.to(tl.int32), mask)
 
 
-def step(space, perturbed: bool) -> None:
-    """The base optimizer from the saved w (from w itself where nothing was saved) with g2."""
-    blocks = space.blocks(BLOCK)
-    base = "sgd-momentum" if space.base == "sgd" and space.v is not None else space.base
-    with launching_on(space):
-        step_kernel[(max(1, min(len(blocks), PARTIALS)),)](
-            w_table=space.addresses("w"), climbed_table=space.climbed() if perturbed else None,
-            g2_table=space.addresses("g2"), backup=space.backup, v=space.v, u=space.u,
-            blocks=blocks, layout=space.layout(), hyper=space.hyper, control=space.control_buffer,
-            counters=space.counters, v_steps=space.steps[1], n_blocks=len(blocks),
-            n_slots=len(space.slots), BASE=BASES[base], PERTURBED=perturbed,
-            MASTERS=space.masters, TYPE=TYPES[space.dtype], BLOCK=BLOCK, **OPTIONS)
+def step(p: Pass, climb: Climb | None) -> None:
+    """The base optimizer from the saved w (from w itself where nothing was saved) with p.g."""
+    climbed = None if climb is None else climb.table
+    launch(step_kernel, p, (p.w_table, p.g_table, climbed), step_arguments, climb is not None)
+
+
+def step_arguments(p: Pass, perturbed: bool) -> dict:
+    space = p.space
+    return dict(saved=space.saved, v=space.v, u=space.u, counters=space.counters,
+                v_steps=space.steps[1], n_slots=len(space.slots), BASE=BASES[space.kind.base],
+                PERTURBED=perturbed, MASTERS=space.kind.masters)

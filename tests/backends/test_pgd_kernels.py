@@ -5,6 +5,7 @@ The linf step in float32 gives plain PyTorch's bits. Elsewhere the error is at m
 plain PyTorch in the same dtype, plus a few float32 roundings.
 """
 
+import importlib
 import json
 import math
 import os
@@ -20,10 +21,10 @@ pytest.importorskip("triton", reason="the kernels need Triton")
 
 from bench import attacks  # noqa: E402
 from bench.attacks import Attack, pgd, plain_climb  # noqa: E402
-from fastsam import kernels  # noqa: E402
+from fastsam.kernels import triton as kernels  # noqa: E402
 
-launchers = kernels.pgd
-ROOT = Path(__file__).parent.parent
+launchers = importlib.import_module("fastsam.kernels.triton.pgd")
+ROOT = Path(__file__).parents[2]
 LINF = Attack("linf", 8 / 255, 3 / 255, 10)
 L2 = Attack("l2", 0.5, 0.2, 10)
 BOTH = pytest.mark.parametrize("attack", [LINF, L2], ids=lambda a: a.norm)
@@ -372,8 +373,8 @@ def test_the_fused_step_is_chosen_on_a_gpu_only(device):
 @pytest.fixture(scope="module")
 def rows() -> list[dict]:
     env = {k: x for k, x in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, ROOT / "tests" / "aot_pgd.py"], capture_output=True,
-                          env={**env, "PYTHONPATH": str(ROOT)}, text=True)
+    done = subprocess.run([sys.executable, Path(__file__).with_name("aot_pgd.py")], text=True,
+                          env={**env, "PYTHONPATH": str(ROOT)}, capture_output=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
 

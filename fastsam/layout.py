@@ -1,0 +1,368 @@
+"""Where everything lies now, and the reading of a pass.
+
+`param_groups`, `state` and the parameters' memory are the truth. A `Layout` remembers what it was
+made for as the very objects and addresses it saw, so that one comparison of lists tells whether
+anything may have changed; only then is it looked at closely, followed, or refused by name.
+"""
+
+from collections.abc import Collection, Sequence
+from itertools import chain
+from operator import is_, itemgetter
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import distributed, state_dict
+from .checks import check_group, refuse_shared, refuse_twice, refuse_unfused, refuse_unusable
+from .choose import choose
+from .hyper import Hyper, hyper_row, scaling_of
+from .passes import Climb, Pass
+from .space import NOWHERE, Kind, Slot, Space, Tables, is_dense, local, same_layout, upload
+
+Group = dict[str, Any]
+OWN_KEYS = ("rho", "adaptive", "perturb", "sigma", "lmbda", "eta", "scale")
+BASE_KEYS = {None: (),
+             "sgd": ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize",
+                     "differentiable"),
+             "adam": ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize",
+                      "differentiable", "decoupled_weight_decay")}
+NUMBERS = (int, float, bool, str, type(None))
+
+
+class Traits(NamedTuple):
+    """What an optimizer is, from its construction on.
+
+    Attributes:
+        mode: as `Kind.mode`.
+        projection: what sigma is multiplied with, "cosine" or "orthogonal"; None: nothing.
+        base: the fused base optimizer, "sgd" or "adam", or None.
+        masters: whether 16-bit parameters get float32 masters.
+        scales_with: what an adaptive group's T depends on, "weights" or "gradient".
+        backend: the one that was asked for, or None.
+    """
+
+    mode: str | None
+    projection: str | None
+    base: str | None
+    masters: bool
+    scales_with: str
+    backend: str | None
+
+
+class Values(NamedTuple):
+    """The groups' values as they were read: the objects themselves, and what follows from them.
+
+    Attributes:
+        seen: the values of every group's keys, as objects.
+        volatile: one of them may change in place, such as a tensor.
+        rows: each group's hyper-parameters.
+        perturb: for each space and slot, whether it climbs.
+        ab, scaling: for each space, as in `Pass`.
+    """
+
+    seen: list[Any]
+    volatile: bool
+    rows: list[Hyper]
+    perturb: list[list[bool]]
+    ab: list[list[tuple[float, float]]]
+    scaling: list[str | None]
+
+
+class Layout:
+    """The spaces of an optimizer's parameters, the backend that serves them, and what was last
+    seen of groups, state and memory.
+
+    Args:
+        traits: of the optimizer.
+        groups: its param_groups.
+
+    Raises:
+        ValueError: a parameter or a group that is refused, or a backend that cannot run.
+    """
+
+    def __init__(self, traits: Traits, groups: Sequence[Group]):
+        self.traits = traits
+        self.members = [list(group["params"]) for group in groups]
+        self.ids = [[*map(id, params)] for params in self.members]
+        refuse_twice(self.params)
+        kinds: dict[tuple, list] = {}
+        for i, group in enumerate(groups):
+            names = group.get("param_names") or [None] * len(group["params"])
+            for p, name in zip(group["params"], names, strict=True):
+                refuse_unusable(p)
+                key = p.device, p.dtype, distributed.shards_of(p)
+                kinds.setdefault(key, []).append((p, name, i))
+        refuse_shared(self.params)
+        base = traits.base
+        if base == "sgd" and any(group["momentum"] for group in groups):
+            base = "sgd-momentum"
+        self.spaces = tuple(
+            Space.of(Kind(*key, traits.mode, base, traits.masters and key[1].itemsize == 2),
+                     members, len(groups)) for key, members in kinds.items())
+        self.backend, self.report = choose(traits.backend, self.spaces)
+        self.shown = state_dict.Shown(self.spaces)
+        self.tables = [Tables(space) for space in self.spaces]
+        self.keys = itemgetter(*(key for key in OWN_KEYS if key in groups[0]),
+                               *BASE_KEYS[traits.base])
+        self.values: Values | None = None
+        self._brought: list[list | None] = [None] * len(self.spaces)
+        self._set = set[tuple[int, str]]()  # cells that are not at their neutral value
+        self._last: dict[tuple[int, bool], tuple] = {}
+        self._state: tuple = (None, [])
+        self._plain = [all(type(p) in (Tensor, torch.nn.Parameter) for p in space.params)
+                       for space in self.spaces]
+
+    @property
+    def params(self) -> list[Tensor]:
+        return [p for params in self.members for p in params]
+
+    def has(self, groups: Sequence[Group]) -> bool:
+        """Whether the groups have the parameters that this is a layout of, in the same places."""
+        return [[*map(id, group["params"])] for group in groups] == self.ids
+
+    # ---- the groups' values
+
+    def follow_values(self, groups: Sequence[Group]) -> bool:
+        """Bring the groups' current values (a scheduler may have changed them) to the device.
+
+        Returns:
+            Whether this layout has room for them: False where there is a first momentum.
+
+        Raises:
+            ValueError: a value that is refused; nothing has changed then.
+        """
+        try:
+            seen = [*chain.from_iterable(map(self.keys, groups))]
+        except KeyError as error:
+            raise ValueError(f"a parameter group lacks {error}: add groups with "
+                             "add_param_group, which fills the defaults in") from None
+        old = self.values
+        same = old is not None and len(seen) == len(old.seen) and all(map(is_, seen, old.seen))
+        if same and not old.volatile:
+            return True
+        self._look_at(groups)
+        if self.traits.base == "sgd" and self.spaces[0].kind.base == "sgd" and any(
+                group["momentum"] for group in groups):
+            return False
+        values = self._read_values(groups, seen)
+        self._bring(values.rows)
+        if same and values == old:  # tensors, which the kernels read from the table
+            return True
+        self.values = values
+        for i, space in enumerate(self.spaces):
+            if old is None or self.values.ab[i] != old.ab[i]:
+                upload(self.values.ab[i], space.scalings)
+        return True
+
+    def _look_at(self, groups: Sequence[Group]) -> None:
+        for group in groups:
+            check_group(group)
+        if self.traits.base:
+            refuse_unfused(groups)
+
+    def _read_values(self, groups: Sequence[Group], seen: list) -> Values:
+        traits = self.traits
+        ab = [[scaling_of(groups[s.group], traits.scales_with, s.name, len(s.shape))
+               for s in space.slots] for space in self.spaces]
+        return Values(
+            seen, any(type(x) not in NUMBERS and not is_constant(x) for x in seen),
+            [hyper_row(group, traits.mode, traits.base) for group in groups],
+            [[bool(groups[s.group]["perturb"]) for s in space.slots] for space in self.spaces],
+            ab, [traits.scales_with if any(a for a, _ in pairs) else None for pairs in ab])
+
+    def _bring(self, rows: list[Hyper]) -> None:
+        if any(tables.late for tables in self.tables):
+            return  # a graph is captured, whose every replay comes after a bringing of its own
+        for i, space in enumerate(self.spaces):
+            self._brought[i] = space.bring_hyper(rows, self._brought[i])
+
+    def set_cell(self, i: int, name: str, value: Tensor | None, neutral: float) -> None:
+        """Copy a device value into a cell of space i's control; None puts it back to neutral."""
+        if value is not None:
+            getattr(self.spaces[i].cells, name).copy_(value, non_blocking=True)
+            self._set.add((i, name))
+        elif (i, name) in self._set:
+            getattr(self.spaces[i].cells, name).fill_(neutral)
+            self._set.discard((i, name))
+
+    # ---- the state
+
+    def follow_state(self, state: dict[Tensor, Any]) -> None:
+        """Take over what others changed in the optimizer's state.
+
+        Raises:
+            ValueError: a tensor that does not fit its parameter; nothing has changed then.
+        """
+        if not self._is_as_seen(state):
+            changed = self.shown.missing(state)
+            if changed:
+                state_dict.adopt(self.shown, changed, state)
+            self.show(state)
+
+    def is_edited(self, state: dict[Tensor, Any]) -> bool:
+        """Whether the state has something else than what is shown there."""
+        return not self._is_as_seen(state) and bool(self.shown.missing(state))
+
+    def show(self, state: dict[Tensor, Any], stepped: Collection[Tensor] = ()) -> None:
+        """Put the slots' tensors into the state (see `Shown.put`), and remember it."""
+        self.shown.put(state, stepped)
+        try:
+            self._state = (state, [*chain.from_iterable(map(dict.values, state.values()))])
+        except TypeError:  # an entry that is no dict: look closely every time
+            self._state = (None, [])
+
+    def _is_as_seen(self, state: dict[Tensor, Any]) -> bool:
+        seen, values = self._state
+        if state is not seen:
+            return False
+        try:
+            now = [*chain.from_iterable(map(dict.values, state.values()))]
+        except TypeError:
+            return False
+        return len(now) == len(values) and all(map(is_, now, values))
+
+    def inherit(self, old: "Layout", state: dict[Tensor, Any], climbs: Sequence[Climb],
+                ) -> list[Climb]:
+        """Go on where another layout of these parameters, or some of them, was.
+
+        Args:
+            old: the other layout.
+            state: the optimizer's.
+            climbs: what climbed in `old`, whose saved weights come along.
+
+        Returns:
+            The climbs in this layout.
+        """
+        hidden = {p: tensors for p, tensors in old.shown.tensors.items()
+                  if p not in old.shown.visible}
+        state_dict.adopt(self.shown, self.params, {
+            p: {**hidden.get(p, {}), **(state.get(p) or {})} for p in self.params})
+        first, was = self.spaces[0], old.spaces[0]
+        first.cells.skipped.copy_(was.cells.skipped)
+        first.radii[0, 0] = sum(space.radii[0].sum().to(first.radii) for space in old.spaces)
+        for space in self.spaces:
+            space.cells.norm.copy_(was.cells.norm)
+            space.cells.ok.copy_(was.cells.ok)
+        saved = {id(slot.param): slot.saved for climb in climbs
+                 for slot, moved in zip(climb.space.slots, climb.moved, strict=True) if moved}
+        for space in self.spaces:
+            for slot in space.slots:
+                if id(slot.param) in saved:
+                    slot.saved.copy_(saved[id(slot.param)])
+        moved = [[id(slot.param) in saved for slot in space.slots] for space in self.spaces]
+        return [Climb(space, m, tables.bring("g1", [NOWHERE * x for x in m])) for space, m, tables
+                in zip(self.spaces, moved, self.tables, strict=True)] if climbs else []
+
+    # ---- the memory
+
+    def read(self, i: int, first: bool, tables: Tables) -> Pass | None:
+        """What a pass reads of space i.
+
+        Args:
+            first: it is a first pass, in which groups with perturb=False take no part.
+            tables: where the addresses go.
+
+        Returns:
+            None where a parameter's memory is laid out in another order: make a new layout.
+
+        Raises:
+            ValueError: a gradient that is refused, or parameters that share memory.
+            RuntimeError: a parameter changed its device, dtype or shape.
+        """
+        space, values = self.spaces[i], self.values
+        grads: list[Tensor | None] = [p.grad for p in space.params]
+        if first and not all(values.perturb[i]):
+            grads = [g if climbs else None
+                     for g, climbs in zip(grads, values.perturb[i], strict=True)]
+        facts = facts_of(space.params, grads) if self._plain[i] else None
+        last_facts, last_values, last_tables, last = self._last.get((i, first), (None,) * 4)
+        if facts is not None and facts == last_facts and (
+                values is last_values and tables is last_tables):
+            return last._replace(g=grads)
+        with torch.no_grad():
+            w = [local(p) for p in space.params]
+            if not all(map(lies_as, w, space.slots)):
+                return None
+            addresses = [t.data_ptr() or NOWHERE for t in w]
+            if tables.held("w") != addresses:
+                refuse_shared(self.params)
+            read = [None if g is None else readable(slot, g)
+                    for slot, g in zip(space.slots, grads, strict=True)]
+            read, dtype = in_one_dtype(read, space.kind.acc)
+        p = Pass(space, w, read, dtype, values.rows, values.scaling[i], values.ab[i], None,
+                 tables.bring("w", addresses),
+                 tables.bring("g1" if first else "g2",
+                              [0 if g is None else g.data_ptr() or NOWHERE for g in read]))
+        is_read = all(map(is_, read, grads))
+        self._last[i, first] = (facts if is_read else None, values, tables,
+                                p._replace(g=[]) if is_read else None)
+        return p
+
+
+def facts_of(params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> tuple | None:
+    """What a pass depends on of plain parameters' and gradients' memory; None where one is
+    sparse."""
+    there = [g for g in grads if g is not None]
+    if any([g.layout is not torch.strided for g in there]):
+        return None
+    return ([p.data_ptr() for p in params], [p.stride() for p in params],
+            [p.numel() for p in params], [p.dtype for p in params],
+            [0 if g is None else g.data_ptr() or NOWHERE for g in grads],
+            [g.stride() for g in there], [g.dtype for g in there], [g.is_neg() for g in there])
+
+
+def is_constant(x: Any) -> bool:
+    """Whether x is a pair of numbers that cannot change in place, as Adam's betas."""
+    return type(x) is tuple and all(type(y) in NUMBERS for y in x)
+
+
+def lies_as(w: Tensor, slot: Slot) -> bool:
+    """Whether a parameter's memory has the order that its slot was made for.
+
+    Raises:
+        RuntimeError: it has another device, dtype or shape, or its elements no longer fill one
+            stretch of memory.
+    """
+    was = (slot.shape, slot.dtype, slot.saved.device)
+    if (w.shape, w.dtype, w.device) != was or (slot.dense and not is_dense(w)):
+        raise RuntimeError(
+            f"a parameter of shape {tuple(slot.shape)}, {slot.dtype} on {slot.saved.device}, is "
+            f"now {tuple(w.shape)} of strides {w.stride()}, {w.dtype} on {w.device}: build the "
+            "optimizer after the model has its final form")
+    return same_layout(w, slot.saved) if slot.dense else not is_dense(w)
+
+
+def readable(slot: Slot, g: Tensor) -> Tensor:
+    """A gradient in the order of its parameter's memory: itself, or a copy.
+
+    Raises:
+        ValueError: it is sparse, complex, or of another shape.
+    """
+    g = local(distributed.placed_like(slot.param, g))
+    if g.layout is not torch.strided:
+        raise ValueError(f"a gradient of shape {tuple(g.shape)} has layout {g.layout}: use "
+                         "dense gradients (sparse=False in torch.nn.Embedding)")
+    if g.shape != slot.shape or not g.is_floating_point():
+        raise ValueError(f"a gradient of shape {tuple(g.shape)} and {g.dtype} is no gradient of a "
+                         f"parameter of shape {tuple(slot.shape)}: clear it (zero_grad)")
+    is_memory = type(g) in (Tensor, torch.nn.Parameter) and not g.is_neg() and (
+        g.data_ptr() or not g.numel())
+    if is_memory and g.device == slot.saved.device and same_layout(g, slot.saved):
+        return g
+    dtype = g.dtype
+    return torch.empty_like(slot.saved, dtype=dtype,
+                            memory_format=torch.preserve_format).copy_(g)
+
+
+def in_one_dtype(grads: list[Tensor | None], acc: torch.dtype,
+                 ) -> tuple[list[Tensor | None], torch.dtype]:
+    """Gradients as kernels read them: all in one dtype, their own where they share one that is
+    no wider than the arithmetic."""
+    dtypes = {g.dtype for g in grads if g is not None}
+    if len(dtypes) == 1 and (acc in dtypes or (acc == torch.float32 and dtypes <= SIXTEEN_BITS)):
+        return grads, dtypes.pop()
+    return [None if g is None else g.to(acc) for g in grads], acc
+
+
+SIXTEEN_BITS = {torch.bfloat16, torch.float16}

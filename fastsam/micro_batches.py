@@ -1,0 +1,54 @@
+"""Several first passes for one step, and what all of them, on all ranks, agree on."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from . import distributed
+from .phase import Phase, PhaseError
+
+
+@torch.no_grad()
+def stash(phase: Phase, params: Sequence[Tensor], go_back: Callable[[], None]) -> None:
+    """Return to w and add the gradients to those set aside (see `SAM.stash_grad`)."""
+    if phase.perturbed:
+        ok = phase.layout.spaces[0].cells.ok
+        phase.stash_ok = ok.clone() if phase.stash_ok is None else phase.stash_ok * ok
+    scaler, group = phase.scaler, phase.group
+    go_back()
+    phase.scaler, phase.group = scaler, group  # still true of the gradients set aside
+    for p in params:
+        if p.grad is not None:
+            aside = phase.stash.get(p)
+            if aside is not None:
+                aside.add_(p.grad)
+            else:  # a view belongs to a bucket of DistributedDataParallel, which is reused
+                phase.stash[p] = p.grad.clone() if p.grad._is_view() else p.grad
+            p.grad = None
+
+
+@torch.no_grad()
+def unstash(phase: Phase, params: Sequence[Tensor]) -> None:
+    """Put the sums of the gradients set aside into `.grad`.
+
+    Raises:
+        PhaseError: nothing is set aside.
+    """
+    if not phase.stash:
+        raise PhaseError("unstash_grad with nothing set aside: call stash_grad after each "
+                         "micro-batch's second backward")
+    for p in params:
+        p.grad = phase.stash.pop(p, None)
+
+
+def agreed_ok(phase: Phase) -> Tensor | None:
+    """Whether the climbs of this step were finite, in every micro-batch and on every rank; None
+    where there is only the one that the kernels know of."""
+    if phase.stash_ok is None and phase.group is None:
+        return None
+    last = phase.layout.spaces[0].cells.ok
+    ok = last if phase.perturbed else torch.ones_like(last)
+    if phase.stash_ok is not None:
+        ok, phase.stash_ok = ok * phase.stash_ok, None
+    return ok if phase.group is None else distributed.all_ok(ok, phase.group)

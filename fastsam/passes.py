@@ -1,0 +1,63 @@
+"""A step's values: what a pass reads, and what a climb leaves for the return.
+
+    pass = read(groups, gradients);  climb = backend.climb(pass, sums);  backend.step(pass, climb)
+
+Neither changes once it is made.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .hyper import Hyper
+from .space import Space
+
+
+class Pass(NamedTuple):
+    """What one pass knows of one space.
+
+    Attributes:
+        space: its layout and buffers.
+        w: each slot's memory.
+        g: each slot's gradient, laid out like w; None: the slot takes no part. A first pass's
+            are read for the climb, a second's for the base optimizer.
+        g_dtype: the dtype of all gradients that there are.
+        rows: each group's hyper-parameters, as in `space.hyper`; after a projection sigma is a
+            tensor.
+        scaling: T of the space: None (1 everywhere), "weights" (a |w| + b) or "gradient"
+            (1 / sqrt(1 + a g^2)).
+        ab: each slot's (a, b), as in `space.scalings`.
+        inv_scale: 1 / the loss scale of these gradients, on the device; None: not scaled.
+        w_table, g_table: the addresses of w and g, 0 for None; int64 (slots,) on the device.
+    """
+
+    space: Space
+    w: Sequence[Tensor]
+    g: Sequence[Tensor | None]
+    g_dtype: torch.dtype
+    rows: Sequence[Hyper]
+    scaling: str | None
+    ab: Sequence[tuple[float, float]]
+    inv_scale: Tensor | None
+    w_table: Tensor
+    g_table: Tensor
+
+
+class Climb(NamedTuple):
+    """What a climb leaves for the return: whose weights are moved and saved.
+
+    Attributes:
+        space: whose `saved` holds the weights.
+        moved: for each slot, whether it climbed.
+        table: the same on the device: not 0 where it did, int64 (slots,).
+    """
+
+    space: Space
+    moved: Sequence[bool]
+    table: Tensor
+
+    @staticmethod
+    def of(p: Pass) -> "Climb":
+        return Climb(p.space, [g is not None for g in p.g], p.g_table)

@@ -1,0 +1,120 @@
+"""Where in a step an optimizer is."""
+
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from .layout import Layout
+from .passes import Climb
+from .rounding_watch import RoundingWatch
+
+PACKAGES = ("fastsam", "torch")
+NO_CLIMB = 10  # plain steps where a climb was due, after which it is said
+
+
+class PhaseError(RuntimeError):
+    """A call that does not fit the phase: perturbed (after first_step) or not."""
+
+
+@dataclass(eq=False)
+class Phase:
+    """Where in a step an optimizer is, and the layout it works with. The one object of an
+    optimizer that changes: wrappers such as Lightning's share an optimizer's attributes by copying
+    them.
+
+    Attributes:
+        layout: of the parameters as they were last seen; None before there is one.
+        climbs: one per space while the weights are moved, else empty.
+        perturbed: whether the weights are moved.
+        scaler, group: the GradScaler and the process group of the first pass, if any.
+        stash, stash_ok: what `stash_grad` has set aside, and whether its climbs were finite.
+        watch: of rounding.
+        skipped: the skips that a copied or unpickled optimizer had before.
+        plain: how many steps went by without a climb that was due, before the first climb.
+        witness: a first-pass gradient and its version, to notice that no second one came.
+        warned: what has been warned of.
+    """
+
+    layout: Layout | None = None
+    climbs: Sequence[Climb] = ()
+    perturbed: bool = False
+    scaler: Any = None
+    group: Any = None
+    stash: dict[Tensor, Tensor] = field(default_factory=dict)
+    stash_ok: Tensor | None = None
+    watch: RoundingWatch = field(default_factory=RoundingWatch)
+    skipped: int = 0
+    plain: int | None = 0
+    witness: tuple[Tensor, int] | None = None
+    warned: set[str] = field(default_factory=set)
+
+    def need(self, perturbed: bool, call: str) -> None:
+        """Refuse a call that does not fit.
+
+        Raises:
+            PhaseError: the weights are not moved, or are, or gradients are set aside.
+        """
+        if self.stash and call in ("state_dict", "copying or pickling"):
+            raise PhaseError(f"{call} with gradients set aside: finish the step first")
+        if self.perturbed == perturbed:
+            return
+        if perturbed:
+            raise PhaseError(f"{call} without a first_step before it: the weights are not "
+                             "perturbed; call first_step, then compute the gradients again")
+        raise PhaseError(f"{call} while the weights are perturbed: call second_step (or restore "
+                         "to give the step up) first")
+
+    def warn(self, what: str, message: str) -> None:
+        """Say something once."""
+        if what not in self.warned:
+            self.warned.add(what)
+            warnings.warn(message, stacklevel=frames_to_the_caller())
+
+    def leave(self) -> None:
+        """The weights are back at w."""
+        self.climbs, self.perturbed, self.scaler, self.group = (), False, None, None
+        self.witness = None
+
+    def give_up(self) -> None:
+        """Forget the step, and what was set aside for it."""
+        self.stash.clear()
+        self.stash_ok = self.scaler = self.group = None
+
+    def count_plain(self, climb_is_due: bool) -> None:
+        """Count a step without a climb; say so where none has ever come."""
+        if self.plain is not None and climb_is_due:
+            self.plain += 1
+            if self.plain == NO_CLIMB:
+                self.warn("no climb", f"{NO_CLIMB} steps without a climb are plain steps of the "
+                          "base optimizer: call first_step, compute the gradients again, then "
+                          "second_step; or step(closure)")
+
+    def keep_witness(self, params: Sequence[Tensor]) -> None:
+        """Remember a first gradient that stays in `.grad`."""
+        g = params[-1].grad
+        self.witness = None if g is None else (g, g._version)
+
+    def look_for_second_pass(self, params: Sequence[Tensor]) -> None:
+        """Say so where no gradients were computed after the climb."""
+        if self.witness is not None:
+            g, version = self.witness
+            if params[-1].grad is g and g._version == version:
+                self.warn("second pass", "second_step with the gradients of the first pass: "
+                          "compute the loss and call backward again after first_step")
+        elif all(p.grad is None for p in params):
+            self.warn("second pass", "second_step with no gradients only returns to the weights: "
+                      "compute the loss and call backward again after first_step")
+
+
+def frames_to_the_caller() -> int:
+    """How many frames lie between the function that warns and the first that is neither ours nor
+    torch's."""
+    frame, count = sys._getframe(1), 1
+    while frame.f_back is not None and (
+            frame.f_globals.get("__name__", "").partition(".")[0] in PACKAGES):
+        frame, count = frame.f_back, count + 1
+    return count

@@ -1,0 +1,230 @@
+"""What of a slot is public, under which name, and how a state that others changed comes back.
+
+`optimizer.state` is the truth: `shown` are the tensors that a layout puts there, and `adopt` takes
+over whatever else is found in their place. Loading, copying, editing by hand and laying out anew
+all go this way.
+"""
+
+from collections import OrderedDict
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import AdamW, Optimizer
+
+from .distributed import is_sharded, like
+from .hyper import FRIENDLY
+from .space import Slot, Space, local
+
+State = dict[str, Any]  # of one parameter
+OWN = ("ema", "ema_steps", "full_gradient")  # SAM's own names; beside a base that is not fused
+FOREIGN = "sam_"  # they begin with this, since such a base may use any name
+COUNTED = (("ema", "ema_steps"), ("sam_ema", "sam_ema_steps"),
+           ("momentum_buffer", "momentum_steps"))
+PUBLISHED = ("old_p", "momentum")  # what the public SAM and F-SAM classes save, and no base
+
+
+def shown(space: Space, slot: Slot) -> dict[str, Tensor]:
+    """The slot's own tensors under the names that torch's optimizers use: m, v, u, the float32
+    master, and how often each was updated."""
+    kind, state = space.kind, dict[str, Tensor]()
+    prefix = "" if kind.base else FOREIGN
+    if kind.mode in FRIENDLY:
+        state[prefix + "ema"] = like(slot.param, slot.m)
+        state[prefix + "ema_steps"] = slot.m_steps
+    elif kind.mode is not None:
+        state[prefix + "full_gradient"] = like(slot.param, slot.m)
+    if kind.base == "sgd-momentum":
+        state.update(momentum_buffer=like(slot.param, slot.v), momentum_steps=slot.v_steps)
+    if kind.base == "adam":
+        state.update(step=slot.v_steps, exp_avg=like(slot.param, slot.v),
+                     exp_avg_sq=like(slot.param, slot.u))
+    if kind.masters:
+        state["master"] = like(slot.param, slot.saved)
+    return state
+
+
+def bases_part(state: State) -> State:
+    """One parameter's saved state without what is not the base optimizer's."""
+    others = {FOREIGN + name for name in OWN} | (set(PUBLISHED) if "old_p" in state else set())
+    if is_old_form(state):
+        others |= set(OWN)
+    return {k: x for k, x in state.items() if k not in others}
+
+
+def is_old_form(state: State) -> bool:
+    """Whether SAM's own names stand without their prefix: saved by a fused optimizer, or by a
+    version of fastsam up to 0.1."""
+    return "ema_steps" in state or "full_gradient" in state
+
+
+def without_published(state: State) -> State:
+    """One parameter's saved state without what the public classes keep for a step's time."""
+    return {k: x for k, x in state.items() if k not in PUBLISHED or "old_p" not in state}
+
+
+def keep_decoupled(groups: list[State], base: Optimizer) -> None:
+    """AdamW stays AdamW, also with the groups of an Adam, as in torch."""
+    if type(base) is AdamW:
+        for group in groups:
+            group["decoupled_weight_decay"] = True
+
+
+def saved_m(state: State) -> Tensor | None:
+    """m in a saved state: of this class, or of the published F-SAM code ("momentum")."""
+    for name in (FOREIGN + "ema", FOREIGN + "full_gradient", "ema", "full_gradient"):
+        if isinstance(state.get(name), Tensor):
+            return state[name]
+    return state.get("momentum") if "old_p" in state else None
+
+
+def check_entry(p: Tensor, state: State) -> None:
+    """Refuse a saved tensor that belongs to another parameter.
+
+    Raises:
+        ValueError: its shape differs, or it is whole where the parameter is sharded.
+    """
+    for name in ("momentum_buffer", "exp_avg", "exp_avg_sq", "master"):
+        check_tensor(p, state.get(name))
+    check_tensor(p, saved_m(state))
+
+
+def check_tensor(p: Tensor, value: object) -> None:
+    if not isinstance(value, Tensor):
+        return
+    if value.shape != p.shape:
+        raise ValueError(f"a saved state of shape {tuple(value.shape)} does not fit the "
+                         f"parameter of shape {tuple(p.shape)}: load the state of this model")
+    if is_sharded(p) and not is_sharded(value):
+        raise ValueError(f"a saved state of shape {tuple(value.shape)} is not sharded, its "
+                         "parameter is: load it through torch.distributed.checkpoint.state_dict")
+
+
+def merged_groups(mine: list[State], theirs: list[State]) -> list[State]:
+    """The saved groups, with this optimizer's value for every key that they lack. Another number
+    of groups stays as it is, for torch to refuse in its own words."""
+    if len(mine) != len(theirs):
+        return theirs
+    return [{**{k: x for k, x in group.items() if k != "params"}, **saved}
+            for group, saved in zip(mine, theirs, strict=True)]
+
+
+class Shown:
+    """The tensors that a layout shows in `optimizer.state`, by parameter, and the whole of the
+    state as it was when they were last put there.
+
+    Args:
+        spaces: of the layout.
+    """
+
+    def __init__(self, spaces: Sequence[Space]):
+        self.places = {slot.param: (space, slot) for space in spaces for slot in space.slots}
+        self.tensors = {p: shown(*place) for p, place in self.places.items()}
+        self.fused = all(space.kind.base for space in spaces)
+        self.visible = set[Tensor]()  # those that are there; a base that is not fused comes first
+
+    def put(self, state: dict[Tensor, State], stepped: Collection[Tensor] = ()) -> None:
+        """Show every slot's tensors. A base that is not fused sets a parameter's state up at a
+        step where it finds none, so beside its they are shown only where it has done so, or has
+        just `stepped` without any need of one."""
+        for p, tensors in self.tensors.items():
+            if self.fused or state.get(p) or p in stepped:
+                state.setdefault(p, {}).update(tensors)
+                self.visible.add(p)
+
+    def missing(self, state: dict[Tensor, State]) -> list[Tensor]:
+        """The parameters in whose state something else is found, or nothing."""
+        return [p for p, tensors in self.tensors.items() if p in self.visible
+                and not all((state.get(p) or {}).get(name) is t for name, t in tensors.items())]
+
+
+@torch.no_grad()
+def adopt(shown: Shown, params: Sequence[Tensor], state: dict[Tensor, State]) -> None:
+    """Take over the state of these parameters where it is not what is shown; what it lacks starts
+    anew, as in torch.
+
+    Raises:
+        ValueError: a tensor that does not fit its parameter; nothing has changed then.
+    """
+    entries = [state.get(p) or {} for p in params]
+    for p, entry in zip(params, entries, strict=True):
+        check_entry(p, entry)
+    flats = {flat.untyped_storage().data_ptr() for p in params
+             for flat in buffers(shown.places[p][0])}
+    entries = [apart(without_stale_counts(entry, shown.tensors[p]), flats)
+               for p, entry in zip(params, entries, strict=True)]
+    for p, entry in zip(params, entries, strict=True):
+        load(*shown.places[p], entry)
+
+
+def without_stale_counts(entry: State, own: dict[str, Tensor]) -> State:
+    """The state without a count of ours beside an average or momentum of somebody else's, which
+    was updated once at least."""
+    pairs = [(name, count) for name, count in COUNTED if name in own
+             and entry.get(name) is not own[name] and entry.get(count) is own[count]]
+    return {k: x for k, x in entry.items() if k not in {count for _, count in pairs}}
+
+
+def buffers(space: Space) -> list[Tensor]:
+    return [t for t in (space.saved, space.m, space.v, space.u, space.steps) if t is not None]
+
+
+def apart(entry: State, flats: set[int]) -> State:
+    """The same state, with copies of what lies in these buffers: two may have changed places."""
+    return {name: x.clone() if isinstance(x, Tensor) and not is_sharded(x)
+            and x.untyped_storage().data_ptr() in flats else x for name, x in entry.items()}
+
+
+def load(space: Space, slot: Slot, state: State) -> None:
+    """Copy a state into the slot; what is not in `state` starts anew."""
+    v_name, v_count = (("exp_avg", "step") if space.kind.base == "adam"
+                       else ("momentum_buffer", "momentum_steps"))
+    m, v = saved_m(state), state.get(v_name) if space.kind.base else None
+    fill(slot.m, m)
+    fill(slot.v, v)
+    fill(slot.u, state.get("exp_avg_sq"))
+    m_count = state.get(FOREIGN + "ema_steps", state.get("ema_steps", 1))
+    slot.m_steps.copy_(torch.as_tensor(0 if m is None else m_count))
+    slot.v_steps.copy_(torch.as_tensor(0 if v is None else state.get(v_count, 1)))
+    if space.kind.masters:
+        slot.saved.copy_(local(state["master"]) if "master" in state else local(slot.param))
+
+
+def fill(own: Tensor | None, value: Tensor | None) -> None:
+    if own is not None:
+        own.zero_() if value is None else own.copy_(local(value))
+
+
+def as_torch_saves(state: State) -> State:
+    """One parameter's state with Adam's step counter as torch's Adam wants it: on the CPU, in
+    float32."""
+    step = {"step": state["step"].float().cpu()} if "exp_avg" in state else {}
+    return {**state, **step}
+
+
+@contextmanager
+def without_hooks(optimizer: Any, *names: str) -> Iterator[list[OrderedDict]]:
+    """Give the optimizer's hooks of these names, and let none of them run inside."""
+    hooks = [getattr(optimizer, name) for name in names]
+    for name in names:
+        setattr(optimizer, name, OrderedDict())
+    try:
+        yield hooks
+    finally:
+        for name, those in zip(names, hooks, strict=True):
+            setattr(optimizer, name, those)
+
+
+@contextmanager
+def hooks_around(optimizer: Any, state_dict: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Run the hooks of load_state_dict on the whole state, before the block and after it, and
+    none of them inside."""
+    for hook in optimizer._optimizer_load_state_dict_pre_hooks.values():
+        state_dict = hook(optimizer, state_dict) or state_dict
+    with without_hooks(optimizer, "_optimizer_load_state_dict_pre_hooks",
+                       "_optimizer_load_state_dict_post_hooks") as (_, after):
+        yield state_dict
+    for hook in after.values():
+        hook(optimizer)

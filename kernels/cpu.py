@@ -1,0 +1,194 @@
+"""The three passes on a CPU: blocks of memory dealt to threads that run numba's loops."""
+
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastsam.hyper import COLUMN, FRIENDLY
+from fastsam.passes import Climb, Pass
+from fastsam.space import CONTROL, COUNTERS, Space
+
+try:
+    from . import cpu_loops
+except Exception as error:  # a numba that does not fit the NumPy beside it raises what it likes
+    OBSTACLE = f"numba cannot be imported ({error}): pip install 'fastsam[cpu]'"
+else:
+    OBSTACLE = None
+
+INLINE = 2**17  # elements: from there on waking another thread pays
+NORM, OK, FOUND_INF = (CONTROL.index(c) for c in ("norm", "ok", "found_inf"))
+SKIPPED, MOMENTUM = COUNTERS.index("skipped"), COLUMN["momentum"]
+NAMES = {torch.float32: "f4", torch.float64: "f8", torch.bfloat16: "bf16", torch.float16: "f16"}
+
+
+def why_not() -> str | None:
+    """Why this backend cannot run here, with the remedy; None when it can."""
+    return OBSTACLE
+
+
+class Frame(NamedTuple):
+    """A space's tables as NumPy sees them, each slot's group, and room for each block's sums."""
+
+    blocks: np.ndarray
+    layout: np.ndarray
+    hyper: np.ndarray
+    scalings: np.ndarray
+    control: np.ndarray
+    counters: np.ndarray
+    groups: np.ndarray
+    sums: np.ndarray
+
+    @staticmethod
+    def of(space: Space) -> "Frame":
+        tables = (space.blocks(cpu_loops.BLOCK), space.layout, space.hyper, space.scalings,
+                  space.control, space.counters, space.layout[:, 2])
+        blocks, *others = (t.numpy() for t in tables)
+        return Frame(blocks, *others, np.zeros((3, len(blocks))))
+
+
+FRAMES: WeakKeyDictionary[Space, Frame] = WeakKeyDictionary()
+
+
+def frame_of(space: Space) -> Frame:
+    frame = FRAMES.get(space)
+    if frame is None:
+        frame = FRAMES[space] = Frame.of(space)
+    return frame
+
+
+def new_pool() -> None:
+    """Threads start as they are needed. A forked child has none of its parent's."""
+    global pool
+    pool = ThreadPoolExecutor(max_workers=1024, thread_name_prefix="fastsam")
+
+
+new_pool()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=new_pool)
+
+
+def run(loop: Callable, p: Pass, steps: Tensor, *more) -> None:
+    """Run the loop over all blocks of the space, in as many threads as torch would use. An
+    exception, such as a KeyboardInterrupt, leaves when all blocks are done."""
+    f = frame_of(p.space)
+    arguments = (np.zeros(1, np.int64), f.blocks, f.layout, f.hyper, f.scalings, f.control,
+                 steps.numpy(), p.w_table.numpy(), p.g_table.numpy(), *more)
+    threads = min(torch.get_num_threads(), p.space.size * 2 // INLINE, len(f.blocks))
+    if threads < 2:
+        loop(*arguments)
+        return
+    helpers: list[Future] = []
+    try:
+        for _ in range(threads - 1):
+            helpers.append(pool.submit(loop, *arguments))
+    except RuntimeError:
+        pass  # no more threads, or the interpreter is about to end: those that there are do it all
+    finally:
+        try:
+            loop(*arguments)
+        finally:
+            for helper in helpers:
+                if not helper.cancel():
+                    helper.result()
+
+
+def dtypes(p: Pass) -> tuple[str, str]:
+    return NAMES[p.space.kind.dtype], NAMES[p.g_dtype]
+
+
+def address(flat: Tensor | None) -> int:
+    return 0 if flat is None else flat.data_ptr()
+
+
+def put(target: Tensor, *sums: np.ndarray) -> None:
+    """target[i] = the parts of the sum of sums[i]: a single one, added up in a fixed order."""
+    cells = target.numpy()
+    cells[...] = 0
+    for row, one in zip(cells, sums, strict=True):
+        row[0] = one.sum()
+
+
+def dots(p: Pass) -> None:
+    """space.dots = the parts of <g, m>, <g, g> and <m, m>, with the m that is projected with."""
+    s, sums = p.space, frame_of(p.space).sums
+    run(cpu_loops.dots(s.kind.mode, *dtypes(p)), p, s.steps[0], address(s.m), sums)
+    put(s.dots, *sums)
+
+
+def norm(p: Pass) -> None:
+    """space.partials = the parts of ||T d||^2 and, with a mode, of ||T g||^2."""
+    s, kind, sums = p.space, p.space.kind, frame_of(p.space).sums
+    loop = cpu_loops.norm(kind.mode, p.scaling, kind.masters, *dtypes(p))
+    run(loop, p, s.steps[0], address(s.saved), address(s.m), sums)
+    put(s.partials, sums[0], sums[1])
+
+
+def climb(p: Pass, sums: Tensor) -> Climb:
+    """w -> w + rho T^2 d / ||T d||, with w saved and m updated.
+
+    Args:
+        sums: (2, k), what `norm` left of every space of the optimizer, so the norm is global.
+    """
+    s, kind, f = p.space, p.space.kind, frame_of(p.space)
+    d, g = sums.numpy().sum(1, np.float64).astype(f.control.dtype)
+    f.control[NORM] = total = np.sqrt(d)
+    f.control[OK] = ok = np.isfinite(total)
+    if not ok:
+        return stay(p)
+    moves = bool(kind.mode is None or d > (32 * np.finfo(d).eps) ** 2 * g)
+    loop = cpu_loops.climb(kind.mode, p.scaling, kind.masters, *dtypes(p))
+    try:
+        run(loop, p, s.steps[0], address(s.saved), address(s.m), total, moves, f.sums)
+    except BaseException:
+        go_back(p, Climb.of(p).moved)
+        raise
+    put(s.radii, f.sums[0], f.sums[1])
+    if kind.mode in FRIENDLY:
+        s.steps[0].numpy()[...] += p.g_table.numpy() != 0
+    return Climb.of(p)
+
+
+def stay(p: Pass) -> Climb:
+    """A climb that moves nothing: w is saved, or a master brought up to date."""
+    for slot, w, g in zip(p.space.slots, p.w, p.g, strict=True):
+        if g is not None and not p.space.kind.masters:
+            slot.saved.copy_(w)
+        elif g is not None:
+            slot.saved.copy_(torch.where(slot.saved.to(w.dtype) == w, slot.saved, w.float()))
+    p.space.radii.zero_()
+    return Climb.of(p)
+
+
+def go_back(p: Pass, which: Iterable[bool]) -> None:
+    """w = saved w in those slots."""
+    for slot, w, one in zip(p.space.slots, p.w, which, strict=True):
+        if one:
+            w.copy_(slot.saved)
+
+
+def step(p: Pass, climb: Climb | None) -> None:
+    """The base optimizer from the saved w (from w itself where nothing was saved) with the
+    second-pass gradient.
+
+    A slot with no second-pass gradient only returns. After a climb that was not ok, or with the
+    cell `found_inf` set, every slot only returns, and the skip is counted.
+    """
+    s, kind, f = p.space, p.space.kind, frame_of(p.space)
+    moved = f.layout[:, 0] * 0 if climb is None else climb.table.numpy()
+    if f.control[FOUND_INF] != 0 or climb is not None and f.control[OK] == 0:
+        f.counters[SKIPPED] += 1
+        return go_back(p, moved != 0)
+    steps = p.g_table.numpy() != 0
+    if not steps.all():
+        go_back(p, (moved != 0) & ~steps)
+    loop = cpu_loops.step(kind.base, kind.masters, *dtypes(p))
+    run(loop, p, s.steps[1], moved, address(s.saved), address(s.v), address(s.u))
+    if kind.base != "adam":
+        steps &= f.hyper[f.groups, MOMENTUM] != 0
+    s.steps[1].numpy()[...] += steps

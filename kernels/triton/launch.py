@@ -1,0 +1,100 @@
+"""Launching a kernel over a space: what Triton's launcher takes is put together once.
+
+Triton binds, types and compares every argument and global anew at each launch, which takes the
+host 20 to 30 us. The arguments of a pass are mostly a space's own buffers, which stay where they
+are; so a launch like one before hands the compiled kernel what that one was handed, with the
+addresses of the tables and sums that this pass has, and the stream that is current now.
+
+Whatever asks Triton for more than a launch (a hook, debugging, instrumentation), the interpreter,
+and versions of Triton other than these get an ordinary launch.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+import triton
+from torch import Tensor
+from triton import knobs
+from triton.compiler import CompiledKernel
+from triton.runtime import driver
+
+from ...passes import Pass
+from ...space import PARTIALS, Space
+from .common import BLOCK, OPTIONS, TYPES
+
+# CompiledKernel.run takes the same in each: it is Triton's own, and may change in the next
+CAN_PREPARE = triton.__version__.startswith(("3.5.", "3.6.", "3.7.", "3.8."))
+
+
+class Launch(NamedTuple):
+    """All that a kernel's launcher takes, but for the stream and the addresses that move."""
+
+    kernel: CompiledKernel
+    device: int
+    programs: int
+    rest: tuple
+
+    def __call__(self, addresses: list[int | None]) -> None:
+        k = self.kernel
+        stream = driver.active.get_current_stream(self.device)
+        k.run(self.programs, 1, 1, stream, k.function, k.packed_metadata, None, None, None,
+              *addresses, *self.rest)
+
+
+PREPARED: WeakKeyDictionary[Space, dict[tuple, Launch]] = WeakKeyDictionary()
+
+
+def launch(kernel, p: Pass, moving: tuple[Tensor | None, ...], others: Callable[..., dict],
+           *numbers: int) -> None:
+    """Run a kernel over the space of a pass, on the space's own GPU, whichever is current.
+
+    Args:
+        kernel: what to run.
+        moving: the kernel's first arguments: what may lie elsewhere at the next pass.
+        others: the kernel's own other arguments by name, from the pass and `numbers`. Which
+            launch is like which follows from the space, `p.scaling`, `p.g_dtype`, `numbers` and
+            how `moving` lies to 16 bytes, so they may depend on nothing else.
+    """
+    addresses = [t if t is None else t.data_ptr() for t in moving]
+    key = id(kernel), p.scaling, p.g_dtype, *numbers, *[a and a % 16 for a in addresses]
+    ready = PREPARED.get(p.space, {}).get(key)
+    if ready is None or not is_plain(kernel):
+        launch_ordinarily(kernel, p, moving, others(p, *numbers), key)
+    elif ready.device == driver.active.get_current_device():
+        ready(addresses)
+    else:
+        with torch.cuda.device(ready.device):
+            ready(addresses)
+
+
+def is_plain(kernel) -> bool:
+    """Whether a launch is a launch and nothing else."""
+    runtime = knobs.runtime
+    return not (has_calls(runtime.launch_enter_hook) or has_calls(runtime.launch_exit_hook)
+                or runtime.debug or kernel.pre_run_hooks
+                or getattr(runtime, "add_stages_inspection_hook", None)
+                or getattr(knobs.compilation, "instrumentation_mode", None))
+
+
+def has_calls(hook: Any) -> bool:
+    return hook is not None and bool(getattr(hook, "calls", True))
+
+
+def launch_ordinarily(kernel, p: Pass, moving: tuple[Tensor | None, ...], others: dict,
+                      key: tuple) -> None:
+    """By Triton's own way; what it handed over is kept for the next launch like this."""
+    space, kind = p.space, p.space.kind
+    blocks = space.blocks(BLOCK)
+    programs = max(1, min(len(blocks), PARTIALS))
+    named = dict(blocks=blocks, n_blocks=len(blocks), layout=space.layout, hyper=space.hyper,
+                 control=space.control, TYPE=TYPES[kind.dtype], G_TYPE=TYPES[p.g_dtype],
+                 BLOCK=BLOCK, **others)
+    with torch.cuda.device_of(space.partials):
+        compiled = kernel[(programs,)](*moving, **named, **OPTIONS)
+        if CAN_PREPARE and isinstance(compiled, CompiledKernel) and is_plain(kernel):
+            rest = (named[name] for name in kernel.arg_names[len(moving):])
+            rest = tuple(x.data_ptr() if isinstance(x, Tensor) else x for x in rest)
+            PREPARED.setdefault(space, {})[key] = Launch(
+                compiled, driver.active.get_current_device(), programs, rest)

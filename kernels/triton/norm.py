@@ -1,0 +1,179 @@
+"""K1: the partial sums of the ascent direction's squared norm; and K0, only where the projection is
+not a constant: of the inner products of g and m."""
+
+import triton
+import triton.language as tl
+
+from ...passes import Pass
+from ...space import PARTIALS
+from .common import (
+    ALGORITHM1,
+    EMA_SHARE,
+    FULL,
+    GRADIENT,
+    HYPER,
+    INV_SCALE1,
+    LMBDA,
+    MODES,
+    OFFICIAL,
+    PLAIN,
+    SCALINGS,
+    SIGMA,
+    UNSCALED,
+    WEIGHTS,
+    jit,
+    locate,
+    pointer,
+    read,
+    weights,
+    wide_pointer,
+)
+from .launch import launch
+
+
+@triton.jit
+def direction(g, m, sigma, lmbda, share, MODE: tl.constexpr):
+    """The ascent direction d and the new m, from g and m: the average before this step, or the
+    given full gradient. In fastsam.reference: `ascent`.
+
+    share is 1 - lmbda, taken before either was rounded.
+    """
+    new_m = m
+    d = g
+    if MODE == ALGORITHM1:
+        new_m = lmbda * m + share * g
+        d = g - sigma * new_m
+    elif MODE == FULL:
+        d = sigma * m
+    elif MODE != PLAIN:
+        if MODE == OFFICIAL:
+            new_m = lmbda * m + share * g
+        d = g - sigma * m
+    return d, new_m
+
+
+@triton.jit
+def scaling(w, g, a, b, SCALING: tl.constexpr):
+    """T of ASAM or FisherSAM; a = 0 is T = b, which is 1 for the latter."""
+    if SCALING == WEIGHTS:
+        T = a * tl.abs(w) + b
+    else:
+        T = tl.div_rn(1.0, tl.sqrt_rn(1.0 + a * g * g))
+    return T
+
+
+@triton.jit
+def squares(w_ptr, g_ptr, saved, m, flat, offs, mask, a, b, inv_scale, sigma, lmbda, share,
+            MODE: tl.constexpr, SCALING: tl.constexpr, MASTERS: tl.constexpr):
+    """(T d)^2 and (T g)^2 of one block."""
+    g = read(g_ptr + offs, mask).to(tl.float32) * inv_scale
+    old_m = g
+    if MODE != PLAIN:
+        old_m = read(m + flat + offs, mask)
+    d, _ = direction(g, old_m, sigma, lmbda, share, MODE)
+    if SCALING != UNSCALED:
+        w = g
+        if SCALING != GRADIENT:
+            _, w = weights(w_ptr + offs, saved + flat + offs, mask, MASTERS)
+        T = scaling(w, g, a, b, SCALING)
+        d, g = T * d, T * g
+    return d * d, g * g
+
+
+@jit
+def norm_kernel(w_table, g_table, saved, m, partials, blocks, layout, scalings, hyper, control,
+                n_blocks, MODE: tl.constexpr, SCALING: tl.constexpr, MASTERS: tl.constexpr,
+                TYPE: tl.constexpr, G_TYPE: tl.constexpr, BLOCK: tl.constexpr,
+                PARTIALS: tl.constexpr):
+    """partials[0, p] = sum of (T d)^2 over program p's blocks; with a mode, partials[1, p] = that
+    of (T g)^2. Reads g, m (and w for ASAM)."""
+    inv_scale = tl.load(control + INV_SCALE1)
+    along_d = tl.zeros((BLOCK,), tl.float32)
+    along_g = tl.zeros((BLOCK,), tl.float32)
+    for block in range(tl.program_id(0), n_blocks, tl.num_programs(0)):
+        slot, start, flat, length, group = locate(block, blocks, layout, BLOCK)
+        g = tl.load(g_table + slot)
+        if g != 0:
+            w = tl.load(w_table + slot)
+            a, b = tl.load(scalings + 2 * slot), tl.load(scalings + 2 * slot + 1)
+            row = hyper + group * HYPER
+            sigma = tl.load(row + SIGMA)
+            lmbda, share = tl.load(row + LMBDA), tl.load(row + EMA_SHARE)
+            offs = tl.arange(0, BLOCK)
+            if (length >= BLOCK) & ((w | g) % 16 == 0):
+                x, y = squares(wide_pointer(w, TYPE) + start, wide_pointer(g, G_TYPE) + start,
+                               saved, m, flat, offs, None, a, b, inv_scale, sigma, lmbda, share,
+                               MODE, SCALING, MASTERS)
+            else:
+                x, y = squares(pointer(w, TYPE) + start, pointer(g, G_TYPE) + start,
+                               saved, m, flat, offs, offs < length, a, b, inv_scale, sigma, lmbda,
+                               share, MODE, SCALING, MASTERS)
+            along_d += x
+            if MODE != PLAIN:
+                along_g += y
+    tl.store(partials + tl.program_id(0), tl.sum(along_d))
+    if MODE != PLAIN:
+        tl.store(partials + PARTIALS + tl.program_id(0), tl.sum(along_g))
+
+
+def norm(p: Pass) -> None:
+    """space.partials = the parts of ||T d||^2, and with a mode of ||T g||^2."""
+    launch(norm_kernel, p, (p.w_table, p.g_table), norm_arguments)
+
+
+def norm_arguments(p: Pass) -> dict:
+    space = p.space
+    return dict(saved=space.saved, m=space.m, partials=space.partials, scalings=space.scalings,
+                MODE=MODES[space.kind.mode], SCALING=SCALINGS[p.scaling],
+                MASTERS=space.kind.masters, PARTIALS=PARTIALS)
+
+
+@triton.jit
+def products(g_ptr, m, flat, offs, mask, inv_scale, lmbda, share, MODE: tl.constexpr):
+    """g m, g^2 and m^2 of one block, with the m that is projected with."""
+    g = read(g_ptr + offs, mask).to(tl.float32) * inv_scale
+    m = read(m + flat + offs, mask)
+    if MODE == ALGORITHM1:
+        m = lmbda * m + share * g
+    return g * m, g * g, m * m
+
+
+@jit
+def dots_kernel(g_table, m, dots, blocks, layout, hyper, control, n_blocks,
+                MODE: tl.constexpr, TYPE: tl.constexpr, G_TYPE: tl.constexpr,
+                BLOCK: tl.constexpr, PARTIALS: tl.constexpr):
+    """dots[:, p] = the sums of g m, g^2 and m^2 over program p's blocks. Reads g, m."""
+    inv_scale = tl.load(control + INV_SCALE1)
+    gm = tl.zeros((BLOCK,), tl.float32)
+    gg = tl.zeros((BLOCK,), tl.float32)
+    mm = tl.zeros((BLOCK,), tl.float32)
+    for block in range(tl.program_id(0), n_blocks, tl.num_programs(0)):
+        slot, start, flat, length, group = locate(block, blocks, layout, BLOCK)
+        g = tl.load(g_table + slot)
+        if g != 0:
+            row = hyper + group * HYPER
+            lmbda, share = tl.load(row + LMBDA), tl.load(row + EMA_SHARE)
+            offs = tl.arange(0, BLOCK)
+            if (length >= BLOCK) & (g % 16 == 0):
+                x, y, z = products(wide_pointer(g, G_TYPE) + start, m, flat, offs, None,
+                                   inv_scale, lmbda, share, MODE)
+            else:
+                x, y, z = products(pointer(g, G_TYPE) + start, m, flat, offs, offs < length,
+                                   inv_scale, lmbda, share, MODE)
+            gm += x
+            gg += y
+            mm += z
+    program = tl.program_id(0)
+    tl.store(dots + program, tl.sum(gm))
+    tl.store(dots + PARTIALS + program, tl.sum(gg))
+    tl.store(dots + 2 * PARTIALS + program, tl.sum(mm))
+
+
+def dots(p: Pass) -> None:
+    """space.dots = the parts of <g, m>, <g, g> and <m, m>, with the m that is projected with."""
+    launch(dots_kernel, p, (p.g_table,), dots_arguments)
+
+
+def dots_arguments(p: Pass) -> dict:
+    space = p.space
+    return dict(m=space.m, dots=space.dots, MODE=MODES[space.kind.mode], PARTIALS=PARTIALS)
