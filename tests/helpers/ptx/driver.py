@@ -92,16 +92,19 @@ class Driver:
             CompiledKernel._init_handles, torch.Tensor.data_ptr = init_handles, data_ptr
 
     def _note(self, address: int, tensor: torch.Tensor) -> None:
-        """An address is meant for the tensor whose data_ptr() it is."""
-        known = self.asked[address]
-        if not any(ref() is tensor for ref in known):
-            known[:] = [ref for ref in known if ref() is not None] + [weakref.ref(tensor)]
+        """An address is meant for the tensor whose data_ptr() it is, as long as that or what it is
+        a view of lives."""
+        owner = tensor._base if tensor._is_view() else tensor
+        known = [(ref, size) for ref, size in self.asked[address] if ref() is not None]
+        if not any(ref() is owner and size == size_of(tensor) for ref, size in known):
+            known.append((weakref.ref(owner), size_of(tensor)))
+        self.asked[address] = known
 
     def extent(self, address: int) -> int | None:
         """The bytes of the largest living tensor whose address was asked for; None: there is
         none."""
-        tensors = [t for ref in self.asked.get(address, ()) if (t := ref()) is not None]
-        return max((size_of(t) for t in tensors), default=None)
+        known = self.asked.get(address, ())
+        return max((size for ref, size in known if ref() is not None), default=None)
 
     def launch(self, kernel: CompiledKernel, ctas: int, arguments: tuple) -> None:
         program = parse(self.rewrite(kernel.name, kernel.asm["ptx"]))

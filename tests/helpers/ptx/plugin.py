@@ -1,9 +1,10 @@
 """A pytest plugin: the Triton kernels of any test run as compiled PTX, executed on the CPU.
 
-    python -m pytest -p tests.helpers.ptx.plugin --target sm_80 tests/test_kernels.py
+    python -m pytest -p tests.helpers.ptx.plugin --target sm_80 tests/backends/test_kernels.py
 """
 
 import os
+from importlib import import_module
 
 os.environ["TRITON_INTERPRET"] = "0"  # before any decorator runs
 
@@ -32,9 +33,8 @@ def pytest_unconfigure(config) -> None:
 
 def accept_cpu_tensors() -> None:
     """fastsam asks whether kernels are interpreted before it launches them on a CPU's tensors."""
-    from fastsam import kernels
-
-    kernels.INTERPRETED = kernels.pgd.INTERPRETED = True
+    for name in ("fastsam.kernels.triton", "fastsam.kernels.triton.pgd"):
+        import_module(name).INTERPRETED = True
 
 
 @pytest.fixture

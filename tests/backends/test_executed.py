@@ -1,7 +1,7 @@
 """The compiled kernels, executed instruction by instruction on the CPU, for two targets.
 
 In processes of their own: this one has told Triton to interpret. tests/helpers/ptx says what is
-checked of every launch; tests/executed holds what only executed code can show, and the kernels'
+checked of every launch; tests/backends/executed holds what only executed code can show, and the kernels'
 own tests run on it unchanged.
 """
 
@@ -14,7 +14,7 @@ import pytest
 
 pytest.importorskip("triton", reason="the kernels need Triton")
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 TARGETS = ("sm_80", "sm_90")
 # of the kernels' own tests, those that meet every kernel, type and path
 SOME = "every_method or adam_and_adamw or masters_of_16 or misaligned_gradients or several_blocks"
@@ -31,16 +31,16 @@ def run(*arguments: str) -> None:
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_executed_code(target):
-    run("--target", target, "tests/executed")
+    run("--target", target, "tests/backends/executed")
 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_kernels_executed(target):
-    run("--target", target, "tests/test_kernels.py", "-k", SOME)
+    run("--target", target, "tests/backends/test_kernels.py", "-k", SOME)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("schedule", [(), ("--alone",)], ids=["together", "alone"])
 @pytest.mark.parametrize("target", TARGETS)
 def test_all_kernel_tests_executed(target, schedule):
-    run("--target", target, *schedule, "tests/test_kernels.py", "tests/test_pgd_kernels.py")
+    run("--target", target, *schedule, "tests/backends/test_kernels.py", "tests/backends/test_pgd_kernels.py")

@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 
-from tests.helpers.ptx.faults import (
+from ...helpers.ptx.faults import (
     Divergence,
     Misaligned,
     OutOfBounds,
@@ -19,7 +19,7 @@ SIZES = [2 * BLOCK + 52, 17]
 
 
 def step(executed) -> list:
-    steps = Steps(normals(SIZES), momentum=0.9)
+    steps = Steps(normals(SIZES), momentum=0.9, weight_decay=0.1)
     executed.gaps[:] = gaps(steps.opt)
     return steps.run(SIZES, steps=1)
 
@@ -152,7 +152,7 @@ def test_threads_that_part_within_a_warp(executed):
 
 def test_a_warp_that_never_comes_to_the_barrier(executed):
     change(executed, "norm_kernel", r"(bar\.sync[^;]*;)",
-           "setp.gt.u32 %p0, %tid.x, 63;\n @%p0 bra $skip;\n \\1\n $skip:")
+           "setp.gt.u32 %p0, %tid.x, 63;\n @%p0 bra $skip;\n \\1\n $skip:", 0)
     with pytest.raises(Divergence):
         step(executed)
 

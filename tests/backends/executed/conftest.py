@@ -1,4 +1,4 @@
-"""These tests need the driver that executes: tests/test_executed.py runs them in a process of
+"""These tests need the driver that executes: tests/backends/test_executed.py runs them in a process of
 their own, with `-p tests.helpers.ptx.plugin`."""
 
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from fastsam import ASAM, SAM, FriendlySAM, kernels
+from fastsam import ASAM, SAM, FriendlySAM
+from fastsam.kernels import triton as kernels
 
 from .steps import BLOCK, Steps, normals
 
@@ -23,7 +24,7 @@ RUNS = {
     "fsam": dict(cls=FriendlySAM, momentum=0.9),
     "adamw": dict(cls=SAM, base=torch.optim.AdamW),
 }
-STREAMS = ("m", "v", "u", "backup")  # and what the tables lead to
+STREAMS = ("m", "v", "u", "saved")  # and what the tables lead to
 
 
 def moved(sectors, way: str) -> int:

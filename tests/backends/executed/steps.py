@@ -16,9 +16,12 @@ def normals(sizes, dtype=torch.float32, seed=0) -> list[torch.Tensor]:
 
 
 def signs(sizes, dtype=torch.float32, seed=0) -> list[torch.Tensor]:
-    """-1, 0 and 1: sums of their squares and products are exact."""
+    """-1 and 1 at BLOCK places together, else 0: their norm is 32, whatever the order."""
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(-1, 2, (n,), generator=generator).to(dtype) for n in sizes]
+    values = torch.zeros(sum(sizes))
+    places = torch.randperm(len(values), generator=generator)[:BLOCK]
+    values[places] = torch.randint(0, 2, (BLOCK,), generator=generator) * 2.0 - 1
+    return [part.to(dtype) for part in values.split(list(sizes))]
 
 
 def surrounded(t: torch.Tensor, offset: int = 0) -> torch.Tensor:
@@ -39,9 +42,9 @@ def untouched_around(t: torch.Tensor) -> bool:
 def gaps(opt) -> list[tuple[int, int]]:
     """The bytes of the optimizer's buffers that belong to no parameter."""
     found = []
-    for space in opt._spaces:
-        parts = sorted((s.offset, s.offset + s.w.numel()) for s in space.slots)
-        for flat in (space.backup, space.m, space.v, space.u):
+    for space in opt._phase.layout.spaces:
+        parts = sorted((s.offset, s.offset + s.numel) for s in space.slots)
+        for flat in (space.saved, space.m, space.v, space.u):
             if flat is None:
                 continue
             base, size = flat.data_ptr(), flat.element_size()
@@ -58,6 +61,10 @@ class Steps:
                  offset=0, **kwargs):
         self.params = [torch.nn.Parameter(surrounded(t, offset)) for t in tensors]
         self.opt = cls(self.params, base, backend=backend, **{"lr": 0.125, **kwargs})
+
+    @property
+    def spaces(self):
+        return self.opt._phase.layout.spaces
 
     def climb(self, grads, offset=0) -> None:
         self._set(grads, offset)
