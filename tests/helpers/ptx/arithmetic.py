@@ -82,6 +82,12 @@ def shift_right(a, by):
     return kept if a.dtype.kind == "i" else np.where(by < width, kept, 0)
 
 
+def quotient(a, b):
+    """Rounded towards 0."""
+    found = a // b
+    return found + ((found < 0) & (found * b != a)).astype(found.dtype)
+
+
 def wide(a, b):
     double = np.dtype(f"{a.dtype.kind}{2 * a.dtype.itemsize}")
     return np.asarray(a).astype(double) * np.asarray(b).astype(double)
@@ -92,13 +98,12 @@ def exponential2(a):
     return np.exp2(a.astype(np.float64)).astype(np.float32)
 
 
-BINARY = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
 INTEGERS = {
     "add": np.add, "sub": np.subtract, "mul.lo": np.multiply, "mul.wide": wide,
     "mad.lo": lambda a, b, c: a * b + c, "mad.wide": lambda a, b, c: wide(a, b) + c,
     "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor, "not": np.invert,
     "neg": np.negative, "min": np.minimum, "max": np.maximum, "abs": abs,
-    "shl": shift_left, "shr": shift_right,
+    "div": quotient, "rem": np.fmod, "shl": shift_left, "shr": shift_right,
 }
 REALS = {
     "add.rn": np.add, "sub.rn": np.subtract, "mul.rn": np.multiply, "add": np.add,
