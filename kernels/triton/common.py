@@ -3,8 +3,8 @@
 Each runs as at most PROGRAMS programs, so that a launch is one wave on every GPU from the A100 on:
 with 80 registers six programs fit on a multiprocessor, of which an A100 has 108. The number does
 not follow the GPU, so the sums have the same bits on all. A program walks a contiguous range of
-blocks of BLOCK elements, slot (fastsam.space.Slot) by slot. A slot's gradient and weight are reached
-through an int64 table of addresses (0: none); the flat buffers (saved w, m, v, u) by its offset.
+blocks, slot (fastsam.space.Slot) by slot. A slot's gradient and weight are reached through an int64
+table of addresses (0: none); the flat buffers (saved w, m, v, u) by its offset.
 """
 
 import torch
@@ -17,6 +17,7 @@ from ...space import CONTROL, COUNTERS
 BLOCK = 1024
 PROGRAMS = 640
 WARPS = 4
+SUMS = tl.constexpr(4 * 32 * WARPS)  # four side by side for each thread
 # Fusion off, so that a product and a sum round twice, as in plain PyTorch; the kernels wait for
 # memory. Without a bound of its own, ptxas spills accumulators to fit one more program.
 OPTIONS = {"num_warps": WARPS, "enable_fp_fusion": False}
@@ -135,6 +136,13 @@ def weights(w_ptr, master_ptr, mask, MASTERS: tl.constexpr):
         taken = mask & (known == 0)
         w = tl.where(known, master, w)
     return w_in, w, taken
+
+
+@triton.jit
+def folded(x, SUMS: tl.constexpr):
+    """SUMS sums of a block: of its stretches of SUMS elements, each thread's own, so that fewer
+    registers carry them from block to block."""
+    return tl.sum(tl.reshape(x, (x.shape[0] // SUMS, SUMS)), 0)
 
 
 @triton.jit

@@ -1,7 +1,6 @@
 """K1: the partial sums of the ascent direction's squared norm; and K0, only where the projection is
 not a constant: of the inner products of g and m."""
 
-import torch
 import triton
 import triton.language as tl
 
@@ -21,8 +20,10 @@ from .common import (
     PLAIN,
     SCALINGS,
     SIGMA,
+    SUMS,
     UNSCALED,
     WEIGHTS,
+    folded,
     from_element,
     in_fours,
     jit,
@@ -85,11 +86,9 @@ def squares(w, g, saved, m, flat, offs, mask, a, b, inv_scale, sigma, lmbda, sha
     return d * d, g * g
 
 
-def block_of(mode: str | None, scaling: str | None, g_dtype: torch.dtype) -> int:
-    """Elements of K1's blocks: more on their way where there is neither m nor w beside g."""
-    if mode:
-        return BLOCK
-    return 4 * BLOCK if g_dtype.itemsize == 2 and not scaling else 2 * BLOCK
+def block_of(mode: str | None, scaling: str | None) -> int:
+    """Elements of K1's blocks: the less is read of each, the more are on their way at once."""
+    return 4 * BLOCK >> bool(mode) + bool(scaling)
 
 
 @jit
@@ -100,8 +99,8 @@ def norm_kernel(w_table, g_table, saved, m, partials, blocks, layout, scalings, 
     """partials[0, p] = sum of (T d)^2 over program p's blocks; with a mode, partials[1, p] = that
     of (T g)^2. Reads g, m (and w for ASAM)."""
     inv_scale = tl.load(control + INV_SCALE1)
-    along_d = tl.zeros((BLOCK,), tl.float32)
-    along_g = tl.zeros((BLOCK,), tl.float32)
+    along_d = tl.zeros((SUMS,), tl.float32)
+    along_g = tl.zeros((SUMS,), tl.float32)
     offs = tl.arange(0, BLOCK)
     block, last = share_of_blocks(n_blocks)
     while block < last:
@@ -120,16 +119,16 @@ def norm_kernel(w_table, g_table, saved, m, partials, blocks, layout, scalings, 
                 x, y = squares(wide_pointer(w, TYPE) + i, wide_pointer(g, G_TYPE) + i, saved, m,
                                flat + i, offs, offs < fours - i, a, b, inv_scale, sigma, lmbda,
                                share, MODE, SCALING, MASTERS)
-                along_d += x
+                along_d += folded(x, SUMS)
                 if MODE != PLAIN:
-                    along_g += y
+                    along_g += folded(y, SUMS)
             for i in range(fours, size, BLOCK):
                 x, y = squares(pointer(w, TYPE) + i, pointer(g, G_TYPE) + i, saved, m, flat + i,
                                offs, offs < size - i, a, b, inv_scale, sigma, lmbda, share, MODE,
                                SCALING, MASTERS)
-                along_d += x
+                along_d += folded(x, SUMS)
                 if MODE != PLAIN:
-                    along_g += y
+                    along_g += folded(y, SUMS)
     tl.store(partials + tl.program_id(0), tl.sum(along_d))
     if MODE != PLAIN:
         tl.store(partials + PARTIALS + tl.program_id(0), tl.sum(along_g))
@@ -145,7 +144,7 @@ def norm_arguments(p: Pass) -> dict:
     return dict(saved=space.saved, m=space.m, partials=space.partials, scalings=space.scalings,
                 MODE=MODES[space.kind.mode], SCALING=SCALINGS[p.scaling],
                 MASTERS=space.kind.masters, PARTIALS=PARTIALS,
-                BLOCK=block_of(space.kind.mode, p.scaling, p.g_dtype))
+                BLOCK=block_of(space.kind.mode, p.scaling))
 
 
 @triton.jit
@@ -164,9 +163,9 @@ def dots_kernel(g_table, m, dots, blocks, layout, hyper, control, n_blocks,
                 BLOCK: tl.constexpr, PARTIALS: tl.constexpr):
     """dots[:, p] = the sums of g m, g^2 and m^2 over program p's blocks. Reads g, m."""
     inv_scale = tl.load(control + INV_SCALE1)
-    gm = tl.zeros((BLOCK,), tl.float32)
-    gg = tl.zeros((BLOCK,), tl.float32)
-    mm = tl.zeros((BLOCK,), tl.float32)
+    gm = tl.zeros((SUMS,), tl.float32)
+    gg = tl.zeros((SUMS,), tl.float32)
+    mm = tl.zeros((SUMS,), tl.float32)
     offs = tl.arange(0, BLOCK)
     block, last = share_of_blocks(n_blocks)
     while block < last:
@@ -181,15 +180,15 @@ def dots_kernel(g_table, m, dots, blocks, layout, hyper, control, n_blocks,
             for i in range(0, fours, BLOCK):
                 x, y, z = products(wide_pointer(g, G_TYPE) + i, m + flat + i, offs,
                                    offs < fours - i, inv_scale, lmbda, share, MODE)
-                gm += x
-                gg += y
-                mm += z
+                gm += folded(x, SUMS)
+                gg += folded(y, SUMS)
+                mm += folded(z, SUMS)
             for i in range(fours, size, BLOCK):
                 x, y, z = products(pointer(g, G_TYPE) + i, m + flat + i, offs,
                                    offs < size - i, inv_scale, lmbda, share, MODE)
-                gm += x
-                gg += y
-                mm += z
+                gm += folded(x, SUMS)
+                gg += folded(y, SUMS)
+                mm += folded(z, SUMS)
     program = tl.program_id(0)
     tl.store(dots + program, tl.sum(gm))
     tl.store(dots + PARTIALS + program, tl.sum(gg))

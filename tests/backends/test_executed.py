@@ -1,8 +1,8 @@
 """The compiled kernels, executed instruction by instruction on the CPU, for two targets.
 
 In processes of their own: this one has told Triton to interpret. tests/helpers/ptx says what is
-checked of every launch; tests/backends/executed holds what only executed code can show, and the kernels'
-own tests run on it unchanged.
+checked of every launch; tests/backends/executed holds what only executed code can show, and the
+kernels' own tests run on it unchanged.
 """
 
 import os
@@ -43,4 +43,5 @@ def test_kernels_executed(target):
 @pytest.mark.parametrize("schedule", [(), ("--alone",)], ids=["together", "alone"])
 @pytest.mark.parametrize("target", TARGETS)
 def test_all_kernel_tests_executed(target, schedule):
-    run("--target", target, *schedule, "tests/backends/test_kernels.py", "tests/backends/test_pgd_kernels.py")
+    run("--target", target, *schedule, "tests/backends/test_kernels.py",
+        "tests/backends/test_pgd_kernels.py")

@@ -145,7 +145,8 @@ def test_a_register_that_nobody_wrote(executed):
 
 
 def test_threads_that_part_within_a_warp(executed):
-    change(executed, "norm_kernel", r"mov\.u32\s+(%r\d+), %ctaid\.x", r"mov.u32 \1, %tid.x")
+    change(executed, "norm_kernel", r"@!?%p\d+ (bra[^;]*;)",
+           r"setp.gt.u32 %p0, %tid.x, 15;\n @%p0 \1", 0)
     with pytest.raises(Divergence):
         step(executed)
 

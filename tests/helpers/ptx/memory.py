@@ -215,6 +215,9 @@ class Global:
         tag, real = (address >> np.uint64(TAG)).astype(np.int64), address & np.uint64(REAL)
         real = real.astype(np.int64)
         known = (tag > 0) & (tag < len(self.labels))
+        if (real % size).any():
+            i = np.flatnonzero(real % size)[0]
+            raise Misaligned(f"{text}: {size} bytes at {real[i]:#x}")
         offset = real - self.start[np.where(known, tag, 0)]
         bad = ~known | (offset < 0) | (offset + size > self.length[np.where(known, tag, 0)])
         if bad.any():
@@ -222,9 +225,6 @@ class Global:
             raise OutOfBounds(f"{text}: {bad.sum()} of {len(bad)} threads; " + (
                 f"{size} bytes at {offset[i]} of the {self.length[tag[i]]} of "
                 f"{self.labels[tag[i]]!r}" if known[i] else f"{address[i]:#x} is no tensor's"))
-        if (real % size).any():
-            i = np.flatnonzero(real % size)[0]
-            raise Misaligned(f"{text}: {size} bytes at {real[i]:#x} of {self.labels[tag[i]]!r}")
         if len(self.gaps):
             after = np.searchsorted(self.gaps[:, 1], real, "right")
             gap = self.gaps[np.minimum(after, len(self.gaps) - 1)]

@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache
 from typing import NamedTuple
 
 from .faults import UnknownInstruction
@@ -54,7 +54,7 @@ PREDICATED = re.compile(r"@(!?)(%p\d+)\s+(.*)", re.S)
 DECLARATIONS = (".reg", ".loc", ".pragma", ".maxnreg", ".minnctapersm")
 
 
-@lru_cache(maxsize=None)
+@cache
 def parse(text: str) -> Program:
     """The one kernel in `text`.
 
