@@ -1,8 +1,10 @@
 """What the kernels share: sizes, table columns, and how a block finds its memory.
 
-Each runs as at most PARTIALS programs; a program walks blocks p, p + programs, ... of BLOCK
-elements. A block belongs to one slot (fastsam.space.Slot). Its gradient and weight are reached
-through an int64 table of addresses (0: none); the flat buffers (saved w, m, v, u) by its offset.
+Each runs as at most PROGRAMS programs, so that a launch is one wave on every GPU from the A100 on:
+with 80 registers six programs fit on a multiprocessor, of which an A100 has 108. The number does
+not follow the GPU, so the sums have the same bits on all. A program walks a contiguous range of
+blocks, slot (fastsam.space.Slot) by slot. A slot's gradient and weight are reached through an int64
+table of addresses (0: none); the flat buffers (saved w, m, v, u) by its offset.
 """
 
 import torch
@@ -13,12 +15,14 @@ from ...hyper import COLUMN, COLUMNS
 from ...space import CONTROL, COUNTERS
 
 BLOCK = 1024
+PROGRAMS = 640
 WARPS = 4
+SUMS = tl.constexpr(4 * 32 * WARPS)  # four side by side for each thread
 # Fusion off, so that a product and a sum round twice, as in plain PyTorch; the kernels wait for
 # memory. Without a bound of its own, ptxas spills accumulators to fit one more program.
 OPTIONS = {"num_warps": WARPS, "enable_fp_fusion": False}
 if not torch.version.hip:
-    OPTIONS["maxnreg"] = 128
+    OPTIONS["maxnreg"] = 80
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 HYPER = tl.constexpr(len(COLUMNS))
@@ -51,15 +55,46 @@ jit = triton.jit(
     do_not_specialize_on_alignment=("w_table", "g_table", "climbed_table", "m_steps", "v_steps"))
 
 
+def options(dtype: torch.dtype, arch: int | str) -> dict:
+    """How to compile for these weights and this GPU, as Triton names it."""
+    if "maxnreg" in OPTIONS and dtype.itemsize == 2 and arch in range(100, 110):
+        return OPTIONS | {"maxnreg": 96}  # 80 spill there; five programs fit on each of 148
+    return OPTIONS
+
+
 @triton.jit
-def locate(block, blocks, layout, BLOCK: tl.constexpr):
-    """The block's slot, its start in the slot and in the flat space, its length, its group."""
+def share_of_blocks(n_blocks):
+    """This program's blocks, [first, last): as even as whole blocks allow."""
+    program = tl.program_id(0)
+    each, more = n_blocks // tl.num_programs(0), n_blocks % tl.num_programs(0)
+    first = program * each + tl.minimum(program, more)
+    return first, first + each + (program < more).to(tl.int32)
+
+
+@triton.jit
+def run_of_blocks(block, last, blocks, layout, BLOCK: tl.constexpr):
+    """What lies from `block` on in one slot: the slot and its group, where in the slot and in the
+    flat space it begins, its elements, and the blocks that hold them, which are before `last`."""
     slot = tl.load(blocks + 2 * block)
-    start = tl.load(blocks + 2 * block + 1).to(tl.int64) * BLOCK
+    begin = tl.load(blocks + 2 * block + 1).to(tl.int64) * BLOCK
     offset = tl.multiple_of(tl.load(layout + 3 * slot), 4)  # what wide_pointer says of 16 bits
-    length = tl.load(layout + 3 * slot + 1) - start
+    left = tl.load(layout + 3 * slot + 1) - begin
     group = tl.load(layout + 3 * slot + 2)
-    return slot, start, offset + start, length, group
+    size = tl.minimum(left, (last - block).to(tl.int64) * BLOCK).to(tl.int32)
+    return slot, group, begin, offset + begin, size, tl.cdiv(size, BLOCK)
+
+
+@triton.jit
+def from_element(address, n, TYPE: tl.constexpr):
+    """The address of the n-th element."""
+    return address + n * (TYPE.primitive_bitwidth // 8)
+
+
+@triton.jit
+def in_fours(size, addresses):
+    """How many of the elements can be had in fours: all whole ones, where all addresses are
+    multiples of 16; else none."""
+    return tl.multiple_of(tl.where(addresses % 16 == 0, size // 4 * 4, 0), 4)
 
 
 @triton.jit
@@ -90,14 +125,24 @@ def read(pointers, mask):
 
 @triton.jit
 def weights(w_ptr, master_ptr, mask, MASTERS: tl.constexpr):
-    """w as it is stored, and in float32: the master where there are masters, unless someone else
-    has written another w since."""
+    """w as it is stored, w in float32, and where that is not yet in memory: it is the master where
+    there are masters, unless someone else has written another w since."""
     w_in = read(w_ptr, mask)
     w = w_in.to(tl.float32)
+    taken = mask
     if MASTERS:
         master = read(master_ptr, mask)
-        w = tl.where(master.to(w_in.dtype).to(tl.float32) == w, master, w)
-    return w_in, w
+        known = master.to(w_in.dtype).to(tl.float32) == w
+        taken = mask & (known == 0)
+        w = tl.where(known, master, w)
+    return w_in, w, taken
+
+
+@triton.jit
+def folded(x, SUMS: tl.constexpr):
+    """SUMS sums of a block: of its stretches of SUMS elements, each thread's own, so that fewer
+    registers carry them from block to block."""
+    return tl.sum(tl.reshape(x, (x.shape[0] // SUMS, SUMS)), 0)
 
 
 @triton.jit

@@ -21,8 +21,7 @@ from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
 from ...passes import Pass
-from ...space import PARTIALS
-from .common import BLOCK, OPTIONS, TYPES
+from .common import BLOCK, INTERPRETED, PROGRAMS, TYPES, options
 
 # CompiledKernel.run takes the same in each: it is Triton's own, and may change in the next
 CAN_PREPARE = triton.__version__.startswith(("3.5.", "3.6.", "3.7.", "3.8.", "3.9."))
@@ -90,13 +89,13 @@ def launch_ordinarily(kernel, p: Pass, moving: tuple[Tensor | None, ...], others
     """By Triton's own way; what it handed over is kept for the next launch like this, as long as
     the space is."""
     space, kind = p.space, p.space.kind
-    blocks = space.blocks(BLOCK)
-    programs = max(1, min(len(blocks), PARTIALS))
+    blocks = space.blocks(others.setdefault("BLOCK", BLOCK))
+    programs = max(1, min(len(blocks), PROGRAMS))
     named = dict(blocks=blocks, n_blocks=len(blocks), layout=space.layout, hyper=space.hyper,
-                 control=space.control, TYPE=TYPES[kind.dtype], G_TYPE=TYPES[p.g_dtype],
-                 BLOCK=BLOCK, **others)
+                 control=space.control, TYPE=TYPES[kind.dtype], G_TYPE=TYPES[p.g_dtype], **others)
+    arch = 0 if INTERPRETED else driver.active.get_current_target().arch
     with torch.cuda.device_of(space.partials):
-        compiled = kernel[(programs,)](*moving, **named, **OPTIONS)
+        compiled = kernel[(programs,)](*moving, **named, **options(kind.dtype, arch))
         if not (CAN_PREPARE and isinstance(compiled, CompiledKernel) and is_plain(kernel)):
             return
         rest = (named[name] for name in kernel.arg_names[len(moving):])

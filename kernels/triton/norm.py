@@ -8,6 +8,7 @@ from ...passes import Pass
 from ...space import PARTIALS
 from .common import (
     ALGORITHM1,
+    BLOCK,
     EMA_SHARE,
     FULL,
     GRADIENT,
@@ -19,12 +20,17 @@ from .common import (
     PLAIN,
     SCALINGS,
     SIGMA,
+    SUMS,
     UNSCALED,
     WEIGHTS,
+    folded,
+    from_element,
+    in_fours,
     jit,
-    locate,
     pointer,
     read,
+    run_of_blocks,
+    share_of_blocks,
     weights,
     wide_pointer,
 )
@@ -63,21 +69,26 @@ def scaling(w, g, a, b, SCALING: tl.constexpr):
 
 
 @triton.jit
-def squares(w_ptr, g_ptr, saved, m, flat, offs, mask, a, b, inv_scale, sigma, lmbda, share,
+def squares(w, g, saved, m, flat, offs, mask, a, b, inv_scale, sigma, lmbda, share,
             MODE: tl.constexpr, SCALING: tl.constexpr, MASTERS: tl.constexpr):
-    """(T d)^2 and (T g)^2 of one block."""
-    g = read(g_ptr + offs, mask).to(tl.float32) * inv_scale
+    """(T d)^2 and (T g)^2 of one block, which lies at w, g and flat."""
+    g = read(g + offs, mask).to(tl.float32) * inv_scale
     old_m = g
     if MODE != PLAIN:
         old_m = read(m + flat + offs, mask)
     d, _ = direction(g, old_m, sigma, lmbda, share, MODE)
     if SCALING != UNSCALED:
-        w = g
+        w32 = g
         if SCALING != GRADIENT:
-            _, w = weights(w_ptr + offs, saved + flat + offs, mask, MASTERS)
-        T = scaling(w, g, a, b, SCALING)
+            _, w32, _ = weights(w + offs, saved + flat + offs, mask, MASTERS)
+        T = scaling(w32, g, a, b, SCALING)
         d, g = T * d, T * g
     return d * d, g * g
+
+
+def block_of(mode: str | None, scaling: str | None) -> int:
+    """Elements of K1's blocks: the less is read of each, the more are on their way at once."""
+    return 4 * BLOCK >> bool(mode) + bool(scaling)
 
 
 @jit
@@ -88,29 +99,36 @@ def norm_kernel(w_table, g_table, saved, m, partials, blocks, layout, scalings, 
     """partials[0, p] = sum of (T d)^2 over program p's blocks; with a mode, partials[1, p] = that
     of (T g)^2. Reads g, m (and w for ASAM)."""
     inv_scale = tl.load(control + INV_SCALE1)
-    along_d = tl.zeros((BLOCK,), tl.float32)
-    along_g = tl.zeros((BLOCK,), tl.float32)
-    for block in range(tl.program_id(0), n_blocks, tl.num_programs(0)):
-        slot, start, flat, length, group = locate(block, blocks, layout, BLOCK)
+    along_d = tl.zeros((SUMS,), tl.float32)
+    along_g = tl.zeros((SUMS,), tl.float32)
+    offs = tl.arange(0, BLOCK)
+    block, last = share_of_blocks(n_blocks)
+    while block < last:
+        slot, group, begin, flat, size, n = run_of_blocks(block, last, blocks, layout, BLOCK)
+        block += n
         g = tl.load(g_table + slot)
         if g != 0:
-            w = tl.load(w_table + slot)
+            w = from_element(tl.load(w_table + slot), begin, TYPE)
+            g = from_element(g, begin, G_TYPE)
             a, b = tl.load(scalings + 2 * slot), tl.load(scalings + 2 * slot + 1)
             row = hyper + group * HYPER
             sigma = tl.load(row + SIGMA)
             lmbda, share = tl.load(row + LMBDA), tl.load(row + EMA_SHARE)
-            offs = tl.arange(0, BLOCK)
-            if (length >= BLOCK) & ((w | g) % 16 == 0):
-                x, y = squares(wide_pointer(w, TYPE) + start, wide_pointer(g, G_TYPE) + start,
-                               saved, m, flat, offs, None, a, b, inv_scale, sigma, lmbda, share,
-                               MODE, SCALING, MASTERS)
-            else:
-                x, y = squares(pointer(w, TYPE) + start, pointer(g, G_TYPE) + start,
-                               saved, m, flat, offs, offs < length, a, b, inv_scale, sigma, lmbda,
+            fours = in_fours(size, w | g)
+            for i in range(0, fours, BLOCK):
+                x, y = squares(wide_pointer(w, TYPE) + i, wide_pointer(g, G_TYPE) + i, saved, m,
+                               flat + i, offs, offs < fours - i, a, b, inv_scale, sigma, lmbda,
                                share, MODE, SCALING, MASTERS)
-            along_d += x
-            if MODE != PLAIN:
-                along_g += y
+                along_d += folded(x, SUMS)
+                if MODE != PLAIN:
+                    along_g += folded(y, SUMS)
+            for i in range(fours, size, BLOCK):
+                x, y = squares(pointer(w, TYPE) + i, pointer(g, G_TYPE) + i, saved, m, flat + i,
+                               offs, offs < size - i, a, b, inv_scale, sigma, lmbda, share, MODE,
+                               SCALING, MASTERS)
+                along_d += folded(x, SUMS)
+                if MODE != PLAIN:
+                    along_g += folded(y, SUMS)
     tl.store(partials + tl.program_id(0), tl.sum(along_d))
     if MODE != PLAIN:
         tl.store(partials + PARTIALS + tl.program_id(0), tl.sum(along_g))
@@ -125,14 +143,15 @@ def norm_arguments(p: Pass) -> dict:
     space = p.space
     return dict(saved=space.saved, m=space.m, partials=space.partials, scalings=space.scalings,
                 MODE=MODES[space.kind.mode], SCALING=SCALINGS[p.scaling],
-                MASTERS=space.kind.masters, PARTIALS=PARTIALS)
+                MASTERS=space.kind.masters, PARTIALS=PARTIALS,
+                BLOCK=block_of(space.kind.mode, p.scaling))
 
 
 @triton.jit
-def products(g_ptr, m, flat, offs, mask, inv_scale, lmbda, share, MODE: tl.constexpr):
+def products(g, m, offs, mask, inv_scale, lmbda, share, MODE: tl.constexpr):
     """g m, g^2 and m^2 of one block, with the m that is projected with."""
-    g = read(g_ptr + offs, mask).to(tl.float32) * inv_scale
-    m = read(m + flat + offs, mask)
+    g = read(g + offs, mask).to(tl.float32) * inv_scale
+    m = read(m + offs, mask)
     if MODE == ALGORITHM1:
         m = lmbda * m + share * g
     return g * m, g * g, m * m
@@ -144,25 +163,32 @@ def dots_kernel(g_table, m, dots, blocks, layout, hyper, control, n_blocks,
                 BLOCK: tl.constexpr, PARTIALS: tl.constexpr):
     """dots[:, p] = the sums of g m, g^2 and m^2 over program p's blocks. Reads g, m."""
     inv_scale = tl.load(control + INV_SCALE1)
-    gm = tl.zeros((BLOCK,), tl.float32)
-    gg = tl.zeros((BLOCK,), tl.float32)
-    mm = tl.zeros((BLOCK,), tl.float32)
-    for block in range(tl.program_id(0), n_blocks, tl.num_programs(0)):
-        slot, start, flat, length, group = locate(block, blocks, layout, BLOCK)
+    gm = tl.zeros((SUMS,), tl.float32)
+    gg = tl.zeros((SUMS,), tl.float32)
+    mm = tl.zeros((SUMS,), tl.float32)
+    offs = tl.arange(0, BLOCK)
+    block, last = share_of_blocks(n_blocks)
+    while block < last:
+        slot, group, begin, flat, size, n = run_of_blocks(block, last, blocks, layout, BLOCK)
+        block += n
         g = tl.load(g_table + slot)
         if g != 0:
+            g = from_element(g, begin, G_TYPE)
             row = hyper + group * HYPER
             lmbda, share = tl.load(row + LMBDA), tl.load(row + EMA_SHARE)
-            offs = tl.arange(0, BLOCK)
-            if (length >= BLOCK) & (g % 16 == 0):
-                x, y, z = products(wide_pointer(g, G_TYPE) + start, m, flat, offs, None,
-                                   inv_scale, lmbda, share, MODE)
-            else:
-                x, y, z = products(pointer(g, G_TYPE) + start, m, flat, offs, offs < length,
-                                   inv_scale, lmbda, share, MODE)
-            gm += x
-            gg += y
-            mm += z
+            fours = in_fours(size, g)
+            for i in range(0, fours, BLOCK):
+                x, y, z = products(wide_pointer(g, G_TYPE) + i, m + flat + i, offs,
+                                   offs < fours - i, inv_scale, lmbda, share, MODE)
+                gm += folded(x, SUMS)
+                gg += folded(y, SUMS)
+                mm += folded(z, SUMS)
+            for i in range(fours, size, BLOCK):
+                x, y, z = products(pointer(g, G_TYPE) + i, m + flat + i, offs,
+                                   offs < size - i, inv_scale, lmbda, share, MODE)
+                gm += folded(x, SUMS)
+                gg += folded(y, SUMS)
+                mm += folded(z, SUMS)
     program = tl.program_id(0)
     tl.store(dots + program, tl.sum(gm))
     tl.store(dots + PARTIALS + program, tl.sum(gg))

@@ -24,11 +24,14 @@ from .common import (
     SKIPPED,
     STEP_TICKET,
     WEIGHT_DECAY,
+    from_element,
+    in_fours,
     is_last_program,
     jit,
-    locate,
     pointer,
     read,
+    run_of_blocks,
+    share_of_blocks,
     weights,
     wide_pointer,
 )
@@ -39,19 +42,25 @@ SGD, SGD_MOMENTUM, ADAM = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
 @triton.jit
-def sgd(w, g, v, flat, offs, mask, row, count, ok, HAS_MOMENTUM: tl.constexpr):
+def sgd(w, g, v, mask, hyper, count, ok, HAS_MOMENTUM: tl.constexpr):
     """torch.optim.SGD's update of w; stores v. What the reference branches on is data here, except
     whether there is a momentum buffer."""
-    g = g + tl.load(row + WEIGHT_DECAY) * w
+    lr, weight_decay, momentum, share, nesterov = hyper
+    g = g + weight_decay * w
     if HAS_MOMENTUM:
-        momentum, share = tl.load(row + MOMENTUM), tl.load(row + MOMENTUM_SHARE)
-        old_v = read(v + flat + offs, mask)
+        old_v = read(v, mask)
         new_v = tl.where(count == 0, g, momentum * old_v + share * g)
         has_momentum = momentum != 0
-        tl.store(v + flat + offs, tl.where(ok & has_momentum, new_v, old_v), mask)
-        ahead = tl.where(tl.load(row + NESTEROV) != 0, g + momentum * new_v, new_v)
+        tl.store(v, tl.where(ok & has_momentum, new_v, old_v), mask)
+        ahead = tl.where(nesterov != 0, g + momentum * new_v, new_v)
         g = tl.where(has_momentum, ahead, g)
-    return w - tl.load(row + LR) * g
+    return w - lr * g
+
+
+@triton.jit
+def sgd_hyper(row):
+    return (tl.load(row + LR), tl.load(row + WEIGHT_DECAY), tl.load(row + MOMENTUM),
+            tl.load(row + MOMENTUM_SHARE), tl.load(row + NESTEROV))
 
 
 @triton.jit
@@ -65,41 +74,55 @@ def one_less_power(log_beta, t):
 
 
 @triton.jit
-def adam(w, g, v, u, flat, offs, mask, row, count, ok):
+def adam(w, g, v, u, mask, hyper, ok):
     """torch.optim.Adam's update of w, AdamW's where decoupled; stores v and u."""
-    lr, weight_decay = tl.load(row + LR), tl.load(row + WEIGHT_DECAY)
-    decoupled = tl.load(row + DECOUPLED) != 0
-    g = g + tl.where(decoupled, 0.0, weight_decay) * w
-    w = w * (1.0 - tl.where(decoupled, lr * weight_decay, 0.0))
-    old_v, old_u = read(v + flat + offs, mask), read(u + flat + offs, mask)
-    new_v = tl.load(row + BETA1) * old_v + tl.load(row + BETA1_SHARE) * g
-    new_u = tl.load(row + BETA2) * old_u + tl.load(row + BETA2_SHARE) * g * g
-    tl.store(v + flat + offs, tl.where(ok, new_v, old_v), mask)
-    tl.store(u + flat + offs, tl.where(ok, new_u, old_u), mask)
-    t = (count + 1).to(tl.float32)
-    c1 = one_less_power(tl.load(row + LOG_BETA1), t)
-    c2 = one_less_power(tl.load(row + LOG_BETA2), t)
-    root = tl.sqrt_rn(tl.div_rn(new_u, c2)) + tl.load(row + EPS)
-    return w - tl.div_rn(tl.div_rn(lr, c1) * new_v, root)
+    decay, shrink, beta1, share1, beta2, share2, size, c2, eps = hyper
+    g = g + decay * w
+    w = w * shrink
+    old_v, old_u = read(v, mask), read(u, mask)
+    new_v = beta1 * old_v + share1 * g
+    new_u = beta2 * old_u + share2 * g * g
+    tl.store(v, tl.where(ok, new_v, old_v), mask)
+    tl.store(u, tl.where(ok, new_u, old_u), mask)
+    return w - tl.div_rn(size * new_v, tl.sqrt_rn(tl.div_rn(new_u, c2)) + eps)
 
 
 @triton.jit
-def update(w_ptr, g_ptr, saved, v, u, flat, offs, mask, inv_scale, row, count, ok,
+def adam_hyper(row, count):
+    """The weight decay of g, the factor of w, beta_i and 1 - beta_i, lr / (1 - beta1^t),
+    1 - beta2^t, and eps."""
+    lr, weight_decay = tl.load(row + LR), tl.load(row + WEIGHT_DECAY)
+    decoupled = tl.load(row + DECOUPLED) != 0
+    t = (count + 1).to(tl.float32)
+    c1 = one_less_power(tl.load(row + LOG_BETA1), t)
+    c2 = one_less_power(tl.load(row + LOG_BETA2), t)
+    return (tl.where(decoupled, 0.0, weight_decay),
+            1.0 - tl.where(decoupled, lr * weight_decay, 0.0),
+            tl.load(row + BETA1), tl.load(row + BETA1_SHARE),
+            tl.load(row + BETA2), tl.load(row + BETA2_SHARE),
+            tl.div_rn(lr, c1), c2, tl.load(row + EPS))
+
+
+@triton.jit
+def update(w, g, saved, v, u, flat, offs, mask, inv_scale, hyper, count, ok,
            CLIMBED: tl.constexpr, BASE: tl.constexpr, MASTERS: tl.constexpr, TYPE: tl.constexpr):
-    """The base optimizer's update of one block, from the saved w or the one at w_ptr."""
+    """The base optimizer's update of one block, which lies at w, g and flat, from the saved w or
+    the one at w."""
     if CLIMBED:
         old = read(saved + flat + offs, mask)
     else:
-        w_in, w32 = weights(w_ptr + offs, saved + flat + offs, mask, MASTERS)
+        w_in, w32, _ = weights(w + offs, saved + flat + offs, mask, MASTERS)
         old = w32 if MASTERS else w_in
-    w = old.to(tl.float32)
-    g = read(g_ptr + offs, mask).to(tl.float32) * inv_scale
+    w32 = old.to(tl.float32)
+    g = read(g + offs, mask).to(tl.float32) * inv_scale
     if BASE == ADAM:
-        new = adam(w, g, v, u, flat, offs, mask, row, count, ok)
+        new = adam(w32, g, v + flat + offs, u + flat + offs, mask, hyper, ok)
+    elif BASE == SGD_MOMENTUM:
+        new = sgd(w32, g, v + flat + offs, mask, hyper, count, ok, True)
     else:
-        new = sgd(w, g, v, flat, offs, mask, row, count, ok, BASE == SGD_MOMENTUM)
+        new = sgd(w32, g, v, mask, hyper, count, ok, False)
     stored = tl.where(ok, new.to(old.dtype), old)
-    tl.store(w_ptr + offs, stored.to(TYPE), mask)
+    tl.store(w + offs, stored.to(TYPE), mask)
     if MASTERS:
         tl.store(saved + flat + offs, stored, mask)
 
@@ -119,36 +142,43 @@ def step_kernel(w_table, g_table, climbed_table, saved, v, u, blocks, layout, hy
     ok = tl.load(control + FOUND_INF) == 0
     if PERTURBED:
         ok = ok & (tl.load(control + OK) != 0)
-    for block in range(tl.program_id(0), n_blocks, tl.num_programs(0)):
-        slot, start, flat, length, group = locate(block, blocks, layout, BLOCK)
-        w = tl.load(w_table + slot)
+    offs = tl.arange(0, BLOCK)
+    block, last = share_of_blocks(n_blocks)
+    while block < last:
+        slot, group, begin, flat, size, n = run_of_blocks(block, last, blocks, layout, BLOCK)
+        block += n
+        w = from_element(tl.load(w_table + slot), begin, TYPE)
         g = tl.load(g_table + slot)
         climbed = False
         if PERTURBED:
             climbed = tl.load(climbed_table + slot) != 0
-        offs = tl.arange(0, BLOCK)
-        mask = offs < length
         if g != 0:
+            g = from_element(g, begin, G_TYPE)
             row = hyper + group * HYPER
             count = tl.load(v_steps + slot)
-            wide = (length >= BLOCK) & ((w | g) % 16 == 0)
-            if wide & (climbed == PERTURBED):
-                update(wide_pointer(w, TYPE) + start, wide_pointer(g, G_TYPE) + start, saved, v, u,
-                       flat, offs, None, inv_scale, row, count, ok, PERTURBED, BASE, MASTERS,
-                       TYPE)
-            else:
-                w_ptr, g_ptr = pointer(w, TYPE) + start, pointer(g, G_TYPE) + start
+            h = adam_hyper(row, count) if BASE == ADAM else sgd_hyper(row)
+            fours = in_fours(size, w | g) if climbed == PERTURBED else 0
+            for i in range(0, fours, BLOCK):
+                update(wide_pointer(w, TYPE) + i, wide_pointer(g, G_TYPE) + i, saved, v, u,
+                       flat + i, offs, offs < fours - i, inv_scale, h, count, ok, PERTURBED, BASE,
+                       MASTERS, TYPE)
+            for i in range(fours, size, BLOCK):
                 if climbed:
-                    update(w_ptr, g_ptr, saved, v, u, flat, offs, mask, inv_scale, row, count, ok,
-                           True, BASE, MASTERS, TYPE)
+                    update(pointer(w, TYPE) + i, pointer(g, G_TYPE) + i, saved, v, u, flat + i,
+                           offs, offs < size - i, inv_scale, h, count, ok, True, BASE, MASTERS,
+                           TYPE)
                 else:
-                    update(w_ptr, g_ptr, saved, v, u, flat, offs, mask, inv_scale, row, count, ok,
-                           False, BASE, MASTERS, TYPE)
+                    update(pointer(w, TYPE) + i, pointer(g, G_TYPE) + i, saved, v, u, flat + i,
+                           offs, offs < size - i, inv_scale, h, count, ok, False, BASE, MASTERS,
+                           TYPE)
         elif climbed:
-            back = tl.load(saved + flat + offs, mask).to(TYPE)
-            tl.store(pointer(w, TYPE) + start + offs, back, mask)
+            for i in range(0, size, BLOCK):
+                mask = offs < size - i
+                back = read(saved + flat + i + offs, mask).to(TYPE)
+                tl.store(pointer(w, TYPE) + i + offs, back, mask)
+    skipped = tl.load(counters + SKIPPED)  # every thread reads, one writes: the barrier between
     if is_last_program(counters + STEP_TICKET):
-        tl.store(counters + SKIPPED, tl.load(counters + SKIPPED) + (ok == 0).to(tl.int32))
+        tl.store(counters + SKIPPED, skipped + (ok == 0).to(tl.int32))
         for i in range(0, n_slots, 128):
             slots = i + tl.arange(0, 128)
             mask = slots < n_slots

@@ -3,7 +3,8 @@
 One JSON object per line and variant: the bytes that one thread loads and stores in vector
 instructions, registers, stack, shared-memory loads and atomics. Runs without TRITON_INTERPRET.
 
-    python tests/backends/aot_compile.py                  every variant for every target
+    python tests/backends/aot_compile.py                  every variant for TARGETS, and a FEW more
+    python tests/backends/aot_compile.py --all            every variant for MORE_TARGETS too
     python tests/backends/aot_compile.py --without-hints  a few, with the alignment hints taken out
 """
 
@@ -18,6 +19,7 @@ from concurrent.futures import ProcessPoolExecutor
 from itertools import product
 from pathlib import Path
 
+import torch
 import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
@@ -42,7 +44,15 @@ CONSTANTS = {
     "step": [dict(BASE=base, PERTURBED=perturbed, MASTERS=masters)
              for base, perturbed, masters in product((0, 1, 2), (False, True), (False, True))],
 }
+FEW = {  # SAM, FisherSAM and Friendly-SAM in both conventions; SGD with momentum, and Adam
+    "dots": [dict(MODE=1)],
+    **{name: [dict(MODE=mode, SCALING=scaling, MASTERS=False)
+              for mode, scaling in ((0, 0), (0, 2), (1, 0), (2, 1))] for name in ("norm", "climb")},
+    "step": [dict(BASE=base, PERTURBED=True, MASTERS=base == 2) for base in (1, 2)]
+            + [dict(BASE=2, PERTURBED=True, MASTERS=False)],
+}
 TYPES = {"fp32": tl.float32, "bf16": tl.bfloat16, "fp16": tl.float16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -51,9 +61,21 @@ TARGETS = {
 }
 TYPES_OF = {"sm_80": ("fp32", "bf16"), "sm_90": ("fp32", "bf16", "fp16"),
             "sm_100": ("fp32", "bf16"), "gfx942": ("fp32", "bf16")}
+MORE_TARGETS = {"sm_89": GPUTarget("cuda", 89, 32), "sm_120": GPUTarget("cuda", 120, 32)}
+ALL_TARGETS = TARGETS | MORE_TARGETS
 MIXED = ("bf16/fp32", "fp32/bf16")  # weights and gradients
 INTEGERS = {"blocks": "*i32", "counters": "*i32", "m_steps": "*i32", "v_steps": "*i32",
             "layout": "*i64", "guard": "fp32", "noise_share": "fp32"}
+
+
+def block_of(name: str, constants: dict, element: str) -> int:
+    """As the launchers choose it."""
+    mode, scaling = constants.get("MODE"), constants.get("SCALING")
+    if name == "norm":
+        return norm.block_of(mode, scaling)
+    if name == "climb":
+        return climb.block_of(mode, scaling, DTYPES[element])
+    return common.BLOCK
 
 
 def plain(name: str) -> list[dict]:
@@ -82,7 +104,7 @@ def compile_variant(name: str, constants: dict, elements: str, target: str):
     """The compiled kernel, every pointer argument 16-byte aligned as torch allocates it."""
     kernel, (element, *others) = KERNELS[name], elements.split("/")
     constants = {**constants, "TYPE": TYPES[element], "G_TYPE": TYPES[(others or [element])[0]],
-                 "BLOCK": common.BLOCK}
+                 "BLOCK": block_of(name, constants, element)}
     if "PARTIALS" in kernel.arg_names:
         constants["PARTIALS"] = PARTIALS
     types = signature(kernel, element, constants)
@@ -90,13 +112,14 @@ def compile_variant(name: str, constants: dict, elements: str, target: str):
     aligned = {index[p.name]: [["tt.divisibility", 16]] for p in kernel.params
                if types[p.name][0] == "*" and not p.do_not_specialize_on_alignment}
     source = ASTSource(kernel, types, {index[k]: x for k, x in constants.items()}, aligned)
-    return triton.compile(source, target=TARGETS[target],
-                          options=options_for(target, common.OPTIONS))
+    target = ALL_TARGETS[target]
+    options = common.options(DTYPES[element], target.arch)
+    return triton.compile(source, target=target, options=options_for(target.backend, options))
 
 
-def options_for(target: str, options: dict) -> dict:
-    """The launch options as they are where `target` is: only NVIDIA's compiler takes maxnreg."""
-    return {k: x for k, x in options.items() if k != "maxnreg" or not target.startswith("gfx")}
+def options_for(backend: str, options: dict) -> dict:
+    """The launch options as they are there: only NVIDIA's compiler takes maxnreg."""
+    return {k: x for k, x in options.items() if k != "maxnreg" or backend == "cuda"}
 
 
 def nvidia(compiled) -> dict:
@@ -137,10 +160,11 @@ def row(job: tuple) -> dict:
     name, constants, elements, target = job
     compiled = compile_variant(name, constants, elements, target)
     measure = amd if target.startswith("gfx") else nvidia
-    threads = TARGETS[target].warp_size * common.WARPS
+    threads = ALL_TARGETS[target].warp_size * common.WARPS
     return dict(kernel=name, constants=constants, type=elements, target=target,
-                elements=common.BLOCK // threads, partials=PARTIALS // threads,
-                **measure(compiled))
+                elements=block_of(name, constants, elements.split("/")[0]) // threads,
+                partials=PARTIALS // threads, programs=common.PROGRAMS, threads=threads,
+                shared=compiled.metadata.shared, **measure(compiled))
 
 
 def main() -> None:
@@ -155,6 +179,10 @@ def main() -> None:
         jobs = [(name, constants, element, target) for name, variants in CONSTANTS.items()
                 for constants in variants for target in TARGETS for element in TYPES_OF[target]
                 if element != "fp32" or not constants.get("MASTERS")]
+        jobs += [(name, constants, element, target) for name in CONSTANTS
+                 for constants in (CONSTANTS if "--all" in sys.argv else FEW)[name]
+                 for target in MORE_TARGETS for element in ("fp32", "bf16")
+                 if element != "fp32" or not constants.get("MASTERS")]
         jobs += [(name, plain(name)[i], elements, "sm_90") for name in CONSTANTS for i in (0, -1)
                  for elements in MIXED]
         rows = ProcessPoolExecutor(2).map(row, jobs, chunksize=4)

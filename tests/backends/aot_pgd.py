@@ -42,7 +42,8 @@ def compile_form(name: str, form: str, element: str, target: str):
     index = {argument: (i,) for i, argument in enumerate(kernel.arg_names)}
     source = ASTSource(kernel, types, {index[k]: x for k, x in constants.items()},
                        {index[k]: [["tt.divisibility", 16]] for k in aligned})
-    return triton.compile(source, target=TARGETS[target], options=options_for(target, options))
+    return triton.compile(source, target=TARGETS[target],
+                          options=options_for(TARGETS[target].backend, options))
 
 
 def row(job: tuple[str, str, str, str]) -> dict:

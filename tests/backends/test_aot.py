@@ -16,7 +16,15 @@ pytest.importorskip("triton", reason="the kernels need Triton")
 
 ROOT = Path(__file__).parents[2]
 ITEM = {"fp32": 4, "bf16": 2, "fp16": 2}
-TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942", "sm_89", "sm_120")
+GPUS = {  # target: the smallest of those named: multiprocessors, threads and KB shared on each
+    "sm_80": ("A100", 108, 2048, 164),
+    "sm_89": ("RTX 4090", 128, 1536, 100),
+    "sm_90": ("H100 PCIe", 114, 2048, 228),
+    "sm_100": ("B200", 148, 2048, 228),
+    "sm_120": ("RTX 5090", 170, 1536, 100),
+}
+REGISTERS = 65536  # of a multiprocessor, given to warps in pieces of 256
 
 
 def compile_rows(*arguments: str) -> list[dict]:
@@ -73,7 +81,7 @@ def complaints(rows: list[dict], what) -> str:
 
 def test_every_variant_is_compiled_for_every_target(rows):
     counts = Counter((r["kernel"], r["target"], r["type"]) for r in rows)
-    for target in TARGETS:
+    for target in TARGETS[:4]:
         for element in ("fp32", "bf16") + (("fp16",) if target == "sm_90" else ()):
             with_masters = 1 if element == "fp32" else 2
             assert counts["dots", target, element] == 2
@@ -82,6 +90,17 @@ def test_every_variant_is_compiled_for_every_target(rows):
             assert counts["step", target, element] == 6 * with_masters
     for elements in ("bf16/fp32", "fp32/bf16"):
         assert [counts[k, "sm_90", elements] for k in ("dots", "norm", "climb", "step")] == 4 * [2]
+
+
+@pytest.mark.long
+def test_all_variants_for_all_targets():
+    rows = compile_rows("--all")
+    found = complaints(rows, missed) + complaints(rows, lambda r: r["stack"] and "spills")
+    nvidia = [r for r in rows if r["target"] in GPUS]
+    found += complaints(nvidia, lambda r: r["programs"] > resident(r) and "several waves")
+    assert len({str((r["kernel"], r["constants"], r["type"])) for r in rows
+                if r["target"] == "sm_120"}) == 2 * 2 + 3 * (9 + 9 + 6)
+    assert not found, found
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -104,15 +123,28 @@ def test_no_variant_spills_to_local_memory(rows, target):
     assert not found, found
 
 
-def test_registers_stay_within_what_the_memory_needs_on_sm_90(rows):
-    """104 (float32, SGD) leave room for four programs and a reserve per multiprocessor, 128 for
-    four: 512 threads with at least 64 bytes each on their way are 32 KB, where about 25 hide the
-    memory's latency."""
-    def limit(row):
-        return 104 if row["type"] == "fp32" and row["constants"].get("BASE") != 2 else 128
+def resident(row: dict) -> int:
+    """How many programs run at once on the smallest GPU of the row's target."""
+    _, multiprocessors, threads, kilobytes = GPUS[row["target"]]
+    warps = REGISTERS // (-(-32 * row["registers"] // 256) * 256)
+    return multiprocessors * min(warps * 32 // row["threads"], threads // row["threads"],
+                                 kilobytes * 1024 // (row["shared"] + 1024))
 
-    found = complaints([r for r in rows if r["target"] == "sm_90"],
-                       lambda r: r["registers"] > limit(r) and f"{r['registers']} registers")
+
+@pytest.mark.parametrize("target", GPUS)
+def test_every_launch_is_one_wave(rows, target):
+    found = complaints([r for r in rows if r["target"] == target],
+                       lambda r: r["programs"] > resident(r) and (
+                           f"{r['registers']} registers: {resident(r)} of {r['programs']} programs "
+                           f"run at once on {GPUS[target][0]}"))
+    assert not found, found
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_89", "sm_90"])
+def test_registers_are_at_most_80(rows, target):
+    """Six programs on a multiprocessor, with what they have on its way, hide its latency."""
+    found = complaints([r for r in rows if r["target"] == target],
+                       lambda r: r["registers"] > 80 and f"{r['registers']} registers")
     assert not found, found
 
 

@@ -1,0 +1,106 @@
+"""The compiled code gives the reference's bits where arithmetic leaves no choice, whatever the
+schedule, and touches nothing but the tensors it is given."""
+
+import pytest
+import torch
+
+from fastsam import ASAM, SAM, FisherSAM, FriendlySAM
+from fastsam.kernels import triton as kernels
+
+from .steps import BLOCK, Steps, gaps, normals, signs, untouched_around
+
+SIZES = [1, 17, BLOCK - 1, 3 * BLOCK, BLOCK + 1]
+METHODS = {
+    "sam": (SAM, {}),
+    "asam": (ASAM, dict(scale="weights")),
+    "fisher": (FisherSAM, dict(eta=0.5)),
+    "fsam": (FriendlySAM, dict(lmbda=0.5)),
+    "fsam-official": (FriendlySAM, dict(lmbda=0.5, convention="official")),
+    "fasam": (FriendlySAM, dict(adaptive=True)),
+    "fsam-cosine": (FriendlySAM, dict(projection="cosine")),
+}
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SGD = dict(base=torch.optim.SGD, momentum=0.75, weight_decay=0.5)
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    words = {2: torch.int16, 4: torch.int32}[a.element_size()]
+    return a.dtype == b.dtype and torch.equal(a.view(words), b.view(words))
+
+
+def equal(a: list, b: list) -> bool:
+    return len(a) == len(b) and all(same_bits(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("dtype, masters", [
+    (torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True),
+    (torch.float16, False), (torch.float16, True)], ids=str)
+@pytest.mark.parametrize("name", ["sam", "fsam", "fsam-official"])
+def test_the_reference_s_bits_where_the_norm_is_exact(executed, name, dtype, masters):
+    """All but the norm's sum rounds once per operation, in the reference's order."""
+    cls, own = METHODS[name]
+    sizes = [4, 60, BLOCK]
+
+    def course(backend):
+        steps = Steps(normals(sizes, dtype), backend, cls, **own, **SGD, master_weights=masters)
+        return steps.run(sizes, steps=1, draw=signs)
+
+    assert equal(course("triton"), course("reference"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("base", [SGD, dict(base=torch.optim.AdamW, lr=1e-2)],
+                         ids=["sgd", "adamw"])
+@pytest.mark.parametrize("name", METHODS)
+def test_nothing_but_the_tensors_elements_is_touched(executed, name, base, dtype):
+    cls, own = METHODS[name]
+    steps = Steps(normals(SIZES, dtype), "triton", cls, **own, **base, offset=0)
+    executed.gaps += gaps(steps.opt)
+    seen = steps.run(SIZES, steps=1)
+    executed.gaps[:] = gaps(steps.opt)  # the base optimizer's state is there now
+    seen += steps.run(SIZES, steps=1)
+    assert all(x.isfinite().all() for x in seen)
+    assert all(untouched_around(p) for p in steps.params)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("offset", [1, 2])
+def test_neither_is_it_from_misaligned_tensors(executed, offset, dtype):
+    sizes = [BLOCK + 5, 2 * BLOCK]
+    steps = Steps(normals(sizes, dtype), offset=offset, **SGD)
+    plain = Steps(normals(sizes, dtype), "reference", offset=offset, **SGD)
+    executed.gaps += gaps(steps.opt)
+    for course in (steps, plain):
+        course.climb(signs(sizes, dtype, 1), 3)
+        course.step(signs(sizes, dtype, 2), offset)
+    assert all(untouched_around(p) for p in steps.params)
+    close = {torch.float32: 1e-6, torch.bfloat16: 1e-2}[dtype]
+    for ours, theirs in zip(steps.tensors(), plain.tensors(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=close, atol=close)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_the_schedule_changes_no_bit(executed, dtype):
+    """Warps as one, or one by one in an order drawn anew each time."""
+    sizes = [BLOCK + 5, 40]
+
+    def course():
+        return Steps(normals(sizes, dtype), **SGD).run(sizes, steps=1)
+
+    expected = course()
+    executed.together = False
+    try:
+        assert all(equal(course(), expected) for _ in range(2))
+    finally:
+        executed.together = True
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_pgd_s_kernels_touch_their_images_alone(executed, dtype):
+    """The last block and the last row are partial ones."""
+    for step in (kernels.linf_step, kernels.l2_step):
+        x, g = torch.rand(3, 1031).to(dtype), torch.randn(3, 1031).to(dtype)
+        x_adv = x.clone()
+        step(x_adv, g, x, 0.1, 0.05)
+        assert x_adv.isfinite().all() and not torch.equal(x_adv, x)
+    assert {name for name, _ in executed.traffic} == {"linf_kernel", "l2_kernel"}

@@ -1,0 +1,47 @@
+"""The compiled kernels, executed instruction by instruction on the CPU, for two targets.
+
+In processes of their own: this one has told Triton to interpret. tests/helpers/ptx says what is
+checked of every launch; tests/backends/executed holds what only executed code can show, and the
+kernels' own tests run on it unchanged.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="the kernels need Triton")
+
+ROOT = Path(__file__).parents[2]
+TARGETS = ("sm_80", "sm_90")
+# of the kernels' own tests, those that meet every kernel, type and path
+SOME = "every_method or adam_and_adamw or masters_of_16 or misaligned_gradients or several_blocks"
+
+
+def run(*arguments: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "tests.helpers.ptx.plugin", "-p", "no:xdist", "-q",
+         "-p", "no:cacheprovider", *arguments], cwd=ROOT, capture_output=True, text=True,
+        env={k: x for k, x in os.environ.items() if not k.startswith("PYTEST")})
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout and "skipped" not in done.stdout.splitlines()[-1]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_executed_code(target):
+    run("--target", target, "tests/backends/executed")
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_kernels_executed(target):
+    run("--target", target, "tests/backends/test_kernels.py", "-k", SOME)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("schedule", [(), ("--alone",)], ids=["together", "alone"])
+@pytest.mark.parametrize("target", TARGETS)
+def test_all_kernel_tests_executed(target, schedule):
+    run("--target", target, *schedule, "tests/backends/test_kernels.py",
+        "tests/backends/test_pgd_kernels.py")
