@@ -17,6 +17,7 @@ from . import distributed, state_dict
 from .checks import check_group, refuse_shared, refuse_twice, refuse_unfused, refuse_unusable
 from .choose import choose
 from .hyper import Hyper, hyper_row, scaling_of
+from .memory import Memory
 from .passes import Climb, Pass
 from .space import NOWHERE, Kind, Slot, Space, Tables, is_dense, local, same_layout, upload
 
@@ -69,6 +70,15 @@ class Values(NamedTuple):
     scaling: list[str | None]
 
 
+class Last(NamedTuple):
+    """A pass that was read, without its gradients, and what it was read from."""
+
+    memory: Memory
+    values: Values
+    tables: Tables
+    read: Pass
+
+
 class Layout:
     """The spaces of an optimizer's parameters, the backend that serves them, and what was last
     seen of groups, state and memory.
@@ -84,7 +94,6 @@ class Layout:
     def __init__(self, traits: Traits, groups: Sequence[Group]):
         self.traits = traits
         self.members = [list(group["params"]) for group in groups]
-        self.ids = [[*map(id, params)] for params in self.members]
         refuse_twice(self.params)
         kinds: dict[tuple, list] = {}
         for i, group in enumerate(groups):
@@ -108,7 +117,7 @@ class Layout:
         self.values: Values | None = None
         self._brought: list[list | None] = [None] * len(self.spaces)
         self._set = set[tuple[int, str]]()  # cells that are not at their neutral value
-        self._last: dict[tuple[int, bool], tuple] = {}
+        self._last: dict[tuple[int, bool], Last] = {}
         self._state: tuple = (None, [])
         self._plain = [all(type(p) in (Tensor, torch.nn.Parameter) for p in space.params)
                        for space in self.spaces]
@@ -119,7 +128,9 @@ class Layout:
 
     def has(self, groups: Sequence[Group]) -> bool:
         """Whether the groups have the parameters that this is a layout of, in the same places."""
-        return [[*map(id, group["params"])] for group in groups] == self.ids
+        return len(groups) == len(self.members) and all(
+            len(group["params"]) == len(params) and all(map(is_, group["params"], params))
+            for group, params in zip(groups, self.members, strict=True))
 
     # ---- the groups' values
 
@@ -271,11 +282,10 @@ class Layout:
         space, values = self.spaces[i], self.values
         grads: list[Tensor | None] = [p.grad for p in space.params]
         takes_part = values.perturb[i] if first else None
-        facts = facts_of(space.params, grads) if self._plain[i] else None
-        last_facts, last_values, last_tables, last = self._last.get((i, first), (None,) * 4)
-        if facts is not None and facts == last_facts and (
-                values is last_values and tables is last_tables):
-            return last._replace(g=only(takes_part, grads))
+        last = self._last.get((i, first))
+        if last is not None and last.values is values and last.tables is tables and (
+                last.memory.is_as_seen(space.params, grads)):
+            return last.read._replace(g=only(takes_part, grads))
         with torch.no_grad():
             w = [local(p) for p in space.params]
             if not all(map(lies_as, w, space.slots)):
@@ -286,14 +296,16 @@ class Layout:
             read = [None if g is None else readable(slot, g)
                     for slot, g in zip(space.slots, grads, strict=True)]
             read, dtype = in_one_dtype(read, space.kind.acc)
-        is_read = all(map(is_, read, grads))
+        self._last.pop((i, first), None)
+        is_read = self._plain[i] and all(map(is_, read, grads))
         read = only(takes_part, read)
         p = Pass(space, w, read, dtype, values.rows, values.scaling[i], values.ab[i], None,
                  tables.bring("w", addresses),
                  tables.bring("g1" if first else "g2",
                               [0 if g is None else g.data_ptr() or NOWHERE for g in read]))
-        self._last[i, first] = (facts if is_read else None, values, tables,
-                                p._replace(g=[]) if is_read else None)
+        if is_read:
+            self._last[i, first] = Last(Memory(space.params, grads), values, tables,
+                                        p._replace(g=[]))
         return p
 
 
@@ -303,18 +315,6 @@ def only(takes_part: Sequence[bool] | None, grads: Sequence[Tensor | None],
     if takes_part is None or all(takes_part):
         return grads
     return [g if taken else None for g, taken in zip(grads, takes_part, strict=True)]
-
-
-def facts_of(params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> tuple | None:
-    """What a pass depends on of plain parameters' and gradients' memory; None where one is
-    sparse."""
-    there = [g for g in grads if g is not None]
-    if any([g.layout is not torch.strided for g in there]):
-        return None
-    return ([p.data_ptr() for p in params], [p.stride() for p in params],
-            [p.numel() for p in params], [p.dtype for p in params],
-            [0 if g is None else g.data_ptr() or NOWHERE for g in grads],
-            [g.stride() for g in there], [g.dtype for g in there], [g.is_neg() for g in there])
 
 
 def is_constant(x: Any) -> bool:

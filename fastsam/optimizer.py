@@ -1,6 +1,6 @@
 """The torch optimizer: parameter groups, the two-phase step, closures and state."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, overload
 
@@ -275,7 +275,6 @@ class SAM(Optimizer):
         return [p._replace(rows=[row._replace(sigma=row.sigma * to(c, p.space)) for row in p.rows])
                 for p in passes]
 
-    @torch.no_grad()
     def second_step(self, zero_grad: bool = False) -> None:
         """Return to w and let the base optimizer update it with the gradients in `.grad`.
 
@@ -671,9 +670,9 @@ def go_back(climbs: Sequence[Climb]) -> None:
                 local(slot.param).copy_(slot.saved)
 
 
-def announce(changed: Iterable[Tensor]) -> None:
+def announce(changed: Collection[Tensor]) -> None:
     """Tell autograd and autocast, which do not see all writes, of new weights."""
-    torch.autograd.graph.increment_version(list(changed))
+    torch.autograd.graph.increment_version(changed)
     torch.clear_autocast_cache()
 
 
@@ -682,9 +681,11 @@ def moved(climbs: Sequence[Climb]) -> list[Tensor]:
             for slot, moved in zip(climb.space.slots, climb.moved, strict=True) if moved]
 
 
-def written(passes: Sequence[Pass], climbs: Sequence[Climb | None]) -> Iterator[Tensor]:
+def written(passes: Sequence[Pass], climbs: Sequence[Climb | None]) -> list[Tensor]:
     """The weights that a step writes: those with a gradient, and those that climbed."""
+    changed: list[Tensor] = []
     for p, climb in zip(passes, climbs, strict=True):
-        others = climb.moved if climb else [False] * len(p.w)
-        yield from (w for w, g, climbed in zip(p.w, p.g, others, strict=True)
-                    if climbed or g is not None)
+        climbed = climb.moved if climb else [False] * len(p.w)
+        changed += p.w if all(climbed) else [
+            w for w, g, moved in zip(p.w, p.g, climbed, strict=True) if moved or g is not None]
+    return changed
