@@ -46,6 +46,29 @@ def check_number(group: dict[str, Any], name: str, low: float, high: float, want
         raise ValueError(f"{name}={x} is out of range: use {wanted}")
 
 
+def check_containers(groups: Sequence[dict[str, Any]]) -> None:
+    """Refuse groups that are no dicts, and parameters that can be walked once only."""
+    for group in groups:
+        if not isinstance(group, dict):
+            raise ValueError(f"a parameter group is a {type(group).__name__}: use a dict, or "
+                             "add_param_group")
+        if not isinstance(group.get("params"), (list, tuple)):
+            raise ValueError(f"a group's 'params' is a {type(group.get('params')).__name__}: use "
+                             "a list of parameters")
+
+
+def names_of(group: dict[str, Any]) -> Sequence[str | None]:
+    """The names of a group's parameters. Names that do not keep up with the parameters are none,
+    as nothing but ASAM's weights asks for them."""
+    params, names = group["params"], group.get("param_names") or []
+    if len(names) == len(params):
+        return names
+    if names and group.get("scale") == "weights":
+        raise ValueError(f"a group's 'param_names' has {len(names)} names for {len(params)} "
+                         "parameters, and scale='weights' goes by names: change both lists")
+    return [None] * len(params)
+
+
 def check_options(interval: int, start: int, masters: bool, fused: str | None, base: type) -> None:
     """Refuse options of the constructor that are out of range, by name and value."""
     if not isinstance(interval, Integral) or interval < 1:
@@ -92,6 +115,8 @@ def check_base(kind: object, own: type, kwargs: dict[str, Any]) -> None:
 
 def refuse_unusable(p: Tensor) -> None:
     """Refuse parameters that have no plain memory of real numbers of their own."""
+    if not isinstance(p, Tensor):
+        raise ValueError(f"a group's 'params' has a {type(p).__name__} in it: use parameters")
     if is_lazy(p):
         raise ValueError("a parameter of a lazy module has no shape yet: run a forward pass of "
                          "the model before the optimizer is built")
@@ -103,6 +128,9 @@ def refuse_unusable(p: Tensor) -> None:
         raise ValueError(f"a parameter of shape {tuple(p.shape)} is a {type(p).__name__} with "
                          f"layout {p.layout} on {p.device}: SAM takes plain dense tensors and "
                          "DTensors")
+    if not (p.is_leaf or p.retains_grad):
+        raise ValueError(f"a parameter of shape {tuple(p.shape)} is the result of a computation: "
+                         "no gradient comes to it; use the leaf, such as an nn.Parameter")
 
 
 def refuse_twice(params: Sequence[Tensor]) -> None:

@@ -14,14 +14,13 @@ import torch
 from torch import Tensor
 
 from . import distributed, state_dict
-from .checks import check_group, refuse_shared, refuse_twice, refuse_unfused, refuse_unusable
+from .checks import check_group, names_of, refuse_shared, refuse_twice, refuse_unfused, refuse_unusable
 from .choose import choose
 from .hyper import Hyper, hyper_row, scaling_of
 from .passes import Climb, Pass
 from .space import NOWHERE, Kind, Slot, Space, Tables, is_dense, local, same_layout, upload
 
 Group = dict[str, Any]
-OWN_KEYS = ("rho", "adaptive", "perturb", "sigma", "lmbda", "eta", "scale")
 BASE_KEYS = {None: (),
              "sgd": ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize",
                      "differentiable"),
@@ -40,6 +39,7 @@ class Traits(NamedTuple):
         masters: whether 16-bit parameters get float32 masters.
         scales_with: what an adaptive group's T depends on, "weights" or "gradient".
         backend: the one that was asked for, or None.
+        keys: the group keys that are SAM's own.
     """
 
     mode: str | None
@@ -48,6 +48,7 @@ class Traits(NamedTuple):
     masters: bool
     scales_with: str
     backend: str | None
+    keys: tuple[str, ...]
 
 
 class Values(NamedTuple):
@@ -84,12 +85,15 @@ class Layout:
     def __init__(self, traits: Traits, groups: Sequence[Group]):
         self.traits = traits
         self.members = [list(group["params"]) for group in groups]
+        if not self.params:
+            raise ValueError("the groups have no parameters: an optimizer needs one at least")
+        self.keys = itemgetter(*traits.keys, *BASE_KEYS[traits.base])
+        self._seen(groups)
         self.ids = [[*map(id, params)] for params in self.members]
         refuse_twice(self.params)
         kinds: dict[tuple, list] = {}
         for i, group in enumerate(groups):
-            names = group.get("param_names") or [None] * len(group["params"])
-            for p, name in zip(group["params"], names, strict=True):
+            for p, name in zip(group["params"], names_of(group), strict=True):
                 refuse_unusable(p)
                 key = p.device, p.dtype, distributed.shards_of(p)
                 kinds.setdefault(key, []).append((p, name, i))
@@ -103,13 +107,12 @@ class Layout:
         self.backend, self.report = choose(traits.backend, self.spaces)
         self.shown = state_dict.Shown(self.spaces)
         self.tables = [Tables(space) for space in self.spaces]
-        self.keys = itemgetter(*(key for key in OWN_KEYS if key in groups[0]),
-                               *BASE_KEYS[traits.base])
         self.values: Values | None = None
         self._brought: list[list | None] = [None] * len(self.spaces)
         self._set = set[tuple[int, str]]()  # cells that are not at their neutral value
         self._last: dict[tuple[int, bool], tuple] = {}
         self._state: tuple = (None, [])
+        self.containers: tuple = (groups, None)  # of groups and state, as they were last seen
         self._plain = [all(type(p) in (Tensor, torch.nn.Parameter) for p in space.params)
                        for space in self.spaces]
 
@@ -132,11 +135,7 @@ class Layout:
         Raises:
             ValueError: a value that is refused; nothing has changed then.
         """
-        try:
-            seen = [*chain.from_iterable(map(self.keys, groups))]
-        except KeyError as error:
-            raise ValueError(f"a parameter group lacks {error}: add groups with "
-                             "add_param_group, which fills the defaults in") from None
+        seen = self._seen(groups)
         old = self.values
         same = old is not None and len(seen) == len(old.seen) and all(map(is_, seen, old.seen))
         if same and not old.volatile:
@@ -154,6 +153,13 @@ class Layout:
             if old is None or self.values.ab[i] != old.ab[i]:
                 upload(self.values.ab[i], space.scalings)
         return True
+
+    def _seen(self, groups: Sequence[Group]) -> list[Any]:
+        try:
+            return [*chain.from_iterable(map(self.keys, groups))]
+        except KeyError as error:
+            raise ValueError(f"a parameter group lacks {error}: add groups with "
+                             "add_param_group, which fills the defaults in") from None
 
     def _look_at(self, groups: Sequence[Group]) -> None:
         for group in groups:

@@ -11,7 +11,7 @@ from typing_extensions import Self
 
 from . import distributed, foreign, micro_batches
 from . import state_dict as saving
-from .checks import check_base, check_group, check_options, refuse_unfused
+from .checks import check_base, check_containers, check_group, check_options, refuse_unfused
 from .grad_scaler import inverse_scale, report_overflow
 from .layout import Layout, Traits
 from .passes import Climb, Pass
@@ -81,11 +81,13 @@ class SAM(Optimizer):
         if wrapped and (kwargs or params is not base_optimizer.param_groups):
             raise TypeError(f"an existing {kind.__name__} has its parameters and arguments: "
                             f"use {type(self).__name__}.wrap(optimizer, rho=...)")
-        own = {**own, "perturb": True, "sam_steps": 0}
+        own = {**own, "perturb": True}
+        keys = tuple(own)
+        own["sam_steps"] = 0
         check_group(own)
         fused = FUSED.get(kind)
         check_options(interval, start, master_weights, fused, kind)
-        self._traits = Traits(mode, projection, fused, master_weights, scales_with, backend)
+        self._traits = Traits(mode, projection, fused, master_weights, scales_with, backend, keys)
         self._interval, self._start = interval, start
         self._phase = Phase()
         self._built = False
@@ -134,7 +136,7 @@ class SAM(Optimizer):
             check_group(self.param_groups[-1])
             return
         self._phase.need(False, "add_param_group")
-        merged = {**self.defaults, **param_group, "sam_steps": self.param_groups[0]["sam_steps"]}
+        merged = {**self.defaults, **param_group, "sam_steps": self._steps()}
         check_group(merged)
         if self._traits.base:
             refuse_unfused([merged])
@@ -157,6 +159,7 @@ class SAM(Optimizer):
         """
         phase = self._phase
         self._join_containers()
+        check_containers(self.param_groups)
         layout = phase.layout
         if layout is None or not layout.has(self.param_groups):
             phase.need(False, "changing the groups' parameters")
@@ -166,6 +169,7 @@ class SAM(Optimizer):
         if phase.perturbed and self._traits.masters and layout.is_edited(self.state):
             phase.need(False, "changing the state of float32 masters")
         layout.follow_state(self.state)
+        layout.containers = self.param_groups, self.state
         return layout
 
     def _lay_out(self) -> Layout:
@@ -184,10 +188,15 @@ class SAM(Optimizer):
     def _join_containers(self) -> None:
         """Someone may have replaced the groups or the state of one of the two optimizers, who
         share them; a fused base has no state."""
-        base = self.base_optimizer
+        base, layout = self.base_optimizer, self._phase.layout
+        groups, state = layout.containers if layout is not None else (None, None)
         if base.param_groups is not self.param_groups:
+            if self.param_groups is groups:
+                self.param_groups = base.param_groups
             base.param_groups = self.param_groups
         if not self._traits.base and base.state is not self.state:
+            if self.state is state:
+                self.state = base.state
             base.state = self.state
 
     def _read(self, first: bool, inverse: Tensor | None) -> list[Pass]:
@@ -382,8 +391,9 @@ class SAM(Optimizer):
             self._fused_step(grad_scale, found_inf)
         else:
             self._foreign_step(grad_scale, found_inf)
+        steps = self._steps() + 1
         for group in self.param_groups:
-            group["sam_steps"] = group.get("sam_steps", 0) + 1
+            group["sam_steps"] = steps
 
     def _fused_step(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         phase = self._phase
@@ -485,7 +495,13 @@ class SAM(Optimizer):
     # ---- what can be asked
 
     def _parameters(self) -> list[Tensor]:
+        check_containers(self.param_groups)
         return [p for group in self.param_groups for p in group["params"]]
+
+    def _steps(self) -> int:
+        """How many steps were taken; a group that someone else made may not know."""
+        check_containers(self.param_groups)
+        return max((group.get("sam_steps", 0) for group in self.param_groups), default=0)
 
     @property
     def spaces(self) -> tuple[Space, ...]:
@@ -502,7 +518,7 @@ class SAM(Optimizer):
     def climbs_next(self) -> bool:
         """Whether the coming step climbs, by `interval` and `start`. A loop of its own calls
         first_step, and computes the gradients again, only then; else `step()` alone."""
-        past = self.param_groups[0].get("sam_steps", 0) - self._start
+        past = self._steps() - self._start
         return past >= 0 and past % self._interval == 0
 
     @property

@@ -35,7 +35,8 @@ class Phase:
         watch: of rounding.
         skipped: the skips that a copied or unpickled optimizer had before.
         plain: how many steps went by without a climb that was due, before the first climb.
-        witness: a first-pass gradient and its version, to notice that no second one came.
+        witness: a parameter, its first-pass gradient and that one's version, to notice that no
+            second one came.
         warned: what has been warned of.
     """
 
@@ -49,7 +50,7 @@ class Phase:
     watch: RoundingWatch = field(default_factory=RoundingWatch)
     skipped: int = 0
     plain: int | None = 0
-    witness: tuple[Tensor, int] | None = None
+    witness: tuple[Tensor, Tensor, int] | None = None
     warned: set[str] = field(default_factory=set)
 
     def need(self, perturbed: bool, call: str) -> None:
@@ -95,14 +96,14 @@ class Phase:
 
     def keep_witness(self, params: Sequence[Tensor]) -> None:
         """Remember a first gradient that stays in `.grad`."""
-        g = params[-1].grad
-        self.witness = None if g is None else (g, g._version)
+        p, g = params[-1], params[-1].grad
+        self.witness = None if g is None or g.is_inference() else (p, g, g._version)
 
     def look_for_second_pass(self, params: Sequence[Tensor]) -> None:
         """Say so where no gradients were computed after the climb."""
         if self.witness is not None:
-            g, version = self.witness
-            if params[-1].grad is g and g._version == version:
+            p, g, version = self.witness
+            if p.grad is g and g._version == version:
                 self.warn("second pass", "second_step with the gradients of the first pass: "
                           "compute the loss and call backward again after first_step")
         elif all(p.grad is None for p in params):
