@@ -14,7 +14,14 @@ import torch
 from torch import Tensor
 
 from . import distributed, state_dict
-from .checks import check_group, names_of, refuse_shared, refuse_twice, refuse_unfused, refuse_unusable
+from .checks import (
+    check_group,
+    names_of,
+    refuse_shared,
+    refuse_twice,
+    refuse_unfused,
+    refuse_unusable,
+)
 from .choose import choose
 from .hyper import Hyper, hyper_row, scaling_of
 from .passes import Climb, Pass
@@ -113,6 +120,9 @@ class Layout:
         self._last: dict[tuple[int, bool], tuple] = {}
         self._state: tuple = (None, [])
         self.containers: tuple = (groups, None)  # of groups and state, as they were last seen
+        self._buffers = [t for space in self.spaces for slot in space.slots
+                         for t in (slot.m, slot.v, slot.u) if t is not None]
+        self._addresses = [t.data_ptr() for t in self._buffers]
         self._plain = [all(type(p) in (Tensor, torch.nn.Parameter) for p in space.params)
                        for space in self.spaces]
 
@@ -200,6 +210,8 @@ class Layout:
         Raises:
             ValueError: a tensor that does not fit its parameter; nothing has changed then.
         """
+        if not isinstance(state, dict):
+            raise ValueError(f"the state is a {type(state).__name__}: use a dict of parameters")
         if not self._is_as_seen(state):
             changed = self.shown.missing(state)
             if changed:
@@ -209,6 +221,10 @@ class Layout:
     def is_edited(self, state: dict[Tensor, Any]) -> bool:
         """Whether the state has something else than what is shown there."""
         return not self._is_as_seen(state) and bool(self.shown.missing(state))
+
+    def has_its_memory(self) -> bool:
+        """Whether the averages and momenta are still in the buffers: `.data = ...` moves them."""
+        return [t.data_ptr() for t in self._buffers] == self._addresses
 
     def show(self, state: dict[Tensor, Any], stepped: Collection[Tensor] = ()) -> None:
         """Put the slots' tensors into the state (see `Shown.put`), and remember it."""

@@ -164,7 +164,7 @@ class SAM(Optimizer):
         if layout is None or not layout.has(self.param_groups):
             phase.need(False, "changing the groups' parameters")
             layout = self._lay_out()
-        while not layout.follow_values(self.param_groups):
+        while not (layout.follow_values(self.param_groups) and layout.has_its_memory()):
             layout = self._lay_out()
         if phase.perturbed and self._traits.masters and layout.is_edited(self.state):
             phase.need(False, "changing the state of float32 masters")
@@ -620,13 +620,15 @@ class SAM(Optimizer):
         params = self._parameters()
         states = [state_dict["state"].get(i, {}) for g in groups for i in g["params"]]
         for p, entry in zip(params, states, strict=False):
-            saving.check_entry(p, entry)
+            saving.check_entry(p, entry, self._traits.base)
         state_dict = {**state_dict, "param_groups": groups}
         containers = self.param_groups, self.state
         super().load_state_dict({**state_dict, "state": {}})
         entries = dict(zip(params, states, strict=True))
         if self._traits.base:
             self.state.update((p, saving.without_published(x)) for p, x in entries.items() if x)
+            ids = {i for g in groups for i in g["params"]}
+            self.state.update((k, x) for k, x in state_dict["state"].items() if k not in ids)
         else:
             self.param_groups, self.state = foreign.load(
                 self.base_optimizer, state_dict, self._shared)

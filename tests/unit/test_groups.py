@@ -171,7 +171,7 @@ def test_the_average_follows_its_parameter(backend):
     m = {p: opt.state[p]["ema"].clone() for p in pair.ours.members()}
     pair.both(exchange_between_groups)
     pair.both(append)
-    opt.spaces  # noqa: B018: it is followed here
+    assert len(opt.spaces) == 1  # followed here
     for p in params[:4]:
         assert torch.equal(opt.state[p]["ema"], m[p])
     assert not opt.state[params[4]]["ema"].any() and int(opt.state[params[4]]["ema_steps"]) == 0
@@ -326,7 +326,8 @@ REFUSED = {
     over_the_same_memory: "share memory", a_generator: "params.*generator",
     an_iterator: "params.*list_iterator", one_tensor: "params.*Parameter",
     nothing: "params.*NoneType", no_tensor: "tuple", complex_numbers: "complex64",
-    result_of_a_computation: "result of a computation", integers: "int64", uninitialized: "lazy", no_params: "'params'",
+    result_of_a_computation: "of a computation", integers: "int64",
+    uninitialized: "lazy", no_params: "'params'",
     a_group_without_rho: "'rho'", a_group_without_anything: "lacks",
     a_group_with_a_bad_rho: "rho=-1.0", a_group_that_is_none: "list",
     no_groups: "no parameters", groups_without_parameters: "no parameters",
