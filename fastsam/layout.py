@@ -33,6 +33,7 @@ BASE_KEYS = {None: (),
                      "differentiable"),
              "adam": ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize",
                       "differentiable", "decoupled_weight_decay")}
+PLAIN = {Tensor, torch.nn.Parameter}
 NUMBERS = (int, float, bool, str, type(None))
 
 
@@ -75,6 +76,11 @@ class Values(NamedTuple):
     perturb: list[list[bool]]
     ab: list[list[tuple[float, float]]]
     scaling: list[str | None]
+
+    def numbers(self) -> list:
+        """What the backends branch on, without waiting for a device."""
+        return [[[None if isinstance(x, Tensor) else x for x in row] for row in self.rows],
+                self.perturb, self.ab]
 
 
 class Layout:
@@ -123,7 +129,7 @@ class Layout:
         self._buffers = [t for space in self.spaces for slot in space.slots
                          for t in (slot.m, slot.v, slot.u) if t is not None]
         self._addresses = [t.data_ptr() for t in self._buffers]
-        self._plain = [all(type(p) in (Tensor, torch.nn.Parameter) for p in space.params)
+        self._plain = [PLAIN.issuperset(map(type, space.params))
                        for space in self.spaces]
 
     @property
@@ -156,7 +162,7 @@ class Layout:
             return False
         values = self._read_values(groups, seen)
         self._bring(values.rows)
-        if same and values == old:  # tensors, which the kernels read from the table
+        if same and values.numbers() == old.numbers():  # tensors are read from the table
             return True
         self.values = values
         for i, space in enumerate(self.spaces):
@@ -307,7 +313,7 @@ class Layout:
             if not all(map(lies_as, w, space.slots)):
                 return None
             addresses = [t.data_ptr() or NOWHERE for t in w]
-            if tables.held("w") != addresses:
+            if tables.held("w") != addresses or not space.dense:
                 refuse_shared(self.params)
             read = [None if g is None else readable(slot, g)
                     for slot, g in zip(space.slots, grads, strict=True)]
@@ -324,14 +330,16 @@ class Layout:
 
 def facts_of(params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> tuple | None:
     """What a pass depends on of plain parameters' and gradients' memory; None where one is
-    sparse."""
+    something else."""
     there = [g for g in grads if g is not None]
-    if any([g.layout is not torch.strided for g in there]):
+    if not PLAIN.issuperset(map(type, there)) or any([
+            g.layout is not torch.strided for g in there]):
         return None
     return ([p.data_ptr() for p in params], [p.stride() for p in params],
-            [p.numel() for p in params], [p.dtype for p in params],
+            [p.shape for p in params], [p.dtype for p in params],
             [0 if g is None else g.data_ptr() or NOWHERE for g in grads],
-            [g.stride() for g in there], [g.dtype for g in there], [g.is_neg() for g in there])
+            [g.stride() for g in there], [g.shape for g in there], [g.dtype for g in there],
+            [g.is_neg() for g in there])
 
 
 def is_constant(x: Any) -> bool:
@@ -368,13 +376,14 @@ def readable(slot: Slot, g: Tensor) -> Tensor:
     if g.shape != slot.shape or not g.is_floating_point():
         raise ValueError(f"a gradient of shape {tuple(g.shape)} and {g.dtype} is no gradient of a "
                          f"parameter of shape {tuple(slot.shape)}: clear it (zero_grad)")
-    is_memory = type(g) in (Tensor, torch.nn.Parameter) and not g.is_neg() and (
+    is_memory = type(g) in PLAIN and not g.is_neg() and (
         g.data_ptr() or not g.numel())
     if is_memory and g.device == slot.saved.device and same_layout(g, slot.saved):
         return g
     dtype = g.dtype
-    return torch.empty_like(slot.saved, dtype=dtype,
-                            memory_format=torch.preserve_format).copy_(g)
+    copied = torch.empty_like(slot.saved, dtype=dtype, memory_format=torch.preserve_format)
+    copied.copy_(g)
+    return copied
 
 
 def in_one_dtype(grads: list[Tensor | None], acc: torch.dtype,

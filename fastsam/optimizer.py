@@ -11,7 +11,14 @@ from typing_extensions import Self
 
 from . import distributed, foreign, micro_batches
 from . import state_dict as saving
-from .checks import check_base, check_containers, check_group, check_options, refuse_unfused
+from .checks import (
+    check_base,
+    check_call,
+    check_containers,
+    check_group,
+    check_options,
+    refuse_unfused,
+)
 from .grad_scaler import inverse_scale, report_overflow
 from .layout import Layout, Traits
 from .passes import Climb, Pass
@@ -77,7 +84,7 @@ class SAM(Optimizer):
                start: int = 0, master_weights: bool = False, **kwargs: Any) -> None:
         wrapped = isinstance(base_optimizer, Optimizer)
         kind = type(base_optimizer) if wrapped else base_optimizer
-        check_base(kind, type(self), kwargs)
+        check_base(params, kind, type(self), kwargs)
         if wrapped and (kwargs or params is not base_optimizer.param_groups):
             raise TypeError(f"an existing {kind.__name__} has its parameters and arguments: "
                             f"use {type(self).__name__}.wrap(optimizer, rho=...)")
@@ -245,6 +252,7 @@ class SAM(Optimizer):
         """
         phase = self._phase
         phase.need(False, "first_step")
+        check_call(zero_grad, scaler)
         scaler = scaler if scaler is not None and scaler.is_enabled() else None
         passes = self._read(True, None if scaler is None else inverse_scale(scaler, self))
         climbs: list[Climb] = []
@@ -296,6 +304,7 @@ class SAM(Optimizer):
             PhaseError: without a `first_step` before.
         """
         self._phase.need(True, "second_step")
+        check_call(zero_grad)
         self._phase.look_for_second_pass(self._parameters())
         self.step()
         if zero_grad:
@@ -466,15 +475,19 @@ class SAM(Optimizer):
     def restore(self) -> None:
         """Go back to w, bit for bit, without an update: give the step up, and with it what
         `stash_grad` set aside. Harmless where there is nothing to give up."""
-        self._go_back()
-        self._phase.give_up()
+        try:
+            self._go_back()
+        finally:
+            self._phase.give_up()
 
     def _go_back(self) -> None:
         climbs = self._phase.climbs
         if self._phase.perturbed:
-            go_back(climbs)
             self._phase.leave()
-            announce(moved(climbs))
+            try:
+                go_back(climbs)
+            finally:
+                announce(moved(climbs))
 
     @contextmanager
     def capture(self) -> Iterator[list[Tables]]:
@@ -679,11 +692,21 @@ def global_sums(passes: Sequence[Pass], space: Space) -> Tensor:
 
 @torch.no_grad()
 def go_back(climbs: Sequence[Climb]) -> None:
-    """Bring what climbed back to its saved weights; a master is rounded as it was rounded."""
+    """Bring what climbed back to its saved weights; a master is rounded as it was rounded.
+
+    Raises:
+        RuntimeError: a parameter has another shape by now; the others are back.
+    """
+    lost = []
     for climb in climbs:
         for slot, moved in zip(climb.space.slots, climb.moved, strict=True):
-            if moved:
+            if moved and local(slot.param).shape != slot.shape:
+                lost.append(f"{tuple(slot.shape)} -> {tuple(local(slot.param).shape)}")
+            elif moved:
                 local(slot.param).copy_(slot.saved)
+    if lost:
+        raise RuntimeError("parameters changed their shape while the weights were perturbed and "
+                           f"cannot go back ({', '.join(lost)}); all others are at w")
 
 
 def announce(changed: Iterable[Tensor]) -> None:
