@@ -262,10 +262,8 @@ class Layout:
         Returns:
             The climbs in this layout.
         """
-        hidden = {p: tensors for p, tensors in old.shown.tensors.items()
-                  if p not in old.shown.visible}
-        state_dict.adopt(self.shown, self.params, {
-            p: {**hidden.get(p, {}), **(state.get(p) or {})} for p in self.params})
+        state_dict.adopt(self.shown, self.params, state_dict.merged(
+            state, old.shown.hidden()))
         first, was = self.spaces[0], old.spaces[0]
         first.cells.skipped.copy_(was.cells.skipped)
         first.radii[0, 0] = sum(space.radii[0].sum().to(first.radii) for space in old.spaces)

@@ -179,13 +179,17 @@ class SAM(Optimizer):
         layout.containers = self.param_groups, self.state
         return layout
 
-    def _lay_out(self) -> Layout:
-        """Make a new layout, in which everything goes on where it was."""
+    def _lay_out(self, hidden: dict[Tensor, Any] | None = None) -> Layout:
+        """Make a new layout, in which everything goes on where it was.
+
+        Args:
+            hidden: what a copied optimizer had, and its state does not show.
+        """
         phase, old = self._phase, self._phase.layout
         new = Layout(self._traits, self.param_groups)
         new.follow_values(self.param_groups)
         if old is None:
-            saving.adopt(new.shown, new.params, self.state)
+            saving.adopt(new.shown, new.params, saving.merged(self.state, hidden or {}))
         else:
             phase.climbs = new.inherit(old, self.state, phase.climbs)
         new.show(self.state)
@@ -665,16 +669,17 @@ class SAM(Optimizer):
         hooks = [name for name in self.__dict__ if name.endswith("_hooks")]
         return {**{k: v for k, v in self.__dict__.items()
                    if k not in (*hooks, "_phase", "step", "_zero_grad_profile_name")},
-                "_skipped": self.skipped_steps}
+                "_skipped": self.skipped_steps, "_hidden": self._follow().shown.hidden()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        skipped = state.pop("_skipped", None)
+        skipped, hidden = state.pop("_skipped", None), state.pop("_hidden", None)
         super().__setstate__(state)
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
         if skipped is not None:  # a copy or a pickle; without it, load_state_dict
             self._phase = Phase(skipped=skipped)
+            self._lay_out(hidden)
             self._follow()
 
 

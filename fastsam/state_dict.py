@@ -170,6 +170,10 @@ class Shown:
                 state.setdefault(p, {}).update(tensors)
                 self.visible.add(p)
 
+    def hidden(self) -> dict[Tensor, State]:
+        """What is not shown in the state yet."""
+        return {p: tensors for p, tensors in self.tensors.items() if p not in self.visible}
+
     def missing(self, state: dict[Tensor, State]) -> list[Tensor]:
         """The parameters in whose state something else is found, or nothing."""
         return [p for p, tensors in self.tensors.items() if p in self.visible
@@ -178,6 +182,11 @@ class Shown:
 
 def is_shown(tensors: dict[str, Tensor], entry: object) -> bool:
     return isinstance(entry, dict) and all(entry.get(name) is t for name, t in tensors.items())
+
+
+def merged(state: dict[Tensor, State], hidden: dict[Tensor, State]) -> dict[Tensor, State]:
+    """The state with what is not shown there."""
+    return {**state, **{p: {**own, **(state.get(p) or {})} for p, own in hidden.items()}}
 
 
 @torch.no_grad()
@@ -227,10 +236,17 @@ def load(space: Space, slot: Slot, state: State) -> None:
     fill(slot.v, v)
     fill(slot.u, state.get("exp_avg_sq"))
     m_count = state.get(FOREIGN + "ema_steps", state.get("ema_steps", 1))
-    slot.m_steps.copy_(torch.as_tensor(0 if m is None else m_count).reshape(()))
-    slot.v_steps.copy_(torch.as_tensor(0 if v is None else state.get(v_count, 1)).reshape(()))
+    set_count(slot.m_steps, 0 if m is None else m_count)
+    set_count(slot.v_steps, 0 if v is None else state.get(v_count, 1))
     if space.kind.masters:
         slot.saved.copy_(local(state["master"]) if "master" in state else local(slot.param))
+
+
+def set_count(own: Tensor, count: Any) -> None:
+    if isinstance(count, Tensor):
+        own.copy_(count.reshape(()))
+    else:
+        own.fill_(int(count))
 
 
 def fill(own: Tensor | None, value: Tensor | None) -> None:

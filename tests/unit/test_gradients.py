@@ -8,7 +8,9 @@ from torch import nn
 from fastsam import SAM, FriendlySAM
 from fastsam.choose import BACKENDS
 
-from ..helpers.beside import RHO, close
+from ..helpers.beside import RHO, Beside, close
+
+pytestmark = pytest.mark.filterwarnings("ignore:second_step with the gradients of the first pass")
 
 
 @pytest.fixture(params=BACKENDS)
@@ -204,6 +206,30 @@ def test_the_average_reads_a_gradient_in_its_own_dtype(backend):
     opt.first_step()
     opt.restore()
     assert torch.equal(opt.state[p]["ema"], torch.full((4,), 0.5 * 1.001))
+
+
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+def test_the_first_pass_is_guarded_and_the_second_is_the_bases(value, backend):
+    pair = Beside("sgd", backend)
+    pair.step()
+    opt, params = pair.ours.opt, pair.ours.params
+    w = [p.detach().clone() for p in params]
+    bad = pair.gradients(3)
+    bad[0][0, 0] = value
+    pair.set(pair.ours, bad)
+    opt.first_step()
+    pair.set(pair.ours, pair.gradients(4))
+    opt.second_step()
+    assert opt.skipped_steps == 1
+    assert all(torch.equal(p, v) for p, v in zip(params, w, strict=True))
+    pair.climb()
+    for side in (pair.ours, pair.torch):
+        pair.set(side, bad)
+    opt.second_step()
+    pair.torch.opt.step()
+    assert opt.skipped_steps == 1 and not params[0].isfinite().all()
+    for p, q in zip(params, pair.torch.params, strict=True):
+        torch.testing.assert_close(p, q, rtol=2e-5, atol=2e-6, equal_nan=True)
 
 
 # ---- refused
