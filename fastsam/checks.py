@@ -36,14 +36,44 @@ def check_group(group: dict[str, Any]) -> None:
 def check_number(group: dict[str, Any], name: str, low: float, high: float, wanted: str) -> None:
     """Refuse a number below `low`, one that is not below `high`, and what is no number."""
     x = group.get(name, low if low > -INF else 1)
-    if isinstance(x, Tensor) and name in MAY_BE_TENSORS:
-        if x.numel() != 1:
-            raise ValueError(f"{name} is a tensor of shape {tuple(x.shape)}: use one of one "
-                             "element")
+    if isinstance(x, Tensor):
+        refuse_no_number(name, x)
     elif not isinstance(x, Real):
         raise ValueError(f"{name}={x!r} is not a number: use {wanted}")
     elif not (low <= x < high and x > -INF):
         raise ValueError(f"{name}={x} is out of range: use {wanted}")
+
+
+def check_containers(groups: Sequence[dict[str, Any]]) -> None:
+    """Refuse groups that are no dicts, and parameters that can be walked once only."""
+    for group in groups:
+        if not isinstance(group, dict):
+            raise ValueError(f"a parameter group is a {type(group).__name__}: use a dict, or "
+                             "add_param_group")
+        if not isinstance(group.get("params"), (list, tuple)):
+            raise ValueError(f"a group's 'params' is a {type(group.get('params')).__name__}: use "
+                             "a list of parameters")
+
+
+def names_of(group: dict[str, Any]) -> Sequence[str | None]:
+    """The names of a group's parameters. Names that do not keep up with the parameters are none,
+    as nothing but ASAM's weights asks for them."""
+    params, names = group["params"], group.get("param_names") or []
+    if len(names) == len(params):
+        return names
+    if names and group.get("scale") == "weights":
+        raise ValueError(f"a group's 'param_names' has {len(names)} names for {len(params)} "
+                         "parameters, and scale='weights' goes by names: change both lists")
+    return [None] * len(params)
+
+
+def check_call(zero_grad: object, scaler: object = None) -> None:
+    """Refuse a loss or a closure where a step takes a flag, and what is no GradScaler."""
+    if callable(zero_grad) or isinstance(zero_grad, Tensor):
+        raise TypeError(f"zero_grad is a {type(zero_grad).__name__}: use True or False; a loss "
+                        "goes through loss.backward() before, a closure into step(closure)")
+    if scaler is not None and not hasattr(scaler, "is_enabled"):
+        raise TypeError(f"scaler is a {type(scaler).__name__}: use a torch.amp.GradScaler")
 
 
 def check_options(interval: int, start: int, masters: bool, fused: str | None, base: type) -> None:
@@ -59,13 +89,16 @@ def check_options(interval: int, start: int, masters: bool, fused: str | None, b
                          "use torch.optim.SGD, Adam or AdamW")
 
 
-def check_base(kind: object, own: type, kwargs: dict[str, Any]) -> None:
-    """Refuse a base optimizer that cannot be one, and arguments that nobody has.
+def check_base(params: object, kind: object, own: type, kwargs: dict[str, Any]) -> None:
+    """Refuse a model for its parameters, a base optimizer that cannot be one, and arguments that
+    nobody has.
 
     Raises:
         TypeError: it is no optimizer class, or an argument is unknown.
         ValueError: it needs a closure of its own (LBFGS), or is a SAM itself.
     """
+    if isinstance(params, torch.nn.Module):
+        raise TypeError(f"params is a {type(params).__name__}: pass its parameters()")
     if not (isinstance(kind, type) and issubclass(kind, Optimizer)):
         raise TypeError(f"base_optimizer={kind!r} is not an optimizer class: "
                         "pass the class, such as torch.optim.SGD, and its arguments by name")
@@ -92,6 +125,8 @@ def check_base(kind: object, own: type, kwargs: dict[str, Any]) -> None:
 
 def refuse_unusable(p: Tensor) -> None:
     """Refuse parameters that have no plain memory of real numbers of their own."""
+    if not isinstance(p, Tensor):
+        raise ValueError(f"a group's 'params' has a {type(p).__name__} in it: use parameters")
     if is_lazy(p):
         raise ValueError("a parameter of a lazy module has no shape yet: run a forward pass of "
                          "the model before the optimizer is built")
@@ -99,10 +134,16 @@ def refuse_unusable(p: Tensor) -> None:
         raise ValueError(f"a parameter of shape {tuple(p.shape)} is {p.dtype}: "
                          "SAM takes real floating-point parameters (see torch.view_as_real)")
     odd = is_traceable_wrapper_subclass(p) and not is_sharded(p)
+    if p.is_inference():
+        raise ValueError(f"a parameter of shape {tuple(p.shape)} was made in inference mode and "
+                         "cannot be trained: make the model outside of it, or clone the parameter")
     if p.device.type == "meta" or p.layout is not torch.strided or odd:
         raise ValueError(f"a parameter of shape {tuple(p.shape)} is a {type(p).__name__} with "
                          f"layout {p.layout} on {p.device}: SAM takes plain dense tensors and "
                          "DTensors")
+    if not (p.is_leaf or p.retains_grad):
+        raise ValueError(f"a parameter of shape {tuple(p.shape)} is the result of a computation: "
+                         "no gradient comes to it; use the leaf, such as an nn.Parameter")
 
 
 def refuse_twice(params: Sequence[Tensor]) -> None:
@@ -162,14 +203,32 @@ def refuse_unfused(groups: Sequence[dict[str, Any]]) -> None:
             if group.get(name):
                 raise ValueError(f"{name}=True is not supported by the fused step: leave it out, "
                                  "or pass a subclass of the base optimizer to run its own step")
-        for name in ("momentum", "dampening", "betas", "eps", "eta"):
-            value = group.get(name)
-            for x in value if isinstance(value, (tuple, list)) else (value,):
-                if isinstance(x, Tensor):
-                    raise ValueError(f"{name} is a tensor: use a number "
-                                     f"({', '.join(MAY_BE_TENSORS)} may be tensors)")
-        for name in ("lr", "weight_decay"):
-            x = group.get(name)
-            if isinstance(x, Tensor) and x.numel() != 1:
-                raise ValueError(f"{name} is a tensor of shape {tuple(x.shape)}: use one of one "
-                                 "element")
+        for name in ("lr", "momentum", "dampening", "weight_decay", "eps", "eta"):
+            if name in group:
+                refuse_no_number(name, group[name])
+        if "betas" in group:
+            refuse_no_betas(group["betas"])
+
+
+def refuse_no_number(name: str, x: object) -> None:
+    """Refuse what is no number, and tensors where the kernels branch on the value or of more than
+    one element."""
+    if isinstance(x, Tensor):
+        if name not in MAY_BE_TENSORS:
+            raise ValueError(f"{name} is a tensor: use a number "
+                             f"({', '.join(MAY_BE_TENSORS)} may be tensors)")
+        if x.numel() != 1 or x.is_complex() or x.device.type == "meta":
+            raise ValueError(f"{name} is a tensor of shape {tuple(x.shape)}, {x.dtype}, on "
+                             f"{x.device}: use a real one of one element")
+    elif not isinstance(x, Real):
+        raise ValueError(f"{name}={x!r} is not a number: use one, such as 0.1")
+
+
+def refuse_no_betas(betas: Any) -> None:
+    """Refuse what is no pair of numbers in [0, 1)."""
+    pair = betas if isinstance(betas, (tuple, list)) else ()
+    for x in pair:
+        refuse_no_number("betas", x)
+    if len(pair) != 2 or not all(0 <= x < 1 for x in pair):
+        raise ValueError(f"betas={betas!r} is out of range: use two numbers in [0, 1), such as "
+                         "(0.9, 0.999)")

@@ -67,7 +67,8 @@ def load(base: Optimizer, state_dict: dict[str, Any], shared: Sequence[str],
     Returns:
         Its groups and its state.
     """
-    theirs = {i: bases_part(state) for i, state in state_dict["state"].items()}
+    theirs = {i: bases_part(state) if isinstance(state, dict) else state
+              for i, state in state_dict["state"].items()}
     groups = [exchanged(group, shared) for group in state_dict["param_groups"]]
     with as_base_sees(base, shared):
         base.load_state_dict({**state_dict, "param_groups": groups,

@@ -67,12 +67,18 @@ def hyper_row(group: dict[str, Any], mode: str | None, base: str | None) -> Hype
     g = group if base else {}
     friendly = group if mode in FRIENDLY else {}
     beta1, beta2 = g.get("betas", (0.0, 0.0))
-    return Hyper(
+    numbers = dict(
         rho=group["rho"], sigma=friendly.get("sigma", 1.0), lmbda=friendly.get("lmbda", 0.0),
         lr=g.get("lr", 0.0), momentum=g.get("momentum", 0.0), dampening=g.get("dampening", 0.0),
-        weight_decay=g.get("weight_decay", 0.0), nesterov=g.get("nesterov", False),
-        beta1=float(beta1), beta2=float(beta2), eps=g.get("eps", 0.0),
-        decoupled=g.get("decoupled_weight_decay", False))
+        weight_decay=g.get("weight_decay", 0.0), beta1=beta1, beta2=beta2, eps=g.get("eps", 0.0))
+    return Hyper(nesterov=bool(g.get("nesterov", False)),
+                 decoupled=bool(g.get("decoupled_weight_decay", False)),
+                 **{name: number(x) for name, x in numbers.items()})
+
+
+def number(x: Any) -> float | Tensor:
+    """A number as one of Python's; a tensor as one without dimensions, over the same memory."""
+    return x.detach().reshape(()) if isinstance(x, Tensor) else float(x)
 
 
 def scaling_of(group: dict[str, Any], scales_with: str, name: str | None, ndim: int,

@@ -14,7 +14,14 @@ import torch
 from torch import Tensor
 
 from . import distributed, state_dict
-from .checks import check_group, refuse_shared, refuse_twice, refuse_unfused, refuse_unusable
+from .checks import (
+    check_group,
+    names_of,
+    refuse_shared,
+    refuse_twice,
+    refuse_unfused,
+    refuse_unusable,
+)
 from .choose import choose
 from .hyper import Hyper, hyper_row, scaling_of
 from .memory import Memory
@@ -22,12 +29,12 @@ from .passes import Climb, Pass
 from .space import NOWHERE, Kind, Slot, Space, Tables, is_dense, local, same_layout, upload
 
 Group = dict[str, Any]
-OWN_KEYS = ("rho", "adaptive", "perturb", "sigma", "lmbda", "eta", "scale")
 BASE_KEYS = {None: (),
              "sgd": ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize",
                      "differentiable"),
              "adam": ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize",
                       "differentiable", "decoupled_weight_decay")}
+PLAIN = {Tensor, torch.nn.Parameter}
 NUMBERS = (int, float, bool, str, type(None))
 
 
@@ -41,6 +48,7 @@ class Traits(NamedTuple):
         masters: whether 16-bit parameters get float32 masters.
         scales_with: what an adaptive group's T depends on, "weights" or "gradient".
         backend: the one that was asked for, or None.
+        keys: the group keys that are SAM's own.
     """
 
     mode: str | None
@@ -49,6 +57,7 @@ class Traits(NamedTuple):
     masters: bool
     scales_with: str
     backend: str | None
+    keys: tuple[str, ...]
 
 
 class Values(NamedTuple):
@@ -68,6 +77,11 @@ class Values(NamedTuple):
     perturb: list[list[bool]]
     ab: list[list[tuple[float, float]]]
     scaling: list[str | None]
+
+    def numbers(self) -> list:
+        """What the backends branch on, without waiting for a device."""
+        return [[[None if isinstance(x, Tensor) else x for x in row] for row in self.rows],
+                self.perturb, self.ab]
 
 
 class Last(NamedTuple):
@@ -94,11 +108,14 @@ class Layout:
     def __init__(self, traits: Traits, groups: Sequence[Group]):
         self.traits = traits
         self.members = [list(group["params"]) for group in groups]
+        if not self.params:
+            raise ValueError("the groups have no parameters: an optimizer needs one at least")
+        self.keys = itemgetter(*traits.keys, *BASE_KEYS[traits.base])
+        self._seen(groups)
         refuse_twice(self.params)
         kinds: dict[tuple, list] = {}
         for i, group in enumerate(groups):
-            names = group.get("param_names") or [None] * len(group["params"])
-            for p, name in zip(group["params"], names, strict=True):
+            for p, name in zip(group["params"], names_of(group), strict=True):
                 refuse_unusable(p)
                 key = p.device, p.dtype, distributed.shards_of(p)
                 kinds.setdefault(key, []).append((p, name, i))
@@ -112,14 +129,16 @@ class Layout:
         self.backend, self.report = choose(traits.backend, self.spaces)
         self.shown = state_dict.Shown(self.spaces)
         self.tables = [Tables(space) for space in self.spaces]
-        self.keys = itemgetter(*(key for key in OWN_KEYS if key in groups[0]),
-                               *BASE_KEYS[traits.base])
         self.values: Values | None = None
         self._brought: list[list | None] = [None] * len(self.spaces)
         self._set = set[tuple[int, str]]()  # cells that are not at their neutral value
         self._last: dict[tuple[int, bool], Last] = {}
         self._state: tuple = (None, [])
-        self._plain = [all(type(p) in (Tensor, torch.nn.Parameter) for p in space.params)
+        self.containers: tuple = (groups, None)  # of groups and state, as they were last seen
+        self._buffers = [t for space in self.spaces for slot in space.slots
+                         for t in (slot.m, slot.v, slot.u) if t is not None]
+        self._addresses = [t.data_ptr() for t in self._buffers]
+        self._plain = [PLAIN.issuperset(map(type, space.params))
                        for space in self.spaces]
 
     @property
@@ -143,11 +162,7 @@ class Layout:
         Raises:
             ValueError: a value that is refused; nothing has changed then.
         """
-        try:
-            seen = [*chain.from_iterable(map(self.keys, groups))]
-        except KeyError as error:
-            raise ValueError(f"a parameter group lacks {error}: add groups with "
-                             "add_param_group, which fills the defaults in") from None
+        seen = self._seen(groups)
         old = self.values
         same = old is not None and len(seen) == len(old.seen) and all(map(is_, seen, old.seen))
         if same and not old.volatile:
@@ -158,13 +173,20 @@ class Layout:
             return False
         values = self._read_values(groups, seen)
         self._bring(values.rows)
-        if same and values == old:  # tensors, which the kernels read from the table
+        if same and values.numbers() == old.numbers():  # tensors are read from the table
             return True
         self.values = values
         for i, space in enumerate(self.spaces):
             if old is None or self.values.ab[i] != old.ab[i]:
                 upload(self.values.ab[i], space.scalings)
         return True
+
+    def _seen(self, groups: Sequence[Group]) -> list[Any]:
+        try:
+            return [*chain.from_iterable(map(self.keys, groups))]
+        except KeyError as error:
+            raise ValueError(f"a parameter group lacks {error}: add groups with "
+                             "add_param_group, which fills the defaults in") from None
 
     def _look_at(self, groups: Sequence[Group]) -> None:
         for group in groups:
@@ -205,6 +227,8 @@ class Layout:
         Raises:
             ValueError: a tensor that does not fit its parameter; nothing has changed then.
         """
+        if not isinstance(state, dict):
+            raise ValueError(f"the state is a {type(state).__name__}: use a dict of parameters")
         if not self._is_as_seen(state):
             changed = self.shown.missing(state)
             if changed:
@@ -214,6 +238,10 @@ class Layout:
     def is_edited(self, state: dict[Tensor, Any]) -> bool:
         """Whether the state has something else than what is shown there."""
         return not self._is_as_seen(state) and bool(self.shown.missing(state))
+
+    def has_its_memory(self) -> bool:
+        """Whether the averages and momenta are still in the buffers: `.data = ...` moves them."""
+        return [t.data_ptr() for t in self._buffers] == self._addresses
 
     def show(self, state: dict[Tensor, Any], stepped: Collection[Tensor] = ()) -> None:
         """Put the slots' tensors into the state (see `Shown.put`), and remember it."""
@@ -245,8 +273,8 @@ class Layout:
         Returns:
             The climbs in this layout.
         """
-        state_dict.adopt(self.shown, self.params,
-                         state_dict.together(old.shown.hidden(), state))
+        state_dict.adopt(self.shown, self.params, state_dict.merged(
+            state, old.shown.hidden()))
         first, was = self.spaces[0], old.spaces[0]
         first.cells.skipped.copy_(was.cells.skipped)
         first.radii[0, 0] = sum(space.radii[0].sum().to(first.radii) for space in old.spaces)
@@ -291,7 +319,7 @@ class Layout:
             if not all(map(lies_as, w, space.slots)):
                 return None
             addresses = [t.data_ptr() or NOWHERE for t in w]
-            if tables.held("w") != addresses:
+            if tables.held("w") != addresses or not space.dense:
                 refuse_shared(self.params)
             read = [None if g is None else readable(slot, g)
                     for slot, g in zip(space.slots, grads, strict=True)]
@@ -351,13 +379,14 @@ def readable(slot: Slot, g: Tensor) -> Tensor:
     if g.shape != slot.shape or not g.is_floating_point():
         raise ValueError(f"a gradient of shape {tuple(g.shape)} and {g.dtype} is no gradient of a "
                          f"parameter of shape {tuple(slot.shape)}: clear it (zero_grad)")
-    is_memory = type(g) in (Tensor, torch.nn.Parameter) and not g.is_neg() and (
+    is_memory = type(g) in PLAIN and not g.is_neg() and (
         g.data_ptr() or not g.numel())
     if is_memory and g.device == slot.saved.device and same_layout(g, slot.saved):
         return g
     dtype = g.dtype
-    return torch.empty_like(slot.saved, dtype=dtype,
-                            memory_format=torch.preserve_format).copy_(g)
+    copied = torch.empty_like(slot.saved, dtype=dtype, memory_format=torch.preserve_format)
+    copied.copy_(g)
+    return copied
 
 
 def in_one_dtype(grads: list[Tensor | None], acc: torch.dtype,

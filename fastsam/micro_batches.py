@@ -21,8 +21,10 @@ def stash(phase: Phase, params: Sequence[Tensor], go_back: Callable[[], None]) -
     for p in params:
         if p.grad is not None:
             aside = phase.stash.get(p)
-            if aside is not None:
+            if aside is not None and torch.promote_types(aside.dtype, p.grad.dtype) == aside.dtype:
                 aside.add_(p.grad)
+            elif aside is not None:
+                phase.stash[p] = aside + p.grad
             else:  # a view belongs to a bucket of DistributedDataParallel, which is reused
                 phase.stash[p] = p.grad.clone() if p.grad._is_view() else p.grad
             p.grad = None

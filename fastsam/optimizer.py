@@ -11,7 +11,14 @@ from typing_extensions import Self
 
 from . import distributed, foreign, micro_batches
 from . import state_dict as saving
-from .checks import check_base, check_group, check_options, refuse_unfused
+from .checks import (
+    check_base,
+    check_call,
+    check_containers,
+    check_group,
+    check_options,
+    refuse_unfused,
+)
 from .grad_scaler import inverse_scale, report_overflow
 from .layout import Layout, Traits
 from .passes import Climb, Pass
@@ -77,15 +84,17 @@ class SAM(Optimizer):
                start: int = 0, master_weights: bool = False, **kwargs: Any) -> None:
         wrapped = isinstance(base_optimizer, Optimizer)
         kind = type(base_optimizer) if wrapped else base_optimizer
-        check_base(kind, type(self), kwargs)
+        check_base(params, kind, type(self), kwargs)
         if wrapped and (kwargs or params is not base_optimizer.param_groups):
             raise TypeError(f"an existing {kind.__name__} has its parameters and arguments: "
                             f"use {type(self).__name__}.wrap(optimizer, rho=...)")
-        own = {**own, "perturb": True, "sam_steps": 0}
+        own = {**own, "perturb": True}
+        keys = tuple(own)
+        own["sam_steps"] = 0
         check_group(own)
         fused = FUSED.get(kind)
         check_options(interval, start, master_weights, fused, kind)
-        self._traits = Traits(mode, projection, fused, master_weights, scales_with, backend)
+        self._traits = Traits(mode, projection, fused, master_weights, scales_with, backend, keys)
         self._interval, self._start = interval, start
         self._phase = Phase()
         self._built = False
@@ -134,7 +143,7 @@ class SAM(Optimizer):
             check_group(self.param_groups[-1])
             return
         self._phase.need(False, "add_param_group")
-        merged = {**self.defaults, **param_group, "sam_steps": self.param_groups[0]["sam_steps"]}
+        merged = {**self.defaults, **param_group, "sam_steps": self._steps()}
         check_group(merged)
         if self._traits.base:
             refuse_unfused([merged])
@@ -157,25 +166,30 @@ class SAM(Optimizer):
         """
         phase = self._phase
         self._join_containers()
+        check_containers(self.param_groups)
         layout = phase.layout
         if layout is None or not layout.has(self.param_groups):
             phase.need(False, "changing the groups' parameters")
             layout = self._lay_out()
-        while not layout.follow_values(self.param_groups):
+        while not (layout.follow_values(self.param_groups) and layout.has_its_memory()):
             layout = self._lay_out()
         if phase.perturbed and self._traits.masters and layout.is_edited(self.state):
             phase.need(False, "changing the state of float32 masters")
         layout.follow_state(self.state)
+        layout.containers = self.param_groups, self.state
         return layout
 
-    def _lay_out(self) -> Layout:
-        """Make a new layout, in which everything goes on where it was."""
+    def _lay_out(self, hidden: dict[Tensor, Any] | None = None) -> Layout:
+        """Make a new layout, in which everything goes on where it was.
+
+        Args:
+            hidden: what a copied optimizer had, and its state does not show.
+        """
         phase, old = self._phase, self._phase.layout
         new = Layout(self._traits, self.param_groups)
         new.follow_values(self.param_groups)
         if old is None:
-            saving.adopt(new.shown, new.params, saving.together(phase.hidden, self.state))
-            phase.hidden = {}
+            saving.adopt(new.shown, new.params, saving.merged(self.state, hidden or {}))
         else:
             phase.climbs = new.inherit(old, self.state, phase.climbs)
         new.show(self.state)
@@ -185,10 +199,15 @@ class SAM(Optimizer):
     def _join_containers(self) -> None:
         """Someone may have replaced the groups or the state of one of the two optimizers, who
         share them; a fused base has no state."""
-        base = self.base_optimizer
+        base, layout = self.base_optimizer, self._phase.layout
+        groups, state = layout.containers if layout is not None else (None, None)
         if base.param_groups is not self.param_groups:
+            if self.param_groups is groups:
+                self.param_groups = base.param_groups
             base.param_groups = self.param_groups
         if not self._traits.base and base.state is not self.state:
+            if self.state is state:
+                self.state = base.state
             base.state = self.state
 
     def _read(self, first: bool, inverse: Tensor | None) -> list[Pass]:
@@ -237,6 +256,7 @@ class SAM(Optimizer):
         """
         phase = self._phase
         phase.need(False, "first_step")
+        check_call(zero_grad, scaler)
         scaler = scaler if scaler is not None and scaler.is_enabled() else None
         passes = self._read(True, None if scaler is None else inverse_scale(scaler, self))
         climbs: list[Climb] = []
@@ -287,6 +307,7 @@ class SAM(Optimizer):
             PhaseError: without a `first_step` before.
         """
         self._phase.need(True, "second_step")
+        check_call(zero_grad)
         self._phase.look_for_second_pass(self._parameters())
         self.step()
         if zero_grad:
@@ -382,8 +403,9 @@ class SAM(Optimizer):
             self._fused_step(grad_scale, found_inf)
         else:
             self._foreign_step(grad_scale, found_inf)
+        steps = self._steps() + 1
         for group in self.param_groups:
-            group["sam_steps"] = group.get("sam_steps", 0) + 1
+            group["sam_steps"] = steps
 
     def _fused_step(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         phase = self._phase
@@ -457,15 +479,19 @@ class SAM(Optimizer):
     def restore(self) -> None:
         """Go back to w, bit for bit, without an update: give the step up, and with it what
         `stash_grad` set aside. Harmless where there is nothing to give up."""
-        self._go_back()
-        self._phase.give_up()
+        try:
+            self._go_back()
+        finally:
+            self._phase.give_up()
 
     def _go_back(self) -> None:
         climbs = self._phase.climbs
         if self._phase.perturbed:
-            go_back(climbs)
             self._phase.leave()
-            announce(moved(climbs))
+            try:
+                go_back(climbs)
+            finally:
+                announce(moved(climbs))
 
     @contextmanager
     def capture(self) -> Iterator[list[Tables]]:
@@ -486,7 +512,13 @@ class SAM(Optimizer):
     # ---- what can be asked
 
     def _parameters(self) -> list[Tensor]:
+        check_containers(self.param_groups)
         return [p for group in self.param_groups for p in group["params"]]
+
+    def _steps(self) -> int:
+        """How many steps were taken; a group that someone else made may not know."""
+        check_containers(self.param_groups)
+        return max((group.get("sam_steps", 0) for group in self.param_groups), default=0)
 
     @property
     def spaces(self) -> tuple[Space, ...]:
@@ -503,7 +535,7 @@ class SAM(Optimizer):
     def climbs_next(self) -> bool:
         """Whether the coming step climbs, by `interval` and `start`. A loop of its own calls
         first_step, and computes the gradients again, only then; else `step()` alone."""
-        past = self.param_groups[0].get("sam_steps", 0) - self._start
+        past = self._steps() - self._start
         return past >= 0 and past % self._interval == 0
 
     @property
@@ -605,13 +637,15 @@ class SAM(Optimizer):
         params = self._parameters()
         states = [state_dict["state"].get(i, {}) for g in groups for i in g["params"]]
         for p, entry in zip(params, states, strict=False):
-            saving.check_entry(p, entry)
+            saving.check_entry(p, entry, self._traits.base)
         state_dict = {**state_dict, "param_groups": groups}
         containers = self.param_groups, self.state
         super().load_state_dict({**state_dict, "state": {}})
         entries = dict(zip(params, states, strict=True))
         if self._traits.base:
             self.state.update((p, saving.without_published(x)) for p, x in entries.items() if x)
+            ids = {i for g in groups for i in g["params"]}
+            self.state.update((k, x) for k, x in state_dict["state"].items() if k not in ids)
         else:
             self.param_groups, self.state = foreign.load(
                 self.base_optimizer, state_dict, self._shared)
@@ -635,17 +669,17 @@ class SAM(Optimizer):
         hooks = [name for name in self.__dict__ if name.endswith("_hooks")]
         return {**{k: v for k, v in self.__dict__.items()
                    if k not in (*hooks, "_phase", "step", "_zero_grad_profile_name")},
-                "_skipped": self.skipped_steps, "_hidden": self._phase.layout.shown.hidden()}
+                "_skipped": self.skipped_steps, "_hidden": self._follow().shown.hidden()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        state = dict(state)
-        skipped, hidden = state.pop("_skipped", None), state.pop("_hidden", {})
+        skipped, hidden = state.pop("_skipped", None), state.pop("_hidden", None)
         super().__setstate__(state)
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
         if skipped is not None:  # a copy or a pickle; without it, load_state_dict
-            self._phase = Phase(skipped=skipped, hidden=hidden)
+            self._phase = Phase(skipped=skipped)
+            self._lay_out(hidden)
             self._follow()
 
 
@@ -663,11 +697,21 @@ def global_sums(passes: Sequence[Pass], space: Space) -> Tensor:
 
 @torch.no_grad()
 def go_back(climbs: Sequence[Climb]) -> None:
-    """Bring what climbed back to its saved weights; a master is rounded as it was rounded."""
+    """Bring what climbed back to its saved weights; a master is rounded as it was rounded.
+
+    Raises:
+        RuntimeError: a parameter has another shape by now; the others are back.
+    """
+    lost = []
     for climb in climbs:
         for slot, moved in zip(climb.space.slots, climb.moved, strict=True):
-            if moved:
+            if moved and local(slot.param).shape != slot.shape:
+                lost.append(f"{tuple(slot.shape)} -> {tuple(local(slot.param).shape)}")
+            elif moved:
                 local(slot.param).copy_(slot.saved)
+    if lost:
+        raise RuntimeError("parameters changed their shape while the weights were perturbed and "
+                           f"cannot go back ({', '.join(lost)}); all others are at w")
 
 
 def announce(changed: Collection[Tensor]) -> None:

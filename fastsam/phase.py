@@ -11,7 +11,6 @@ from torch import Tensor
 from .layout import Layout
 from .passes import Climb
 from .rounding_watch import RoundingWatch
-from .state_dict import State
 
 PACKAGES = ("fastsam", "torch")
 NO_CLIMB = 10  # plain steps where a climb was due, after which it is said
@@ -34,10 +33,10 @@ class Phase:
         scaler, group: the GradScaler and the process group of the first pass, if any.
         stash, stash_ok: what `stash_grad` has set aside, and whether its climbs were finite.
         watch: of rounding.
-        skipped, hidden: the skips that a copied or unpickled optimizer had before, and what of
-            SAM's own was not in its state.
+        skipped: the skips that a copied or unpickled optimizer had before.
         plain: how many steps went by without a climb that was due, before the first climb.
-        witness: a first-pass gradient and its version, to notice that no second one came.
+        witness: a parameter, its first-pass gradient and that one's version, to notice that no
+            second one came.
         warned: what has been warned of.
     """
 
@@ -50,9 +49,8 @@ class Phase:
     stash_ok: Tensor | None = None
     watch: RoundingWatch = field(default_factory=RoundingWatch)
     skipped: int = 0
-    hidden: dict[Tensor, State] = field(default_factory=dict)
     plain: int | None = 0
-    witness: tuple[Tensor, int] | None = None
+    witness: tuple[Tensor, Tensor, int] | None = None
     warned: set[str] = field(default_factory=set)
 
     def need(self, perturbed: bool, call: str) -> None:
@@ -98,14 +96,14 @@ class Phase:
 
     def keep_witness(self, params: Sequence[Tensor]) -> None:
         """Remember a first gradient that stays in `.grad`."""
-        g = params[-1].grad
-        self.witness = None if g is None else (g, g._version)
+        p, g = params[-1], params[-1].grad
+        self.witness = None if g is None or g.is_inference() else (p, g, g._version)
 
     def look_for_second_pass(self, params: Sequence[Tensor]) -> None:
         """Say so where no gradients were computed after the climb."""
         if self.witness is not None:
-            g, version = self.witness
-            if params[-1].grad is g and g._version == version:
+            p, g, version = self.witness
+            if p.grad is g and g._version == version:
                 self.warn("second pass", "second_step with the gradients of the first pass: "
                           "compute the loss and call backward again after first_step")
         elif all(p.grad is None for p in params):

@@ -8,6 +8,7 @@ all go this way.
 from collections import OrderedDict
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from numbers import Real
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ OWN = ("ema", "ema_steps", "full_gradient")  # SAM's own names; beside a base th
 FOREIGN = "sam_"  # they begin with this, since such a base may use any name
 COUNTED = (("ema", "ema_steps"), ("sam_ema", "sam_ema_steps"),
            ("momentum_buffer", "momentum_steps"))
+ADAMS = ("step", "exp_avg", "exp_avg_sq")
 PUBLISHED = ("old_p", "momentum")  # what the public SAM and F-SAM classes save, and no base
 
 
@@ -80,20 +82,54 @@ def saved_m(state: State) -> Tensor | None:
     return state.get("momentum") if "old_p" in state else None
 
 
-def check_entry(p: Tensor, state: State) -> None:
-    """Refuse a saved tensor that belongs to another parameter.
+def check_entry(p: Tensor, state: State, base: str | None) -> None:
+    """Refuse the state of another parameter, and what no state can be.
+
+    Args:
+        base: the fused base optimizer, as in `Kind`; None: the base's part is its own affair.
 
     Raises:
-        ValueError: its shape differs, or it is whole where the parameter is sharded.
+        ValueError: no dict; a tensor whose shape differs, or that is whole where the parameter is
+            sharded; something else where a tensor or a count belongs; a part of Adam's state.
     """
+    if not isinstance(state, dict):
+        raise ValueError(f"the state of a parameter of shape {tuple(p.shape)} is a "
+                         f"{type(state).__name__}: use a dict")
     for name in ("momentum_buffer", "exp_avg", "exp_avg_sq", "master"):
-        check_tensor(p, state.get(name))
-    check_tensor(p, saved_m(state))
+        check_tensor(p, name, state.get(name), base)
+    check_tensor(p, "ema", saved_m(state), base)
+    if base:
+        for name in ("step", "momentum_steps", "ema_steps"):
+            check_count(name, state.get(name, 0))
+    if base == "adam":
+        missing = [name for name in ADAMS if state.get(name) is None]
+        if 0 < len(missing) < len(ADAMS):
+            raise ValueError(f"the state of a parameter of shape {tuple(p.shape)} lacks "
+                             f"{missing[0]!r}: Adam needs all of {', '.join(ADAMS)}, or none to "
+                             "begin anew")
 
 
-def check_tensor(p: Tensor, value: object) -> None:
+def check_count(name: str, count: object) -> None:
+    if isinstance(count, Tensor) and (count.numel() != 1 or count.is_complex()):
+        raise ValueError(f"{name} in a state is a tensor of shape {tuple(count.shape)}, "
+                         f"{count.dtype}: use a number of steps")
+    if isinstance(count, Tensor) and count.device.type == "cpu":
+        count = count.item()
+    if not isinstance(count, Tensor) and not (
+            isinstance(count, Real) and 0 <= count < 2**31 and int(count) == count):
+        if count is not None or name == "step":
+            raise ValueError(f"{name}={count!r} in a state: use a number of steps, at least 0")
+
+
+def check_tensor(p: Tensor, name: str, value: object, base: str | None) -> None:
     if not isinstance(value, Tensor):
+        if base and value is not None:
+            raise ValueError(f"{name} in a state is a {type(value).__name__}: use a tensor of "
+                             f"shape {tuple(p.shape)}")
         return
+    if value.layout is not torch.strided or value.is_complex() or value.device.type == "meta":
+        raise ValueError(f"{name} in a state has {value.dtype}, {value.layout}, on {value.device}: "
+                         "use a real, dense tensor")
     if value.shape != p.shape:
         raise ValueError(f"a saved state of shape {tuple(value.shape)} does not fit the "
                          f"parameter of shape {tuple(p.shape)}: load the state of this model")
@@ -142,12 +178,16 @@ class Shown:
     def missing(self, state: dict[Tensor, State]) -> list[Tensor]:
         """The parameters in whose state something else is found, or nothing."""
         return [p for p, tensors in self.tensors.items() if p in self.visible
-                and not all((state.get(p) or {}).get(name) is t for name, t in tensors.items())]
+                and not is_shown(tensors, state.get(p))]
 
 
-def together(hidden: dict[Tensor, State], state: dict[Tensor, State]) -> dict[Tensor, State]:
-    """The state, and what was hidden beside it."""
-    return {p: {**hidden.get(p, {}), **(state.get(p) or {})} for p in {**hidden, **state}}
+def is_shown(tensors: dict[str, Tensor], entry: object) -> bool:
+    return isinstance(entry, dict) and all(entry.get(name) is t for name, t in tensors.items())
+
+
+def merged(state: dict[Tensor, State], hidden: dict[Tensor, State]) -> dict[Tensor, State]:
+    """The state with what is not shown there."""
+    return {**state, **{p: {**own, **(state.get(p) or {})} for p, own in hidden.items()}}
 
 
 @torch.no_grad()
@@ -160,7 +200,8 @@ def adopt(shown: Shown, params: Sequence[Tensor], state: dict[Tensor, State]) ->
     """
     entries = [state.get(p) or {} for p in params]
     for p, entry in zip(params, entries, strict=True):
-        check_entry(p, entry)
+        base = shown.places[p][0].kind.base
+        check_entry(p, entry, base and base.partition("-")[0])
     flats = {flat.untyped_storage().data_ptr() for p in params
              for flat in buffers(shown.places[p][0])}
     entries = [apart(without_stale_counts(entry, shown.tensors[p]), flats)
@@ -196,10 +237,17 @@ def load(space: Space, slot: Slot, state: State) -> None:
     fill(slot.v, v)
     fill(slot.u, state.get("exp_avg_sq"))
     m_count = state.get(FOREIGN + "ema_steps", state.get("ema_steps", 1))
-    slot.m_steps.copy_(torch.as_tensor(0 if m is None else m_count))
-    slot.v_steps.copy_(torch.as_tensor(0 if v is None else state.get(v_count, 1)))
+    set_count(slot.m_steps, 0 if m is None else m_count)
+    set_count(slot.v_steps, 0 if v is None else state.get(v_count, 1))
     if space.kind.masters:
         slot.saved.copy_(local(state["master"]) if "master" in state else local(slot.param))
+
+
+def set_count(own: Tensor, count: Any) -> None:
+    if isinstance(count, Tensor):
+        own.copy_(count.reshape(()))
+    else:
+        own.fill_(int(count))
 
 
 def fill(own: Tensor | None, value: Tensor | None) -> None:
@@ -210,6 +258,8 @@ def fill(own: Tensor | None, value: Tensor | None) -> None:
 def as_torch_saves(state: State) -> State:
     """One parameter's state with Adam's step counter as torch's Adam wants it: on the CPU, in
     float32."""
+    if not isinstance(state, dict):
+        return state
     step = {"step": state["step"].float().cpu()} if "exp_avg" in state else {}
     return {**state, **step}
 

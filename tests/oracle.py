@@ -185,6 +185,11 @@ class Oracle:
         v, u = self.v[i] / c1, self.u[i] / c2
         self.w[i] = w - lr * v / (u ** 0.5 + h["eps"])
 
+    def forget(self, i):
+        """The state of parameter i begins anew."""
+        self.m[i] = self.v[i] = self.u[i] = None
+        self.climbs[i] = self.t[i] = 0
+
     def restore(self):
         for i, w in self.saved.items():
             self.w[i] = w

@@ -82,13 +82,15 @@ class Setup:
 class Grads:
     """One pass's gradients: normal of deviation `size`; bit i of `missing` and of `zero`: that of
     parameter i (modulo 8) is None, is 0. layout: "own", "contiguous", "transposed", "bucket"
-    (misaligned, between NaNs) or "gapped"."""
+    (misaligned, between NaNs) or "gapped"; wide: float32 where the weights have 16 bits and the
+    base is fused."""
 
     seed: int
     size: float = 1.0
     missing: int = 0
     zero: int = 0
     layout: str = "own"
+    wide: bool = False
 
 
 def formed(values: torch.Tensor, form: str) -> torch.Tensor:
@@ -207,14 +209,15 @@ class Player:
             return cls.wrap(base(dicts, lr=0.1), **own)
         return cls(dicts, base, lr=0.1, **own)
 
-    def _teach(self, g: int) -> None:
-        """Tell the oracle of a group."""
+    def _teach(self, g: int, members: list[int] | None = None) -> None:
+        """Tell the oracle of a group, or of new members of one."""
+        members = self.members[g] if members is None else members
         group = self.opt.param_groups[g]
         keys = ("rho", "sigma", "lmbda", "lr", "momentum", "dampening", "weight_decay", "nesterov",
                 "perturb", "betas", "eps", "adaptive", "scale", "eta")
-        self.oracle.extend([self.params[i].detach() for i in self.members[g]],
+        self.oracle.extend([self.params[i].detach() for i in members],
                            {k: scalar(group[k]) for k in keys if k in group})
-        for i in self.members[g]:
+        for i in members:
             if self.setup.named:
                 self.oracle.is_weight[i] = "weight" in self.names[i]
             if self.setup.method in ("full", "noise"):
@@ -303,9 +306,10 @@ class Player:
             g = grads.size * scale * torch.randn(p.shape, generator=generator)
             if grads.zero >> i % 8 & 1:
                 g.zero_()
-            g = g.to(self.device, p.dtype)
+            wide = grads.wide and self.fused and p.dtype.itemsize == 2
+            g = g.to(self.device, torch.float32 if wide else p.dtype)
             if grads.layout == "own":
-                g = torch.empty_like(p).copy_(g)
+                g = torch.empty_like(p, dtype=g.dtype).copy_(g)
             else:
                 g = in_a_bucket(g) if grads.layout == "bucket" else formed(g, grads.layout)
             made.append(None if grads.missing >> i % 8 & 1 else g)
@@ -323,6 +327,8 @@ class Player:
 
     def set(self, grads: list) -> None:
         for p, g in zip(self.params, grads, strict=True):
+            if g is not None and g.dtype != p.dtype:
+                p.grad_dtype = None
             p.grad = g
 
     def numbers(self, grads: list, scale: float, dtype) -> list:
@@ -631,6 +637,60 @@ class Player:
         old = self.places
         self._settle()
         assert self.places[:len(old)] == old, "a parameter of another group was moved"
+
+    def append(self, group: Group, where: int) -> None:
+        """One more parameter, appended to a group's own list."""
+        g = where % len(self.groups)
+        if group.weights[0].dtype == torch.float64 and self._has_tensors(g):
+            return
+        before, mine = self.bits(), self.opt.param_groups[g]
+        self._make(Group(group.weights[:1], {}))
+        i = self.members.pop()[0]
+        mine["params"].append(self.params[i])
+        if "param_names" in mine:
+            mine["param_names"].append(self.names[i])
+        self.members[g].append(i)
+        self._teach(g, [i])
+        self.assert_bits(before, "append")
+        self._settle()
+
+    def rearrange(self, how: str, which: int, to: int) -> None:
+        """Parameters in another order, or moved to another group."""
+        g, to = which % len(self.groups), to % len(self.groups)
+        if how == "move" and (to == g or len(self.members[g]) < 2 or self._has_tensors(to)):
+            return
+        before = self.bits()
+        groups = self.opt.param_groups
+        for lists in (self.members, *([group[key] for group in groups] for key in
+                                      ("params", "param_names") if key in groups[0])):
+            if how == "reverse":
+                lists[g].reverse()
+            else:
+                lists[to].append(lists[g].pop(which % len(lists[g])))
+        if how == "move":
+            self.oracle.h[self.members[to][-1]] = dict(self.oracle.h[self.members[to][0]])
+        self.assert_bits(before, f"rearrange: {how}")
+
+    def _has_tensors(self, g: int) -> bool:
+        """Whether a group has hyper-parameters that may be too coarse for others' weights."""
+        return any(isinstance(x, torch.Tensor) for x in self.opt.param_groups[g].values())
+
+    def forget(self, how: str, which: int) -> None:
+        """The state cleared, one parameter's taken out, or all replaced by copies."""
+        if not self.fused or self.masters or self.setup.method in ("full", "noise"):
+            return  # the base's own affair; masters are weights; a full gradient is no average
+        state, chosen = self.opt.state, range(len(self.params))
+        if how == "clear":
+            state.clear()
+        elif how == "pop":
+            chosen = [which % len(self.params)]
+            state.pop(self.params[chosen[0]], None)
+        else:
+            chosen = []
+            for entry in state.values():
+                entry.update({k: x.clone() for k, x in entry.items()})
+        for i in chosen:
+            self.oracle.forget(i)
 
     def reload(self, fresh: bool, file: bool) -> None:
         """state_dict and load_state_dict: into the same optimizer, or into a new one with new

@@ -119,7 +119,8 @@ def masks() -> st.SearchStrategy[int]:
 
 GRADS = st.builds(Grads, seed=st.integers(0, 9999), size=pick([1.0, 1e-3, 30.0]), missing=masks(),
                   zero=masks(), layout=pick(["own", "contiguous", "transposed", "bucket",
-                                             "gapped"]))
+                                             "gapped"]),
+                  wide=pick([False, False, True]))
 SCALES = pick([8.0, 0.5, 3.0, 1024.0])
 WHERE = st.integers(0, 99)
 
@@ -142,6 +143,9 @@ def happenings(values: dict[str, list], new: st.SearchStrategy[Group]) -> dict[s
         "hyper": dict(group=WHERE, tensor=st.booleans(), changes=st.fixed_dictionaries(
             {}, optional={k: pick(x) for k, x in values.items()})),
         "grow": dict(group=new),
+        "append": dict(group=new, where=WHERE),
+        "rearrange": dict(how=pick(["reverse", "move"]), which=WHERE, to=WHERE),
+        "forget": dict(how=pick(["clear", "pop", "replace"]), which=WHERE),
         "reload": dict(fresh=st.booleans(), file=st.booleans()),
         "copy": dict(way=pick(["deepcopy", "pickle"])),
         "write": dict(which=WHERE, seed=WHERE),

@@ -1,21 +1,23 @@
-"""The flat parameter space: packing, layouts, what is left alone, and when tables are uploaded."""
+"""Where things lie: parameters stay where they are, fastsam's own buffers in between, and tables
+are uploaded when something changed."""
 
 import itertools
-from importlib.util import find_spec
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastsam import SAM, FriendlySAM
-from fastsam.flat import PAD, Space, is_dense, is_packable, same_layout
+from fastsam import SAM, FriendlySAM, layout, space
+from fastsam.choose import BACKENDS
+from fastsam.hyper import COLUMN
+from fastsam.space import PAD, Kind, Space, Tables, is_dense, same_layout
 
-from .oracle import Oracle, exact
+from ..oracle import Oracle, exact
 
-on_triton = pytest.mark.skipif(find_spec("triton") is None, reason="the kernels need Triton")
-BACKENDS = ["reference", pytest.param("triton", marks=on_triton)]
 HYPER = dict(rho=0.3, sigma=0.7, lmbda=0.6, lr=0.1, momentum=0.9, weight_decay=0.02)
+
+pytestmark = pytest.mark.filterwarnings("ignore:second_step with the gradients of the first pass")
 
 
 @pytest.fixture(params=BACKENDS)
@@ -32,10 +34,14 @@ def optimizer(params, backend: str, **changes) -> FriendlySAM:
     return FriendlySAM(params, torch.optim.SGD, backend=backend, **{**HYPER, **changes})
 
 
-def train(opt, params, steps=2, seed=10) -> None:
+def train(opt, params, steps=2, seed=10, shapes=None, picks=None) -> None:
+    """Steps with drawn gradients: for all of these shapes, of which the optimizer has those that
+    are picked."""
     for t in range(steps):
         for which, step in ((0, opt.first_step), (100, opt.second_step)):
-            grads = normals([p.shape for p in params], seed + t + which, params[0].device)
+            grads = normals(shapes or [p.shape for p in params], seed + t + which,
+                            params[0].device)
+            grads = [grads[i] for i in picks] if picks else grads
             for p, g in zip(params, grads, strict=True):
                 p.grad = g
             step()
@@ -51,7 +57,7 @@ def assert_trains_like_alone(params, backend: str) -> None:
         assert torch.equal(p, q), f"parameter {i}"
 
 
-# ---- packing
+# ---- nothing is moved
 
 
 def odd_layouts(device) -> list[torch.nn.Parameter]:
@@ -59,60 +65,6 @@ def odd_layouts(device) -> list[torch.nn.Parameter]:
     return [torch.nn.Parameter(t) for t in (
         a.contiguous(memory_format=torch.channels_last), b.t().contiguous().t(), c,
         d.contiguous(memory_format=torch.channels_last_3d), e)]
-
-
-def test_packing_keeps_values_strides_and_alignment(backend, device):
-    params = odd_layouts(device)
-    before = [(p.detach().clone(memory_format=torch.preserve_format), p.stride()) for p in params]
-    space = optimizer(params, backend)._spaces[0]
-    assert space.flat_w is not None
-    for p, (value, stride), slot in zip(params, before, space.slots, strict=True):
-        assert torch.equal(p.detach(), value) and p.stride() == stride
-        assert slot.w is p and slot.offset % PAD == 0
-        assert p.data_ptr() == space.flat_w.data_ptr() + slot.offset * p.element_size()
-        assert p.untyped_storage().data_ptr() == space.flat_w.untyped_storage().data_ptr()
-        assert slot.backup.stride() == slot.m.stride() == stride
-        assert p.is_leaf and p.requires_grad
-    assert params[0].is_contiguous(memory_format=torch.channels_last)
-    slots = sorted(space.slots, key=lambda s: s.offset)
-    ends = [s.offset + s.w.numel() for s in slots]
-    assert all(end <= s.offset for end, s in zip(ends, slots[1:], strict=False))
-    assert ends[-1] <= space.size
-
-
-def test_no_memory_is_replaced_by_any_step(backend, device):
-    params = odd_layouts(device)
-    opt = optimizer(params, backend)
-    train(opt, params, steps=1)
-
-    def memory():
-        tensors = [*params, *(x for p in params for x in opt.state[p].values())]
-        tensors += [s.backup for s in opt._spaces] + [s.flat_w for s in opt._spaces]
-        return [(t.data_ptr(), t.untyped_storage().data_ptr(), t.stride()) for t in tensors]
-
-    before = memory()
-    train(opt, params, steps=3)
-    for p in params:
-        p.grad = torch.ones_like(p)
-    opt.first_step()
-    opt.restore()
-    opt.step()
-    assert memory() == before
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-def test_dtype_of_state_is_float32_unless_the_weights_are_float64(dtype, device):
-    p = torch.nn.Parameter(torch.ones(3, dtype=dtype, device=device))
-    opt = optimizer([p], "reference")
-    p.grad = torch.ones_like(p)
-    opt.first_step()
-    opt.second_step()
-    expected = torch.float64 if dtype == torch.float64 else torch.float32
-    assert opt.state[p]["ema"].dtype == opt.state[p]["momentum_buffer"].dtype == expected
-    assert opt._spaces[0].backup.dtype == p.dtype == dtype
-
-
-# ---- what stays in its own memory
 
 
 def pieces_of_one_storage(device):
@@ -126,8 +78,6 @@ def part_of_a_storage(device):
 
 
 def in_shared_memory(device):
-    if device.type == "cuda":
-        pytest.skip("every CUDA tensor counts as shared")
     return [torch.nn.Parameter(t.share_memory_()) for t in normals([(4, 5), (7,)], 0, device)]
 
 
@@ -140,51 +90,68 @@ def of_a_tensor_subclass(device):
     return [torch.nn.Parameter(a.as_subclass(Subclass)), torch.nn.Parameter(b)]
 
 
-UNPACKED = [pieces_of_one_storage, part_of_a_storage, in_shared_memory, of_a_tensor_subclass]
+def views_of_numpy(device):
+    return [torch.nn.Parameter(torch.from_numpy(t.cpu().numpy().copy()).to(device))
+            for t in normals([(4, 5), (7,)], 0, device)]
 
 
-@pytest.mark.parametrize("make", UNPACKED)
-def test_unpackable_parameters_keep_their_memory_and_train(make, backend, device):
+MADE = [odd_layouts, pieces_of_one_storage, part_of_a_storage, in_shared_memory,
+        of_a_tensor_subclass, views_of_numpy]
+
+
+def memory(tensors) -> list:
+    return [(t.data_ptr(), t.untyped_storage().data_ptr(), t.untyped_storage().nbytes(),
+             t.stride(), t.storage_offset()) for t in tensors]
+
+
+@pytest.mark.parametrize("make", MADE, ids=lambda f: f.__name__)
+def test_parameters_stay_where_they_are_and_train_as_alone(make, backend, device):
     params = make(device)
-    memory = [p.data_ptr() for p in params]
+    before, types = memory(params), [type(p) for p in params]
+    aliases = [p.detach() for p in params]
     opt = optimizer(params, backend)
-    assert opt._spaces[0].flat_w is None
-    assert "in their own memory" in opt.backend_report()["spaces"][0]
+    assert memory(params) == before
+    assert all(p.is_leaf and p.requires_grad for p in params)
     del opt
     assert_trains_like_alone(params, backend)
-    assert [p.data_ptr() for p in params] == memory
+    assert memory(params) == before and [type(p) for p in params] == types
+    assert all(torch.equal(p, alias) for p, alias in zip(params, aliases, strict=True))
 
 
-def test_parameters_with_gaps_train_on_the_reference_and_are_refused_by_triton(device):
+def test_no_memory_is_replaced_by_any_call(backend, device):
+    params = odd_layouts(device)
+    opt = optimizer(params, backend)
+    train(opt, params, steps=1)
+
+    def everything():
+        state = [x for p in params for x in opt.state[p].values()]
+        return memory([*params, *state, *(s.saved for s in opt.spaces)])
+
+    before = everything()
+    train(opt, params, steps=2)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    opt.first_step()
+    opt.restore()
+    opt.step()
+    opt.load_state_dict(opt.state_dict())
+    assert everything() == before
+
+
+def test_parameters_with_gaps_train_on_the_reference_beside_their_neighbours(device):
     whole = normals([(6, 8)], 0, device)[0]
+    kept = whole[:, 1::2].clone()
     params = [torch.nn.Parameter(whole[:, ::2]), torch.nn.Parameter(whole[:, 1:4:2].clone())]
     assert_trains_like_alone(params, "reference")
     assert params[0].data_ptr() == whole.data_ptr() and params[0].stride() == (8, 2)
+    assert torch.equal(whole[:, 1::2], kept)
 
 
-@on_triton
-def test_triton_refuses_parameters_with_gaps_by_name(device):
+@pytest.mark.parametrize("backend", ["triton", "numba"])
+def test_kernels_refuse_parameters_with_gaps_by_name(backend, device):
     whole = normals([(6, 8)], 0, device)[0]
     with pytest.raises(ValueError, match="one stretch of memory"):
-        optimizer([torch.nn.Parameter(whole[:, ::2])], "triton")
-
-
-@pytest.mark.parametrize("stretch", [(0, 20, 0, 20), (0, 20, 5, 25)], ids=["same", "overlapping"])
-def test_parameters_over_the_same_memory_come_back_or_are_refused(stretch, backend, device):
-    """Two parameters over one memory: the second must not save what the first has moved."""
-    a, b, c, d = stretch
-    storage = normals([32], 0, device)[0]
-    params = [torch.nn.Parameter(storage[a:b]), torch.nn.Parameter(storage[c:d])]
-    before = storage.clone()
-    try:
-        opt = optimizer(params, backend)
-    except ValueError:
-        return
-    for p, g in zip(params, normals([20, 20], 1, device), strict=True):
-        p.grad = g
-    opt.first_step()
-    opt.restore()
-    assert torch.equal(storage, before)
+        optimizer([torch.nn.Parameter(whole[:, ::2])], backend)
 
 
 @pytest.mark.parametrize("shape", [(0,), (0, 3), (3, 0)], ids=str)
@@ -192,19 +159,12 @@ def test_an_empty_parameter_does_not_disturb_the_others(shape, backend, device):
     params = [torch.nn.Parameter(t) for t in normals([5, shape, 7, shape], 0, device)]
     alone = [torch.nn.Parameter(params[i].detach().clone()) for i in (0, 2)]
     opt, other = optimizer(params, backend), optimizer(alone, backend)
-    for t in range(2):
-        grads = normals([5, 7], 10 + t, device)
-        for course, both in ((opt, [params[0], params[2]]), (other, alone)):
-            for p, g in zip(both, grads, strict=True):
-                p.grad = g
-            for p in (params[1], params[3]):
-                p.grad = torch.zeros_like(p)
-            course.first_step()
-            course.second_step()
+    train(opt, params, shapes=[5, shape, 7, shape])
+    train(other, alone, shapes=[5, shape, 7, shape], picks=(0, 2))
     assert torch.equal(params[0], alone[0]) and torch.equal(params[2], alone[1])
 
 
-def test_parameters_that_someone_replaced_are_followed(backend, device):
+def test_parameters_that_someone_re_ordered_are_followed(backend, device):
     """`p.data = ...` and a change of layout in mid-training: state and course stay the same."""
     shapes = [(4, 6, 3, 5), (7,)]
     params = [torch.nn.Parameter(t) for t in normals(shapes, 0, device)]
@@ -221,6 +181,74 @@ def test_parameters_that_someone_replaced_are_followed(backend, device):
         torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
         for key in ("ema", "momentum_buffer"):
             torch.testing.assert_close(opt.state[p][key], other.state[q][key], rtol=1e-5, atol=1e-6)
+
+
+# ---- slots and buffers
+
+
+def laid_out(shapes, **kind) -> Space:
+    params = [torch.nn.Parameter(t) for t in normals(shapes, 0, torch.device("cpu"))]
+    return Space.of(Kind(torch.device("cpu"), torch.float32, **kind),
+                    [(p, None, 0) for p in params], 1)
+
+
+def test_slots_are_aligned_apart_and_shaped_as_their_parameters():
+    made = laid_out([(4, 6, 3, 5), (7, 9), (13,), (), (0, 3)], mode="algorithm1", base="adam")
+    slots = made.slots
+    assert all(slot.offset % PAD == 0 for slot in slots)
+    ends = [slot.offset + slot.numel for slot in slots]
+    assert all(end <= slot.offset for end, slot in zip(ends, slots[1:], strict=False))
+    assert ends[-1] <= made.size
+    for slot in slots:
+        for t, flat in ((slot.saved, made.saved), (slot.m, made.m), (slot.v, made.v),
+                        (slot.u, made.u)):
+            assert t.shape == slot.param.shape and (t.stride() == slot.stride or not t.numel())
+            assert t.data_ptr() == flat.data_ptr() + 4 * slot.offset or not t.numel()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_dtype_of_state_is_float32_unless_the_weights_are_float64(dtype, device):
+    p = torch.nn.Parameter(torch.ones(3, dtype=dtype, device=device))
+    opt = optimizer([p], "reference")
+    p.grad = torch.ones_like(p)
+    opt.first_step()
+    opt.second_step()
+    expected = torch.float64 if dtype == torch.float64 else torch.float32
+    assert opt.state[p]["ema"].dtype == opt.state[p]["momentum_buffer"].dtype == expected
+    assert opt.spaces[0].saved.dtype == p.dtype == dtype
+
+
+def test_plain_sam_keeps_no_average_and_no_momentum_it_does_not_need(device):
+    p = torch.nn.Parameter(torch.ones(5, device=device))
+    opt = SAM([p], torch.optim.SGD, lr=0.1, backend="reference")
+    train(opt, [p], steps=1)
+    (was,) = opt.spaces
+    assert was.m is None and was.v is None
+    opt.param_groups[0]["momentum"] = 0.9
+    train(opt, [p], steps=1)
+    assert opt.spaces[0].v is not None and int(opt.state[p]["momentum_steps"]) == 1
+
+
+@given(st.lists(st.integers(0, 70), min_size=1, max_size=5), st.integers(1, 40))
+@settings(max_examples=50, deadline=None)
+def test_blocks_cover_every_element_once(sizes, block):
+    made = laid_out(sizes)
+    seen = [(slot, i) for slot, index in made.blocks(block).tolist()
+            for i in range(index * block, min((index + 1) * block, sizes[slot]))]
+    assert seen == [(slot, i) for slot, n in enumerate(sizes) for i in range(n)]
+    assert made.blocks(block) is made.blocks(block)
+
+
+def test_spaces_are_by_dtype_and_share_one_norm(backend, device):
+    params = [torch.nn.Parameter(torch.ones(4, device=device, dtype=d))
+              for d in (torch.float32, torch.bfloat16, torch.float32)]
+    opt = SAM(params, torch.optim.SGD, rho=0.5, lr=0.1, backend=backend)
+    assert [len(s.slots) for s in opt.spaces] == [2, 1]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    opt.first_step()
+    assert opt.last_grad_norm == pytest.approx(12 ** 0.5)
+    opt.restore()
 
 
 # ---- layouts
@@ -277,45 +305,6 @@ def test_is_dense_and_same_layout_on_the_usual_suspects():
     assert is_dense(torch.zeros(())) and is_dense(torch.zeros(0))
 
 
-def test_is_packable_refuses_what_others_may_see():
-    x = torch.zeros(4, 6)
-    assert is_packable(torch.nn.Parameter(x))
-    assert is_packable(torch.nn.Parameter(x.t()))
-    for t in (x[1:], x[:2], x[:, ::2], x.as_subclass(Subclass), x.clone().share_memory_()):
-        assert not is_packable(t)
-
-
-# ---- gradients
-
-
-def test_a_sparse_gradient_is_refused_before_anything_moves(backend, device):
-    table = torch.nn.Embedding(9, 4, sparse=True, device=device)
-    other = torch.nn.Parameter(torch.ones(3, device=device))
-    opt = optimizer([other, table.weight], backend)
-    before = [p.detach().clone() for p in (other, table.weight)]
-    (table(torch.tensor([1, 2], device=device)).sum() + other.sum()).backward()
-    for call in (opt.first_step, opt.step):
-        with pytest.raises(ValueError, match="sparse=False"):
-            call()
-        assert not opt.is_perturbed
-        for p, b in zip((other, table.weight), before, strict=True):
-            assert torch.equal(p.detach(), b)
-
-
-def test_a_sparse_gradient_in_the_second_pass_leaves_restore_possible(backend, device):
-    p = torch.nn.Parameter(torch.ones(3, 2, device=device))
-    opt = optimizer([p], backend)
-    before = p.detach().clone()
-    p.grad = torch.ones_like(p)
-    opt.first_step()
-    p.grad = torch.ones_like(p).to_sparse()
-    with pytest.raises(ValueError, match="sparse=False"):
-        opt.second_step()
-    assert opt.is_perturbed
-    opt.restore()
-    assert torch.equal(p.detach(), before)
-
-
 # ---- tables
 
 
@@ -323,20 +312,20 @@ def test_a_sparse_gradient_in_the_second_pass_leaves_restore_possible(backend, d
 def uploads(monkeypatch):
     """The buffers that were uploaded since the last `clear`."""
     seen = []
-    upload = Space._upload
 
-    def recorded(self, values, target):
+    def recorded(values, target):
         seen.append(target.data_ptr())
-        upload(self, values, target)
+        upload(values, target)
 
-    monkeypatch.setattr(Space, "_upload", recorded)
+    upload = space.upload
+    monkeypatch.setattr(space, "upload", recorded)
+    monkeypatch.setattr(layout, "upload", recorded)
     return seen
 
 
-@on_triton
-def test_tables_are_uploaded_again_only_when_an_address_changed(uploads, device):
+def test_tables_are_uploaded_again_only_when_an_address_changed(uploads, backend, device):
     params = [torch.nn.Parameter(t) for t in normals([5, 7, 40], 0, device)]
-    opt = optimizer(params, "triton")
+    opt = optimizer(params, backend)
     for p in params:
         p.grad = torch.ones_like(p)
 
@@ -358,13 +347,23 @@ def test_tables_are_uploaded_again_only_when_an_address_changed(uploads, device)
     params[1].grad = old
     assert step() == 2
     assert step() == 0
+    params[1].data = params[1].data.clone()
+    assert step() == 1  # w
+
+
+def test_tables_of_a_capture_are_filled_when_it_ends(uploads):
+    tables = Tables(laid_out([5, 7]), late=True)
+    column = tables.bring("w", [16, 32])
+    assert not column.any() and tables.held("w") == [16, 32] and uploads == []
+    tables.upload_late()
+    assert column.tolist() == [16, 32]
 
 
 def test_hyper_parameters_are_uploaded_again_only_when_one_changed(uploads, backend, device):
     params = [torch.nn.Parameter(t) for t in normals([5, 7], 0, device)]
     opt = optimizer([{"params": params[:1]}, {"params": params[1:], "lr": 0.3}], backend)
     train(opt, params, steps=1)
-    hyper = opt._spaces[0].hyper.data_ptr()
+    hyper = opt.spaces[0].hyper.data_ptr()
 
     def changed(**values):
         opt.param_groups[1].update(values)
@@ -378,7 +377,7 @@ def test_hyper_parameters_are_uploaded_again_only_when_one_changed(uploads, back
     assert changed(rho=0.1, sigma=0.2) == 1
     assert changed(nesterov=True) == 1
     assert changed() == 0
-    assert opt._spaces[0].hyper[1, 3].item() == pytest.approx(0.2)
+    assert opt.spaces[0].hyper[1, COLUMN["lr"]].item() == pytest.approx(0.2)
 
 
 def test_a_tensor_learning_rate_is_followed_without_upload(uploads, backend, device):
@@ -393,24 +392,13 @@ def test_a_tensor_learning_rate_is_followed_without_upload(uploads, backend, dev
         opt.param_groups[0]["rho"] = rho
         uploads.clear()
         train(opt, params, steps=1, seed=10 + t)
-        assert uploads.count(opt._spaces[0].hyper.data_ptr()) == (t == 2)
+        assert uploads.count(opt.spaces[0].hyper.data_ptr()) == (t == 2)
         for h in oracle.h:
             h.update(lr=value, rho=rho)
         oracle.first_step(normals([5, 7], 10 + t, device))
         oracle.second_step(normals([5, 7], 110 + t, device))
         for p, w in zip(params, oracle.w, strict=True):
             torch.testing.assert_close(exact(p), w, rtol=1e-5, atol=1e-6)
-
-
-def test_plain_sam_keeps_no_average_and_no_momentum_it_does_not_need(device):
-    p = torch.nn.Parameter(torch.ones(5, device=device))
-    opt = SAM([p], torch.optim.SGD, lr=0.1, backend="reference")
-    train(opt, [p], steps=1)
-    space = opt._spaces[0]
-    assert space.m is None and space.v is None
-    opt.param_groups[0]["momentum"] = 0.9
-    train(opt, [p], steps=1)
-    assert space.v is not None and int(opt.state[p]["momentum_steps"]) == 1
 
 
 def test_a_default_device_of_the_users_is_not_where_tables_are_made(backend, device):
@@ -430,10 +418,8 @@ def test_a_tensor_hyper_parameter_is_no_part_of_a_captured_step(device):
     """A graph would copy, at every replay, from where the tensor of the capture was."""
     p = torch.nn.Parameter(torch.ones(3, device=device))
     opt = optimizer([p], "reference", lr=torch.tensor(0.1, device=device))
-    (space,), (group,) = opt._spaces, opt.param_groups
-    space.late_uploads, group["lr"] = [], torch.tensor(0.5, device=device)
-    opt._bring_hyper()
-    assert space.hyper[0, 3].item() == pytest.approx(0.1) and space.late_uploads == []
-    space.late_uploads = None
-    opt._bring_hyper()
-    assert space.hyper[0, 3].item() == pytest.approx(0.5)
+    with opt.capture():
+        opt.param_groups[0]["lr"] = torch.tensor(0.5, device=device)
+        (made,) = opt.spaces
+        assert made.hyper[0, COLUMN["lr"]].item() == pytest.approx(0.1)
+    assert opt.spaces[0].hyper[0, COLUMN["lr"]].item() == pytest.approx(0.5)

@@ -1,0 +1,447 @@
+"""Gradients and parameters of any dtype, bits and layout: read as what they are, in place or
+through a copy, or refused by name before a weight changes."""
+
+import pytest
+import torch
+from torch import nn
+
+from fastsam import SAM, FriendlySAM
+from fastsam.choose import BACKENDS
+
+from ..helpers.beside import RHO, Beside, close
+
+pytestmark = pytest.mark.filterwarnings("ignore:second_step with the gradients of the first pass")
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    return request.param
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+def negative_bit(g):
+    return torch._neg_view(-g)
+
+
+def conjugate(g):
+    """As autograd leaves the imaginary part's gradient of torch.complex(re, im).conj()."""
+    return torch.complex(torch.zeros_like(g), -g).conj().imag
+
+
+def zero_tensor(g):
+    return torch._efficientzerotensor(g.shape)
+
+
+def expanded(g):
+    return g.flatten()[0].expand(g.shape)
+
+
+def transposed(g):
+    return g.t().contiguous().t()
+
+
+def with_gaps(g):
+    wide = torch.full((*g.shape[:-1], 2 * g.shape[-1]), torch.nan)
+    return wide[..., ::2].copy_(g)
+
+
+def misaligned(g):
+    bucket = torch.full((g.numel() + 3,), torch.nan)
+    return bucket[1:1 + g.numel()].view(g.shape).copy_(g)
+
+
+def with_a_graph(g):
+    return 2 * (g / 2).requires_grad_()
+
+
+def that_requires_grad(g):
+    return g.clone().requires_grad_()
+
+
+def of_a_subclass(g):
+    return g.as_subclass(Subclass)
+
+
+def of_inference_mode(g):
+    with torch.inference_mode():
+        return g.clone()
+
+
+def a_parameter(g):
+    return nn.Parameter(g.clone())
+
+
+FORMS = [negative_bit, conjugate, zero_tensor, expanded, transposed, with_gaps, misaligned,
+         with_a_graph, that_requires_grad, of_a_subclass, of_inference_mode, a_parameter]
+DTYPES = [torch.float64, torch.float16, torch.bfloat16]
+
+
+def normal(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def parameters():
+    return [nn.Parameter(normal(3, 4, seed=1)), nn.Parameter(normal(5, seed=2))]
+
+
+def assert_step(opt, params, first, second, rho=RHO, lr=0.1, rtol=2e-5):
+    """w + rho g / ||g||, then w - lr g', where the gradients are what float64 says they are."""
+    w = [p.detach().double() for p in params]
+    exact = [[g.detach().as_subclass(torch.Tensor).double() for g in grads]
+             for grads in (first, second)]
+    for p, g in zip(params, first, strict=True):
+        p.grad = g
+    opt.first_step()
+    norm = torch.stack([g.norm() for g in exact[0]]).norm()
+    for p, v, g in zip(params, w, exact[0], strict=True):
+        torch.testing.assert_close(p.detach().double(), v + rho * g / norm, rtol=rtol, atol=2e-6)
+    for p, g in zip(params, second, strict=True):
+        p.grad = g
+    opt.second_step()
+    for p, v, g in zip(params, w, exact[1], strict=True):
+        torch.testing.assert_close(p.detach().double(), v - lr * g, rtol=rtol, atol=2e-6)
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda f: f.__name__)
+def test_a_gradient_is_what_torch_says_it_is(form, backend):
+    params = parameters()
+    opt = SAM(params, torch.optim.SGD, rho=RHO, lr=0.1, backend=backend)
+    for t in range(2):
+        first = [form(normal(3, 4, seed=3 + t)), normal(5, seed=4 + t)]
+        second = [form(normal(3, 4, seed=5 + t)), normal(5, seed=6 + t)]
+        assert_step(opt, params, first, second)
+
+
+@pytest.mark.parametrize("form", [negative_bit, conjugate], ids=lambda f: f.__name__)
+def test_the_sign_of_one_element_with_and_without_the_bit(form, backend):
+    """The same address and strides, one bit apart."""
+    p = nn.Parameter(torch.full((1,), 2.0))
+    opt = SAM([p], torch.optim.SGD, rho=RHO, lr=0.1, backend=backend)
+    g = torch.ones(1)
+    assert_step(opt, [p], [form(g)], [form(g)])
+    assert_step(opt, [p], [g], [torch._neg_view(g)])
+    assert_step(opt, [p], [torch._neg_view(g)], [g])
+
+
+def test_autograds_negative_bit():
+    re, im = (nn.Parameter(torch.full((1,), 2.0)) for _ in range(2))
+    opt = SAM([re, im], torch.optim.SGD, rho=0.0, lr=0.1, backend="reference")
+    for step in (opt.first_step, opt.second_step):
+        opt.zero_grad()
+        (torch.complex(re, im).conj() * torch.complex(torch.zeros(1), torch.ones(1))).real.sum(
+            ).backward()
+        step()
+    close(im, torch.full((1,), 1.9), "im")
+
+
+def forms_in_turn():
+    g = normal(3, 4, seed=9)
+    return [[g, g.clone()], [g.clone(), None], [g.double(), g.half()], [transposed(g), g],
+            [g.bfloat16(), negative_bit(g)], [expanded(g), g.half().double()], [g, g]]
+
+
+def test_gradients_may_change_their_form_from_step_to_step(backend):
+    p = nn.Parameter(normal(3, 4, seed=1), requires_grad=False)
+    q = nn.Parameter(p.detach().clone())
+    p.grad_dtype = q.grad_dtype = None
+    opt = SAM([p], torch.optim.SGD, rho=RHO, lr=0.1, momentum=0.9, backend=backend)
+    plain = torch.optim.SGD([q], lr=0.1, momentum=0.9)
+    for first, second in forms_in_turn():
+        p.grad = first
+        opt.first_step()
+        p.grad, q.grad = second, None if second is None else second.float().clone()
+        opt.second_step()
+        plain.step()
+        close(p, q, "p")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_gradient_of_another_dtype_is_read_in_its_own(dtype, mixed, backend):
+    params = parameters()
+    for p in params:
+        p.grad_dtype = None
+    opt = SAM(params, torch.optim.SGD, rho=RHO, lr=0.1, backend=backend)
+    other = torch.float32 if mixed else dtype
+    for t in range(2):
+        first = [normal(3, 4, seed=3 + t).to(dtype), normal(5, seed=4 + t).to(other)]
+        second = [normal(3, 4, seed=5 + t).to(dtype), normal(5, seed=6 + t).to(other)]
+        assert_step(opt, params, first, second)
+
+
+@pytest.mark.parametrize("size", [1e5, 1e-9])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_float32_gradients_of_16_bit_weights_keep_range_and_bits(size, dtype, backend):
+    p = nn.Parameter(torch.ones(4, dtype=dtype))
+    p.grad_dtype = torch.float32
+    opt = SAM([p], torch.optim.SGD, rho=0.5, lr=0.01 / size, backend=backend)
+    p.grad = torch.full((4,), size)
+    opt.first_step()
+    assert opt.last_grad_norm == pytest.approx(2 * size, rel=1e-6)
+    close(p, torch.full((4,), 1.25, dtype=dtype), "moved")
+    p.grad = torch.full((4,), 10 * size)
+    opt.second_step()
+    assert opt.skipped_steps == 0
+    close(p, torch.tensor(0.9).to(dtype).expand(4), "p")
+
+
+def test_masters_keep_the_bits_of_a_float32_gradient(backend):
+    p = nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
+    p.grad_dtype = torch.float32
+    opt = SAM([p], torch.optim.SGD, rho=0.0, lr=0.1, master_weights=True, backend=backend)
+    p.grad = torch.full((4,), 1.001)
+    opt.first_step()
+    opt.second_step()
+    close(opt.state[p]["master"], torch.full((4,), 0.8999), "master")
+
+
+def test_the_average_reads_a_gradient_in_its_own_dtype(backend):
+    p = nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
+    p.grad_dtype = torch.float32
+    opt = FriendlySAM([p], torch.optim.SGD, rho=0.1, lmbda=0.5, lr=0.1, backend=backend)
+    p.grad = torch.full((4,), 1.001)
+    opt.first_step()
+    opt.restore()
+    assert torch.equal(opt.state[p]["ema"], torch.full((4,), 0.5 * 1.001))
+
+
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+def test_the_first_pass_is_guarded_and_the_second_is_the_bases(value, backend):
+    pair = Beside("sgd", backend)
+    pair.step()
+    opt, params = pair.ours.opt, pair.ours.params
+    w = [p.detach().clone() for p in params]
+    bad = pair.gradients(3)
+    bad[0][0, 0] = value
+    pair.set(pair.ours, bad)
+    opt.first_step()
+    pair.set(pair.ours, pair.gradients(4))
+    opt.second_step()
+    assert opt.skipped_steps == 1
+    assert all(torch.equal(p, v) for p, v in zip(params, w, strict=True))
+    pair.climb()
+    for side in (pair.ours, pair.torch):
+        pair.set(side, bad)
+    opt.second_step()
+    pair.torch.opt.step()
+    assert opt.skipped_steps == 1 and not params[0].isfinite().all()
+    for p, q in zip(params, pair.torch.params, strict=True):
+        torch.testing.assert_close(p, q, rtol=2e-5, atol=2e-6, equal_nan=True)
+
+
+# ---- refused
+
+
+def sparse(p):
+    p.grad = torch.ones(3, 4).to_sparse()
+
+
+def complex_numbers(p):
+    p.grad_dtype = None
+    p.grad = torch.ones(3, 4, dtype=torch.complex64)
+
+
+def integers(p):
+    p.grad_dtype = None
+    p.grad = torch.ones(3, 4, dtype=torch.int32)
+
+
+def shorter(p):
+    p.grad.data = p.grad.data[:2]
+
+
+def reshaped(p):
+    p.grad.data = p.grad.data.view(4, 3)
+
+
+def longer(p):
+    p.grad.data = torch.ones(6, 4)
+
+
+def of_other_numbers_of_rows_and_columns(p):
+    p.grad.data = torch.ones(40).as_strided((6, 2), (4, 1))
+
+
+BAD = [sparse, complex_numbers, integers, shorter, reshaped, longer,
+       of_other_numbers_of_rows_and_columns]
+
+
+@pytest.mark.parametrize("spoil", BAD, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("second", [False, True])
+def test_what_is_no_gradient_is_refused_before_a_weight_changes(spoil, second, backend):
+    params = parameters()
+    opt = SAM(params, torch.optim.SGD, rho=RHO, lr=0.1, momentum=0.9, backend=backend)
+
+    def good():
+        for p in params:
+            p.grad = torch.ones_like(p)
+
+    good()
+    opt.first_step()
+    opt.second_step()
+    w = [p.detach().clone() for p in params]
+    if second:
+        opt.first_step()
+    moved = [p.detach().clone() for p in params]
+    spoil(params[0])
+    for call in ([opt.step] if second else [opt.first_step, opt.step]):
+        with pytest.raises(ValueError, match="gradient of shape"):
+            call()
+        assert opt.is_perturbed == second
+        assert all(torch.equal(p, v) for p, v in zip(params, moved, strict=True))
+    opt.restore()
+    assert all(torch.equal(p, v) for p, v in zip(params, w, strict=True))
+    params[0].grad = None
+    good()
+    opt.first_step()
+    opt.second_step()
+
+
+# ---- the parameters' own memory
+
+
+@pytest.mark.parametrize("perturbed", [False, True])
+@pytest.mark.parametrize("move", [
+    lambda t: t.clone(), lambda t: t.t().contiguous().t(), lambda t: misaligned(t)],
+    ids=["other memory", "other strides", "misaligned"])
+def test_moved_memory_is_followed_in_either_half_of_a_step(move, perturbed, backend):
+    params, twins = parameters(), parameters()
+    opt = SAM(params, torch.optim.SGD, rho=RHO, lr=0.1, momentum=0.9, backend=backend)
+    plain = torch.optim.SGD(twins, lr=0.1, momentum=0.9)
+    for t in range(4):
+        grads = [normal(3, 4, seed=t), normal(5, seed=9 + t)]
+        for p, q, g in zip(params, twins, grads, strict=True):
+            p.grad, q.grad = g, g.clone()
+        if t == 2 and not perturbed:
+            params[0].data = move(params[0].data)
+        opt.first_step()
+        if t == 2 and perturbed:
+            params[0].data = move(params[0].data)
+        opt.second_step()
+        plain.step()
+        for p, q in zip(params, twins, strict=True):
+            close(p, q, f"step {t}")
+
+
+def first_rows(t):
+    return t[:2]
+
+
+def as_it_stands_in_other_columns(t):
+    return t.view(4, 3)
+
+
+def of_the_same_strides(t):
+    return t.as_strided((1, 12), (4, 1))
+
+
+def in_double(t):
+    return t.double()
+
+
+def gapped(t):
+    return t.repeat(1, 2)[:, ::2]
+
+
+@pytest.mark.parametrize("change", [first_rows, as_it_stands_in_other_columns,
+                                    of_the_same_strides, in_double, gapped],
+                         ids=lambda f: f.__name__)
+@pytest.mark.parametrize("perturbed", [False, True])
+def test_a_parameter_of_another_form_is_refused_and_the_others_come_back(change, perturbed,
+                                                                         backend):
+    params = parameters()
+    opt = SAM(params, torch.optim.SGD, rho=RHO, lr=0.1, backend=backend)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    opt.first_step()
+    opt.second_step()
+    w = [p.detach().clone() for p in params]
+    if perturbed:
+        opt.first_step()
+    was, now = params[0].data, change(params[0].data)
+    params[0].data = now
+    moved = [p.detach().clone() for p in params]
+    for call in ([opt.step] if perturbed else [opt.first_step, opt.step]):
+        with pytest.raises(RuntimeError, match="final form"):
+            call()
+        assert all(torch.equal(p, v) for p, v in zip(params, moved, strict=True))
+    if perturbed and now.shape != w[0].shape:
+        with pytest.raises(RuntimeError, match="cannot go back"):
+            opt.restore()
+    else:
+        opt.restore()
+        assert not perturbed or torch.equal(params[0].float(), w[0])
+    assert not opt.is_perturbed and torch.equal(params[1], w[1])
+    params[0].data = was
+    opt.restore()
+
+
+def test_memory_that_comes_to_overlap_is_refused():
+    whole = torch.zeros(12)
+    a, b = nn.Parameter(whole[0:8:2]), nn.Parameter(whole[1:9:2])
+    opt = SAM([a, b], torch.optim.SGD, rho=RHO, lr=0.1)
+    for p in (a, b):
+        p.grad = torch.ones(4)
+    opt.first_step()
+    opt.second_step()
+    for wrong in (whole[2:10:2], whole[0:1].expand(4), whole[1:3].as_strided((4,), (0,)),
+                  whole.as_strided((4,), (0,), 1)):
+        b.data = wrong
+        before = whole.clone()
+        with pytest.raises(ValueError, match="share memory"):
+            opt.first_step()
+        assert not opt.is_perturbed and torch.equal(whole, before)
+
+
+@pytest.mark.parametrize("make", [
+    lambda t: [t[0:8:2], t[2:10:2]], lambda t: [t[0:8], t[4:12]], lambda t: [t[:1].expand(4)],
+    lambda t: [t.as_strided((3, 3), (1, 1))], lambda t: [t[0:8], t[3]],
+    lambda t: [t.view(3, 4)[:, :2], t.view(3, 4)[:, 1:]]])
+def test_overlapping_parameters_are_refused(make):
+    with pytest.raises(ValueError, match="share memory"):
+        SAM([nn.Parameter(t) for t in make(torch.zeros(12))], torch.optim.SGD, lr=0.1)
+
+
+def test_parameters_without_gradient_without_elements_and_without_dimensions(backend):
+    params = [nn.Parameter(torch.ones(3), requires_grad=False), nn.Parameter(torch.ones(0, 3)),
+              nn.Parameter(torch.tensor(2.0)), nn.Parameter(torch.ones(1, 1))]
+    opt = SAM(params, torch.optim.SGD, rho=0.5, lr=0.1, backend=backend)
+    for _ in range(2):
+        for p in params[1:]:
+            p.grad = torch.ones_like(p)
+        opt.first_step()
+        opt.second_step()
+    assert torch.equal(params[0], torch.ones(3))
+    close(params[2], torch.tensor(1.8), "0-dim")
+    close(params[3], torch.full((1, 1), 0.8), "1 x 1")
+
+
+def test_parameters_of_inference_mode_are_refused():
+    with torch.inference_mode():
+        p = nn.Parameter(torch.ones(3))
+    with pytest.raises(ValueError, match="inference mode"):
+        SAM([p], torch.optim.SGD, lr=0.1)
+
+
+def test_a_step_may_be_taken_in_inference_mode(backend):
+    params = parameters()
+    opt = SAM(params, torch.optim.SGD, rho=RHO, lr=0.1, backend=backend)
+    with torch.inference_mode():
+        first = [normal(3, 4, seed=3), normal(5, seed=4)]
+        assert_step(opt, params, first, first[::1])
+
+
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph")
+def test_double_backward_through_the_first_gradient(backend):
+    """create_graph=True: the gradients have graphs, which neither climb nor step disturbs."""
+    p = nn.Parameter(normal(3, 4))
+    opt = SAM([p], torch.optim.SGD, rho=RHO, lr=0.1, backend=backend)
+    for step in (opt.first_step, opt.second_step):
+        p.grad = None
+        p.pow(3).sum().backward(create_graph=True)
+        assert p.grad.grad_fn is not None
+        step()
+        assert p.is_leaf and p.grad_fn is None

@@ -1,0 +1,402 @@
+"""Whatever is done to `param_groups` between steps is followed as torch's optimizers follow it, or
+refused by name before a weight changes."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from fastsam import ASAM, SAM, FriendlySAM, PhaseError
+from fastsam.choose import BACKENDS
+
+from ..helpers.beside import RHO, Beside, close
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    return request.param
+
+
+# ---- followed
+
+
+def append(opt, params):
+    opt.param_groups[0]["params"].append(params[4])
+
+
+def append_without_dimensions(opt, params):
+    opt.param_groups[1]["params"].append(params[5])
+
+
+def replace(opt, params):
+    opt.param_groups[0]["params"][0] = params[4]
+
+
+def replace_by_another_shape(opt, params):
+    opt.param_groups[1]["params"][0] = params[4]
+
+
+def remove(opt, params):
+    del opt.param_groups[0]["params"][1]
+
+
+def insert(opt, params):
+    opt.param_groups[0]["params"].insert(0, params[4])
+
+
+def reorder(opt, params):
+    opt.param_groups[0]["params"].reverse()
+
+
+def move_to_another_group(opt, params):
+    opt.param_groups[1]["params"].append(opt.param_groups[0]["params"].pop(0))
+
+
+def exchange_between_groups(opt, params):
+    first, second = (group["params"] for group in opt.param_groups)
+    first[1], second[0] = second[0], first[1]
+
+
+def clear_a_group(opt, params):
+    opt.param_groups[0]["params"].clear()
+
+
+def another_list(opt, params):
+    opt.param_groups[0]["params"] = [params[2], params[4]]
+
+
+def a_tuple(opt, params):
+    opt.param_groups[0]["params"] = (params[4], params[0])
+
+
+def exchange_whole_lists(opt, params):
+    first, second = opt.param_groups
+    first["params"], second["params"] = second["params"], first["params"]
+
+
+def reverse_groups(opt, params):
+    opt.param_groups.reverse()
+
+
+def delete_a_group(opt, params):
+    del opt.param_groups[0]
+
+
+def append_a_whole_group(opt, params):
+    opt.param_groups.append({**opt.param_groups[1], "params": [params[4]], "lr": 0.2})
+
+
+def insert_a_whole_group(opt, params):
+    opt.param_groups.insert(0, {**opt.param_groups[1], "params": [params[4], params[5]]})
+
+
+def another_list_of_groups(opt, params):
+    opt.param_groups = [dict(group) for group in reversed(opt.param_groups)]
+
+
+def another_list_of_groups_in_the_base(opt, params):
+    base = getattr(opt, "base_optimizer", opt)
+    base.param_groups = [{**base.param_groups[0], "params": [params[4], params[1]], "lr": 0.3}]
+
+
+def one_group_of_two(opt, params):
+    first, second = opt.param_groups
+    first["params"].extend(second["params"])
+    opt.param_groups.remove(second)
+
+
+def split(opt, params):
+    group = opt.param_groups[0]
+    opt.param_groups.append({**group, "params": [group["params"].pop()], "weight_decay": 0.3})
+
+
+def add_param_group(opt, params):
+    opt.add_param_group(dict(params=[params[4]], lr=0.2))
+
+
+FOLLOWED = [append, append_without_dimensions, replace, replace_by_another_shape, remove, insert,
+            reorder, move_to_another_group, exchange_between_groups, clear_a_group, another_list,
+            a_tuple, exchange_whole_lists, reverse_groups, delete_a_group, append_a_whole_group,
+            insert_a_whole_group, another_list_of_groups, another_list_of_groups_in_the_base,
+            one_group_of_two, split, add_param_group]
+
+
+@pytest.mark.parametrize("edit", FOLLOWED, ids=lambda f: f.__name__)
+def test_edited_groups_train_as_in_torch(edit, backend):
+    pair = Beside("sgd", backend)
+    pair.step()
+    pair.both(edit)
+    pair.step(2)
+
+
+@pytest.mark.parametrize("base", ["adamw", "plain sgd", "rmsprop"])
+@pytest.mark.parametrize("edit", FOLLOWED, ids=lambda f: f.__name__)
+def test_edited_groups_train_as_in_torch_over_other_bases(edit, base):
+    pair = Beside(base, "reference")
+    pair.step()
+    pair.both(edit)
+    pair.step(2)
+
+
+@pytest.mark.parametrize("base", ["sgd", "adamw", "rmsprop"])
+def test_edits_in_a_row_before_the_first_step_and_after(base):
+    pair = Beside(base, "reference")
+    for edit in (append, exchange_between_groups, reverse_groups, reorder):
+        pair.both(edit)
+        pair.step()
+    pair.both(clear_a_group)
+    pair.step()
+    pair.both(lambda opt, params: opt.param_groups[0]["params"].extend(params[5:]))
+    pair.step()
+
+
+@pytest.mark.parametrize("base", ["sgd", "adamw", "rmsprop"])
+def test_a_parameter_that_comes_back_finds_its_state(base):
+    """As in torch, whose state stays while a parameter is in no group."""
+    pair = Beside(base, "reference")
+    pair.step()
+    pair.both(remove)
+    pair.step()
+    pair.both(lambda opt, params: opt.param_groups[0]["params"].append(params[1]))
+    pair.step()
+
+
+def test_the_average_follows_its_parameter(backend):
+    """Friendly-SAM's m, for which torch has no counterpart: it stays with a parameter that moves
+    to another place, begins anew with a new one, and d = g - m at every one of them."""
+    pair = Beside("sgd", backend, make=FriendlySAM, sigma=1.0, lmbda=0.5, convention="official")
+    pair.step()
+    opt, params = pair.ours.opt, pair.ours.params
+    m = {p: opt.state[p]["ema"].clone() for p in pair.ours.members()}
+    pair.both(exchange_between_groups)
+    pair.both(append)
+    assert len(opt.spaces) == 1  # followed here
+    for p in params[:4]:
+        assert torch.equal(opt.state[p]["ema"], m[p])
+    assert not opt.state[params[4]]["ema"].any() and int(opt.state[params[4]]["ema_steps"]) == 0
+    w = [p.detach().clone() for p in params]
+    g = pair.gradients(77)
+    pair.set(pair.ours, g)
+    opt.first_step()
+    d = [x - m.get(p, 0) for x, p in zip(g[:5], params, strict=False)]
+    norm = torch.stack([x.norm() for x in d]).norm()
+    for p, x, before in zip(params, d, w, strict=False):
+        close(p, before + RHO / norm * x, "moved")
+    opt.restore()
+
+
+@pytest.mark.parametrize("base", ["adamw", "sgd"])
+def test_densified_points_keep_the_state_that_was_moved_by_hand(base, backend):
+    """As Gaussian splatting grows its tensors."""
+    def grow(opt, params):
+        for i in (0, 4):
+            old = params[i]
+            new = nn.Parameter(torch.cat([old.detach(), torch.ones_like(old[:2])]))
+            state = opt.state.pop(old, None)
+            if state is not None:
+                for name, x in state.items():
+                    if isinstance(x, torch.Tensor) and x.ndim:
+                        state[name] = torch.cat([x, torch.zeros_like(x[:2])])
+                opt.state[new] = state
+            for group in opt.param_groups:
+                group["params"] = [new if p is old else p for p in group["params"]]
+            params[i] = new
+
+    def prune(opt, params):
+        old = params[0]
+        keep = torch.tensor([True, False, True, True, False])
+        new = nn.Parameter(old.detach()[keep])
+        state = opt.state.pop(old)
+        for name, x in state.items():
+            if isinstance(x, torch.Tensor) and x.ndim:
+                state[name] = x[keep]
+        opt.state[new] = state
+        opt.param_groups[0]["params"][0] = params[0] = new
+
+    pair = Beside(base, backend)
+    pair.step(2)
+    pair.both(grow)
+    pair.step()
+    pair.both(prune)
+    pair.step(2)
+
+
+def test_saved_groups_are_those_of_now(backend):
+    pair = Beside("sgd", backend)
+    pair.step()
+    pair.both(append)
+    pair.both(move_to_another_group)
+    state = pair.ours.opt.state_dict()
+    assert [len(group["params"]) for group in state["param_groups"]] == [3, 2]
+    again = copy.deepcopy((pair.ours.params, pair.ours.opt))
+    pair.step()
+    params, pair.ours.params = pair.ours.params, again[0]
+    pair.t, pair.ours.opt = 1, again[1]
+    pair.torch = copy.deepcopy(pair.torch)
+    pair.climb()
+    pair.set(pair.ours, pair.gradients(1002))
+    pair.ours.opt.second_step()
+    for p, q in zip(params, again[0], strict=True):
+        assert torch.equal(p, q)
+
+
+# ---- refused
+
+
+def twice_in_a_group(opt, params):
+    opt.param_groups[0]["params"].append(params[0])
+
+
+def in_two_groups(opt, params):
+    opt.param_groups[1]["params"].append(params[0])
+
+
+def over_the_same_memory(opt, params):
+    opt.param_groups[0]["params"].append(nn.Parameter(params[0].detach()))
+
+
+def a_generator(opt, params):
+    opt.param_groups[0]["params"] = (p for p in params[:3])
+
+
+def an_iterator(opt, params):
+    opt.param_groups[0]["params"] = iter(params[:3])
+
+
+def one_tensor(opt, params):
+    opt.param_groups[0]["params"] = params[0]
+
+
+def nothing(opt, params):
+    opt.param_groups[0]["params"] = None
+
+
+def no_tensor(opt, params):
+    opt.param_groups[0]["params"].append(("name", params[4]))
+
+
+def complex_numbers(opt, params):
+    opt.param_groups[0]["params"].append(nn.Parameter(torch.ones(2, dtype=torch.complex64)))
+
+
+def result_of_a_computation(opt, params):
+    opt.param_groups[0]["params"].append(2 * params[4])
+
+
+def integers(opt, params):
+    opt.param_groups[0]["params"].append(torch.ones(2, dtype=torch.int64))
+
+
+def uninitialized(opt, params):
+    opt.param_groups[0]["params"].append(nn.UninitializedParameter())
+
+
+def no_params(opt, params):
+    del opt.param_groups[0]["params"]
+
+
+def a_group_without_rho(opt, params):
+    opt.param_groups.append(dict(params=[params[4]], lr=0.1))
+
+
+def a_group_without_anything(opt, params):
+    opt.param_groups.insert(0, dict(params=[params[4]]))
+
+
+def a_group_with_a_bad_rho(opt, params):
+    opt.param_groups.append({**opt.param_groups[0], "params": [params[4]], "rho": -1.0})
+
+
+def a_group_that_is_none(opt, params):
+    opt.param_groups.append([params[4]])
+
+
+def no_groups(opt, params):
+    opt.param_groups.clear()
+
+
+def groups_without_parameters(opt, params):
+    for group in opt.param_groups:
+        group["params"].clear()
+
+
+REFUSED = {
+    twice_in_a_group: "given twice", in_two_groups: "given twice",
+    over_the_same_memory: "share memory", a_generator: "params.*generator",
+    an_iterator: "params.*list_iterator", one_tensor: "params.*Parameter",
+    nothing: "params.*NoneType", no_tensor: "tuple", complex_numbers: "complex64",
+    result_of_a_computation: "of a computation", integers: "int64",
+    uninitialized: "lazy", no_params: "'params'",
+    a_group_without_rho: "'rho'", a_group_without_anything: "lacks",
+    a_group_with_a_bad_rho: "rho=-1.0", a_group_that_is_none: "list",
+    no_groups: "no parameters", groups_without_parameters: "no parameters",
+}
+
+
+@pytest.mark.parametrize("edit", REFUSED, ids=lambda f: f.__name__)
+def test_groups_that_are_refused_change_no_weight_and_no_state(edit, backend):
+    pair = Beside("sgd", backend)
+    pair.step()
+    side = pair.ours
+    kept = [dict(group, params=list(group["params"])) for group in side.opt.param_groups]
+    weights = [p.detach().clone() for p in side.params]
+    state = {p: {k: x.clone() for k, x in s.items()} for p, s in side.opt.state.items()}
+    edit(side.opt, side.params)
+    for call in (side.opt.first_step, side.opt.step, side.opt.second_step):
+        with pytest.raises(PhaseError if call == side.opt.second_step else ValueError,
+                           match=None if call == side.opt.second_step else REFUSED[edit]):
+            call()
+        assert not side.opt.is_perturbed
+        assert all(torch.equal(p, w) for p, w in zip(side.params, weights, strict=True))
+    for p, entry in state.items():
+        assert all(torch.equal(side.opt.state[p][name], x) for name, x in entry.items())
+    side.opt.param_groups[:] = kept
+    pair.step(2)
+
+
+@pytest.mark.parametrize("edit", [append, replace, remove, reorder, reverse_groups, delete_a_group,
+                                  append_a_whole_group, clear_a_group, move_to_another_group,
+                                  no_groups, a_generator, add_param_group],
+                         ids=lambda f: f.__name__)
+@pytest.mark.parametrize("base", ["sgd", "rmsprop"])
+def test_groups_edited_while_perturbed_are_refused_and_restore_goes_back(edit, base):
+    pair = Beside(base, "reference")
+    pair.step()
+    pair.climb()
+    moved = [p.detach().clone() for p in pair.ours.params]
+    kept = [dict(group, params=list(group["params"])) for group in pair.ours.opt.param_groups]
+    if edit is add_param_group:
+        with pytest.raises(PhaseError, match="perturbed"):
+            edit(pair.ours.opt, pair.ours.params)
+    else:
+        edit(pair.ours.opt, pair.ours.params)
+        pair.set(pair.ours, pair.gradients(3))
+        with pytest.raises((PhaseError, ValueError), match="perturbed|params"):
+            pair.ours.opt.step()
+        assert pair.ours.opt.is_perturbed
+        for p, w in zip(pair.ours.params, moved, strict=True):
+            assert torch.equal(p, w)
+    pair.restored()
+    pair.ours.opt.param_groups[:] = kept
+    pair.t = 9
+    pair.step()
+
+
+# ---- names
+
+
+def test_names_that_do_not_keep_up_matter_only_where_names_decide():
+    p, q, r = (nn.Parameter(torch.ones(2, 2)) for _ in range(3))
+    plain = SAM([("a.weight", p), ("b.weight", q)], torch.optim.SGD, lr=0.1)
+    plain.param_groups[0]["params"].append(r)
+    r.grad = torch.ones(2, 2)
+    plain.step()
+    close(r, torch.full((2, 2), 0.9), "r")
+    asam = ASAM([("a.weight", p), ("b.weight", q)], torch.optim.SGD, scale="weights", lr=0.1)
+    asam.param_groups[0]["params"].append(r)
+    with pytest.raises(ValueError, match="param_names.*2 names.*3 parameters"):
+        asam.first_step()
+    asam.param_groups[0]["param_names"].append("c.weight")
+    asam.first_step()
+    asam.restore()

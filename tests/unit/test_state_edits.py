@@ -1,0 +1,352 @@
+"""Whatever is done to `state` between steps, or between the two halves of one, is followed as
+torch's optimizers follow it, or refused by name before a weight changes."""
+
+import copy
+from collections import defaultdict
+
+import pytest
+import torch
+
+from fastsam import SAM, FriendlySAM, PhaseError
+from fastsam.choose import BACKENDS
+
+from ..helpers.beside import Beside
+
+BUFFER = {"sgd": "momentum_buffer", "adamw": "exp_avg"}
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    return request.param
+
+
+# ---- followed
+
+
+def clear(opt, params):
+    opt.state.clear()
+
+
+def another_dict(opt, params):
+    opt.state = defaultdict(dict)
+
+
+def a_copy(opt, params):
+    opt.state = defaultdict(dict, {p: dict(entry) for p, entry in opt.state.items()})
+
+
+def cloned_tensors(opt, params):
+    opt.state = defaultdict(dict, {p: {k: x.clone() if isinstance(x, torch.Tensor) else x
+                                       for k, x in entry.items()}
+                                   for p, entry in opt.state.items()})
+
+
+def pop_an_entry(opt, params):
+    opt.state.pop(params[0])
+
+
+def empty_an_entry(opt, params):
+    opt.state[params[0]].clear()
+
+
+def swap_entries(opt, params):
+    a, b = params[1], params[3]
+    opt.state[a], opt.state[b] = opt.state[b], opt.state[a]
+
+
+def swap_tensors(opt, params):
+    a, b = opt.state[params[1]], opt.state[params[3]]
+    for name in ("momentum_buffer", "exp_avg", "exp_avg_sq"):
+        if name in a:
+            a[name], b[name] = b[name], a[name]
+
+
+def replaced(change):
+    def edit(opt, params):
+        for entry in opt.state.values():
+            for name in ("momentum_buffer", "exp_avg"):
+                if entry.get(name) is not None:
+                    entry[name] = change(entry[name])
+    edit.__name__ = change.__name__
+    return edit
+
+
+def doubled(x):
+    return 2 * x
+
+
+def in_float64(x):
+    return x.double() / 3
+
+
+def transposed(x):
+    return x.t().contiguous().t() if x.ndim == 2 else x.clone()
+
+
+def with_gaps(x):
+    wide = x.new_zeros(*x.shape[:-1], 2 * x.shape[-1])
+    return wide[..., ::2].copy_(x)
+
+
+def expanded(x):
+    return x.flatten()[0].expand(x.shape)
+
+
+def negated(x):
+    return torch._neg_view(x)
+
+
+def with_a_graph(x):
+    return x.detach().requires_grad_() * 1.5
+
+
+def fill_in_place(opt, params):
+    for entry in opt.state.values():
+        for name in ("momentum_buffer", "exp_avg"):
+            if name in entry:
+                entry[name].mul_(-0.5)
+
+
+def foreign_keys(opt, params):
+    opt.state[params[0]]["mine"] = "kept"
+    opt.state["somebody's"] = {"number": 3}
+
+
+FOLLOWED = [clear, another_dict, a_copy, cloned_tensors, pop_an_entry, empty_an_entry,
+            swap_entries, swap_tensors, fill_in_place, foreign_keys,
+            *map(replaced, (doubled, in_float64, transposed, with_gaps, expanded, negated,
+                            with_a_graph))]
+IN_PLACE = (negated, expanded, with_a_graph)  # torch would write into them; ours are copies
+
+
+def as_torch_can(edit):
+    """The same edit with a tensor of its own, which torch's optimizers can write into."""
+    names = [f.__name__ for f in (*IN_PLACE, in_float64)]
+    if edit.__name__ not in names:
+        return edit
+
+    def twin(opt, params):
+        edit(opt, params)
+        for entry in opt.state.values():
+            for name in ("momentum_buffer", "exp_avg"):
+                if name in entry:
+                    entry[name] = torch.empty(entry[name].shape).copy_(entry[name].detach())
+    return twin
+
+
+def edit_both(pair, edit):
+    edit(pair.ours.opt, pair.ours.params)
+    as_torch_can(edit)(pair.torch.opt, pair.torch.params)
+
+
+@pytest.mark.parametrize("edit", FOLLOWED, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("base", ["sgd", "adamw"])
+def test_an_edited_state_is_followed(edit, base, backend):
+    pair = Beside(base, backend)
+    pair.step(2)
+    edit_both(pair, edit)
+    pair.step(2)
+
+
+@pytest.mark.parametrize("edit", FOLLOWED, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("base", ["sgd", "adamw", "rmsprop"])
+def test_a_state_edited_while_perturbed_is_followed(edit, base):
+    if base == "rmsprop" and edit.__name__ == "expanded":
+        return  # torch's RMSprop cannot write into it
+    pair = Beside(base, "reference")
+    pair.step(2)
+    pair.climb()
+    edit_both(pair, edit)
+    pair.descend()
+    pair.step()
+
+
+@pytest.mark.parametrize("base", ["sgd", "adamw"])
+def test_an_edited_state_is_what_is_saved(base):
+    pair = Beside(base, "reference")
+    pair.step(2)
+    for edit in (fill_in_place, swap_entries, replaced(doubled), foreign_keys):
+        edit_both(pair, edit)
+        saved, theirs = pair.ours.opt.state_dict(), pair.torch.opt.state_dict()
+        for i, entry in theirs["state"].items():
+            for name, x in entry.items():
+                mine = saved["state"][i][name]
+                if isinstance(x, torch.Tensor):
+                    torch.testing.assert_close(mine.detach(), x, rtol=1e-5, atol=1e-6)
+                else:
+                    assert mine == x
+        pair.step()
+    pair.both(clear)
+    for entry in pair.ours.opt.state_dict()["state"].values():
+        assert not isinstance(entry, dict) or not any(
+            x.any() for name, x in entry.items() if isinstance(x, torch.Tensor))
+
+
+def test_what_others_keep_in_the_state_is_saved_and_loaded():
+    pair = Beside("sgd", "reference")
+    pair.step()
+    opt, twin = pair.ours.opt, Beside("sgd", "reference")
+    foreign_keys(opt, pair.ours.params)
+    opt.state["number"] = 5
+    pair.step()
+    twin.ours.opt.load_state_dict(copy.deepcopy(opt.state_dict()))
+    state = twin.ours.opt.state
+    assert state[twin.ours.params[0]]["mine"] == "kept"
+    assert state["somebody's"] == {"number": 3} and state["number"] == 5
+    assert torch.equal(state[twin.ours.params[0]]["momentum_buffer"],
+                       opt.state[pair.ours.params[0]]["momentum_buffer"])
+
+
+@pytest.mark.parametrize("value", [7, 7.0, torch.tensor(7.0), torch.tensor([7]),
+                                   torch.tensor(7, dtype=torch.int64)], ids=repr)
+def test_adams_step_may_be_replaced(value, backend):
+    pair = Beside("adamw", backend)
+    pair.step(2)
+    for entry in pair.ours.opt.state.values():
+        entry["step"] = copy.deepcopy(value)
+    for entry in pair.torch.opt.state.values():
+        entry["step"] = torch.tensor(7.0)
+    pair.step(2)
+
+
+def test_adams_step_may_be_counted_in_place(backend):
+    pair = Beside("adamw", backend)
+    pair.step()
+    pair.both(lambda opt, params: [entry["step"].add_(10) for entry in opt.state.values()])
+    pair.step(2)
+
+
+def test_popped_momentum_begins_anew(backend):
+    pair = Beside("sgd", backend)
+    pair.step(2)
+    pair.both(lambda opt, params: opt.state[params[0]].pop("momentum_buffer"))
+    pair.step(2)
+    pair.both(lambda opt, params: opt.state[params[0]].update(momentum_buffer=None))
+    pair.step(2)
+
+
+@pytest.mark.parametrize("edit", [clear, another_dict, pop_an_entry])
+def test_the_average_begins_anew_with_the_state(edit, backend):
+    pair = Beside("sgd", backend, make=FriendlySAM, lmbda=0.5)
+    pair.step(2)
+    opt, (p, *_) = pair.ours.opt, pair.ours.params
+    edit(opt, pair.ours.params)
+    g = pair.gradients(3)
+    pair.set(pair.ours, g)
+    opt.first_step()
+    opt.restore()
+    torch.testing.assert_close(opt.state[p]["ema"], 0.5 * g[0])
+    assert int(opt.state[p]["ema_steps"]) == 1
+
+
+def test_the_average_may_be_replaced_in_another_form(backend):
+    pair = Beside("sgd", backend, make=FriendlySAM, lmbda=0.5)
+    pair.step()
+    opt, (p, *_) = pair.ours.opt, pair.ours.params
+    opt.state[p]["ema"] = torch.full((4, 3), 2.0, dtype=torch.float64).t()
+    g = pair.gradients(3)
+    pair.set(pair.ours, g)
+    opt.first_step()
+    opt.restore()
+    torch.testing.assert_close(opt.state[p]["ema"], 1 + 0.5 * g[0])
+
+
+@pytest.mark.parametrize("what", ["momentum_buffer", "exp_avg", "exp_avg_sq"])
+def test_a_buffer_whose_memory_was_moved_is_followed(what, backend):
+    """As offloading to the host does with `.data`."""
+    base = "sgd" if what == "momentum_buffer" else "adamw"
+    pair = Beside(base, backend)
+    pair.step(2)
+
+    def move(opt, params):
+        for entry in opt.state.values():
+            entry[what].data = entry[what].data * 3
+
+    pair.both(move)
+    pair.step(2)
+
+
+# ---- refused
+
+
+def set_in_first(name, value):
+    def edit(opt, params):
+        opt.state[params[0]][name] = value
+    return edit
+
+
+def pop_from_first(name):
+    return lambda opt, params: opt.state[params[0]].pop(name)
+
+
+REFUSED = {  # name: base, edit, message
+    "a list": ("sgd", set_in_first("momentum_buffer", [1.0]), "momentum_buffer.*list"),
+    "a number": ("sgd", set_in_first("momentum_buffer", 0.0), "momentum_buffer.*float"),
+    "another shape": ("sgd", set_in_first("momentum_buffer", torch.ones(4, 3)), "does not fit"),
+    "one element": ("sgd", set_in_first("momentum_buffer", torch.ones(())), "does not fit"),
+    "no memory": ("sgd", set_in_first("momentum_buffer", torch.ones(3, 4, device="meta")),
+                  "momentum_buffer.*meta"),
+    "complex": ("sgd", set_in_first("momentum_buffer", torch.ones(3, 4, dtype=torch.complex64)),
+                "momentum_buffer.*complex64"),
+    "sparse": ("sgd", set_in_first("momentum_buffer", torch.ones(3, 4).to_sparse()),
+               "momentum_buffer.*sparse"),
+    "an entry that is a list": ("sgd", lambda opt, ps: opt.state.update({ps[0]: [1, 2]}), "list"),
+    "a state that is a list": ("sgd", lambda opt, ps: setattr(opt, "state", []), "list"),
+    "no exp_avg": ("adamw", pop_from_first("exp_avg"), "'exp_avg'"),
+    "no exp_avg_sq": ("adamw", pop_from_first("exp_avg_sq"), "'exp_avg_sq'"),
+    "no step": ("adamw", pop_from_first("step"), "'step'"),
+    "exp_avg is None": ("adamw", set_in_first("exp_avg", None), "'exp_avg'"),
+    "step is None": ("adamw", set_in_first("step", None), "step=None"),
+    "step is a word": ("adamw", set_in_first("step", "seven"), "step='seven'"),
+    "step is negative": ("adamw", set_in_first("step", -1), "step=-1"),
+    "step is nan": ("adamw", set_in_first("step", float("nan")), "step=nan"),
+    "step has two elements": ("adamw", set_in_first("step", torch.ones(2)), "step.*shape"),
+    "exp_avg_sq of another shape": ("adamw", set_in_first("exp_avg_sq", torch.ones(3)),
+                                    "does not fit"),
+}
+
+
+@pytest.mark.parametrize("perturbed", [False, True])
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_state_that_is_refused_changes_nothing(name, perturbed, backend):
+    base, edit, match = REFUSED[name]
+    pair = Beside(base, backend)
+    pair.step(2)
+    side = pair.ours
+    if perturbed:
+        pair.climb()
+    weights = [p.detach().clone() for p in side.params]
+    kept = defaultdict(dict, {p: {k: x.clone() for k, x in entry.items()}
+                              for p, entry in side.opt.state.items()})
+    edit(side.opt, side.params)
+    pair.set(side, pair.gradients(5))
+    for call in ((side.opt.step,) if perturbed else (side.opt.first_step, side.opt.step)):
+        with pytest.raises(ValueError, match=match):
+            call()
+        assert side.opt.is_perturbed == perturbed
+        assert all(torch.equal(p, w) for p, w in zip(side.params, weights, strict=True))
+    if perturbed:
+        pair.restored()
+    side.opt.state = kept
+    pair.step(2)
+
+
+def test_the_state_of_masters_may_change_between_steps_only(backend):
+    p = torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
+    opt = SAM([p], torch.optim.SGD, rho=0.1, lr=0.1, momentum=0.9, master_weights=True,
+              backend=backend)
+    p.grad = torch.ones_like(p)
+    opt.first_step()
+    opt.second_step()
+    opt.state[p]["master"] = torch.full((4,), 2.0)
+    with torch.no_grad():
+        p.fill_(2)
+    opt.step()
+    torch.testing.assert_close(opt.state[p]["master"], torch.full((4,), 2 - 0.1 * 1.9))
+    w = p.detach().clone()
+    opt.first_step()
+    opt.state.clear()
+    with pytest.raises(PhaseError, match="masters"):
+        opt.second_step()
+    opt.restore()
+    assert torch.equal(p, w)
