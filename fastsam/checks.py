@@ -2,7 +2,7 @@
 
 import difflib
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -18,10 +18,24 @@ from .space import is_dense, local
 INF = float("inf")
 MAY_BE_TENSORS = ("rho", "sigma", "lmbda", "lr", "weight_decay")
 
+UNFIT = {  # classes, in lower case, whose step() does not show why they cannot be a base
+    "alig": "needs a closure's loss in every step",
+    "sparseadam": "takes sparse gradients only, which have no perturbation here",
+    "adahessian": "differentiates the second gradients again, in a graph of weights that have moved",
+    "sophiah": "differentiates the second gradients again, in a graph of weights that have moved",
+    "lomo": "steps during backward, at the perturbed weights",
+    "adalomo": "steps during backward, at the perturbed weights",
+}
 
-def check_group(group: dict[str, Any]) -> None:
+
+def check_group(group: dict[str, Any], own: Collection[str]) -> None:
     """Refuse hyper-parameters of SAM's own that are out of range, by name and value. Values of
-    tensors are on a device and not read."""
+    tensors are on a device and not read.
+
+    Args:
+        own: the names that are this class's; others, such as Scion's `scale`, are the base's.
+    """
+    group = {name: group[name] for name in own if name in group}
     check_number(group, "rho", 0, INF, "a finite radius of at least 0")
     check_number(group, "eta", 0, INF, "a finite number of at least 0")
     check_number(group, "sigma", -INF, INF, "a finite number, such as 1.0")
@@ -64,7 +78,7 @@ def check_base(kind: object, own: type, kwargs: dict[str, Any]) -> None:
 
     Raises:
         TypeError: it is no optimizer class, or an argument is unknown.
-        ValueError: it needs a closure of its own (LBFGS), or is a SAM itself.
+        ValueError: it needs a closure of its own (LBFGS) or is UNFIT, or is a SAM itself.
     """
     if not (isinstance(kind, type) and issubclass(kind, Optimizer)):
         raise TypeError(f"base_optimizer={kind!r} is not an optimizer class: "
@@ -72,11 +86,16 @@ def check_base(kind: object, own: type, kwargs: dict[str, Any]) -> None:
     if hasattr(kind, "first_step"):
         raise ValueError(f"base_optimizer={kind.__name__} climbs itself: pass the optimizer that "
                          "is to take the step, such as torch.optim.SGD")
+    for cls in kind.__mro__:
+        if cls.__name__.lower() in UNFIT:
+            raise ValueError(f"base_optimizer={kind.__name__} {UNFIT[cls.__name__.lower()]}: SAM "
+                             "takes optimizers that step with the gradients there are, such as "
+                             "torch.optim.SGD")
     closure = inspect.signature(kind.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
-        raise ValueError(f"base_optimizer={kind.__name__} calls a closure in every step, several "
-                         "times: SAM takes optimizers that step with the gradients there are, "
-                         "such as torch.optim.SGD")
+        raise ValueError(f"base_optimizer={kind.__name__} calls a closure in every step: SAM takes "
+                         "optimizers that step with the gradients there are, such as "
+                         "torch.optim.SGD")
     known = inspect.signature(kind.__init__).parameters
     if any(x.kind is inspect.Parameter.VAR_KEYWORD for x in known.values()):
         return

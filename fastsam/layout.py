@@ -21,7 +21,6 @@ from .passes import Climb, Pass
 from .space import NOWHERE, Kind, Slot, Space, Tables, is_dense, local, same_layout, upload
 
 Group = dict[str, Any]
-OWN_KEYS = ("rho", "adaptive", "perturb", "sigma", "lmbda", "eta", "scale")
 BASE_KEYS = {None: (),
              "sgd": ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize",
                      "differentiable"),
@@ -40,6 +39,7 @@ class Traits(NamedTuple):
         masters: whether 16-bit parameters get float32 masters.
         scales_with: what an adaptive group's T depends on, "weights" or "gradient".
         backend: the one that was asked for, or None.
+        own: the names of its own group keys.
     """
 
     mode: str | None
@@ -48,6 +48,7 @@ class Traits(NamedTuple):
     masters: bool
     scales_with: str
     backend: str | None
+    own: tuple[str, ...]
 
 
 class Values(NamedTuple):
@@ -103,8 +104,7 @@ class Layout:
         self.backend, self.report = choose(traits.backend, self.spaces)
         self.shown = state_dict.Shown(self.spaces)
         self.tables = [Tables(space) for space in self.spaces]
-        self.keys = itemgetter(*(key for key in OWN_KEYS if key in groups[0]),
-                               *BASE_KEYS[traits.base])
+        self.keys = itemgetter(*traits.own, *BASE_KEYS[traits.base])
         self.values: Values | None = None
         self._brought: list[list | None] = [None] * len(self.spaces)
         self._set = set[tuple[int, str]]()  # cells that are not at their neutral value
@@ -157,13 +157,14 @@ class Layout:
 
     def _look_at(self, groups: Sequence[Group]) -> None:
         for group in groups:
-            check_group(group)
+            check_group(group, self.traits.own)
         if self.traits.base:
             refuse_unfused(groups)
 
     def _read_values(self, groups: Sequence[Group], seen: list) -> Values:
         traits = self.traits
-        ab = [[scaling_of(groups[s.group], traits.scales_with, s.name, len(s.shape))
+        own = [{key: group[key] for key in traits.own} for group in groups]
+        ab = [[scaling_of(own[s.group], traits.scales_with, s.name, len(s.shape))
                for s in space.slots] for space in self.spaces]
         return Values(
             seen, any(type(x) not in NUMBERS and not is_constant(x) for x in seen),

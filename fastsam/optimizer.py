@@ -77,15 +77,18 @@ class SAM(Optimizer):
                start: int = 0, master_weights: bool = False, **kwargs: Any) -> None:
         wrapped = isinstance(base_optimizer, Optimizer)
         kind = type(base_optimizer) if wrapped else base_optimizer
+        kwargs = foreign.plain_names(kwargs, own)
         check_base(kind, type(self), kwargs)
         if wrapped and (kwargs or params is not base_optimizer.param_groups):
             raise TypeError(f"an existing {kind.__name__} has its parameters and arguments: "
                             f"use {type(self).__name__}.wrap(optimizer, rho=...)")
-        own = {**own, "perturb": True, "sam_steps": 0}
-        check_group(own)
+        own = {**own, "perturb": True}
+        check_group(own, own)
         fused = FUSED.get(kind)
         check_options(interval, start, master_weights, fused, kind)
-        self._traits = Traits(mode, projection, fused, master_weights, scales_with, backend)
+        self._traits = Traits(mode, projection, fused, master_weights, scales_with, backend,
+                              tuple(own))
+        own["sam_steps"] = 0
         self._interval, self._start = interval, start
         self._phase = Phase()
         self._built = False
@@ -131,11 +134,11 @@ class SAM(Optimizer):
         """
         if not self._built:  # called by torch's constructor
             super().add_param_group(param_group)
-            check_group(self.param_groups[-1])
+            check_group(self.param_groups[-1], self._traits.own)
             return
         self._phase.need(False, "add_param_group")
         merged = {**self.defaults, **param_group, "sam_steps": self.param_groups[0]["sam_steps"]}
-        check_group(merged)
+        check_group(merged, self._traits.own)
         if self._traits.base:
             refuse_unfused([merged])
         with foreign.as_base_sees(self.base_optimizer, self._shared):
@@ -186,9 +189,9 @@ class SAM(Optimizer):
         share them; a fused base has no state."""
         base = self.base_optimizer
         if base.param_groups is not self.param_groups:
-            base.param_groups = self.param_groups
+            foreign.share(base, "param_groups", self.param_groups)
         if not self._traits.base and base.state is not self.state:
-            base.state = self.state
+            foreign.share(base, "state", self.state)
 
     def _read(self, first: bool, inverse: Tensor | None) -> list[Pass]:
         """What this pass reads of every space; whatever can be refused is, before a weight
@@ -570,11 +573,9 @@ class SAM(Optimizer):
         if self._traits.base:
             state["state"] = {i: saving.as_torch_saves(x) for i, x in state["state"].items()}
         else:
-            base = self.base_optimizer.state_dict()
             own = {i: layout.shown.tensors[p] for i, p in enumerate(self._parameters())}
-            theirs = base["state"]
-            state = {**base, "param_groups": state["param_groups"], "state": {
-                **theirs, **{i: {**theirs.get(i, {}), **x} for i, x in own.items() if x}}}
+            state = foreign.saved(self.base_optimizer, state["param_groups"], own,
+                                  self._shared)
         for hook in hooks.values():
             state = hook(self, state) or state
         return state
@@ -595,16 +596,18 @@ class SAM(Optimizer):
             self._load(state_dict)
 
     def _load(self, state_dict: dict[str, Any]) -> None:
+        if not self._traits.base:
+            state_dict = foreign.as_saved(state_dict, self.param_groups, self._shared)
         groups = saving.merged_groups(self.param_groups, state_dict["param_groups"])
         saving.keep_decoupled(groups, self.base_optimizer)
         for group in groups:
-            check_group(group)
+            check_group(group, self._traits.own)
         if self._traits.base:
             refuse_unfused(groups)
         params = self._parameters()
         states = [state_dict["state"].get(i, {}) for g in groups for i in g["params"]]
         for p, entry in zip(params, states, strict=False):
-            saving.check_entry(p, entry)
+            saving.check_entry(p, entry, bool(self._traits.base))
         state_dict = {**state_dict, "param_groups": groups}
         containers = self.param_groups, self.state
         super().load_state_dict({**state_dict, "state": {}})
@@ -613,7 +616,7 @@ class SAM(Optimizer):
             self.state.update((p, saving.without_published(x)) for p, x in entries.items() if x)
         else:
             self.param_groups, self.state = foreign.load(
-                self.base_optimizer, state_dict, self._shared)
+                self.base_optimizer, state_dict, self._shared, (*self._traits.own, "sam_steps"))
         self._keep_containers(*containers)
         layout = self._phase.layout
         saving.adopt(layout.shown, params, entries)

@@ -46,8 +46,11 @@ def shown(space: Space, slot: Slot) -> dict[str, Tensor]:
     return state
 
 
-def bases_part(state: State) -> State:
-    """One parameter's saved state without what is not the base optimizer's."""
+def bases_part(state: Any) -> Any:
+    """One parameter's saved state without what is not the base optimizer's. An entry of no
+    parameter's, such as MADGRAD's counter, may be of any type."""
+    if not isinstance(state, dict):
+        return state
     others = {FOREIGN + name for name in OWN} | (set(PUBLISHED) if "old_p" in state else set())
     if is_old_form(state):
         others |= set(OWN)
@@ -72,23 +75,29 @@ def keep_decoupled(groups: list[State], base: Optimizer) -> None:
             group["decoupled_weight_decay"] = True
 
 
-def saved_m(state: State) -> Tensor | None:
-    """m in a saved state: of this class, or of the published F-SAM code ("momentum")."""
-    for name in (FOREIGN + "ema", FOREIGN + "full_gradient", "ema", "full_gradient"):
+def saved_m(state: State, fused: bool) -> Tensor | None:
+    """m in a saved state: of this class, or of the published F-SAM code ("momentum"). Beside a
+    base that is not fused, a name without our prefix may be the base's own."""
+    names = [FOREIGN + "ema", FOREIGN + "full_gradient"]
+    if fused or is_old_form(state):
+        names += ["ema", "full_gradient"]
+    for name in names:
         if isinstance(state.get(name), Tensor):
             return state[name]
     return state.get("momentum") if "old_p" in state else None
 
 
-def check_entry(p: Tensor, state: State) -> None:
-    """Refuse a saved tensor that belongs to another parameter.
+def check_entry(p: Tensor, state: State, fused: bool) -> None:
+    """Refuse a saved tensor that belongs to another parameter. What a base that is not fused
+    keeps for a parameter may have any shape.
 
     Raises:
         ValueError: its shape differs, or it is whole where the parameter is sharded.
     """
-    for name in ("momentum_buffer", "exp_avg", "exp_avg_sq", "master"):
-        check_tensor(p, state.get(name))
-    check_tensor(p, saved_m(state))
+    if fused:
+        for name in ("momentum_buffer", "exp_avg", "exp_avg_sq", "master"):
+            check_tensor(p, state.get(name))
+    check_tensor(p, saved_m(state, fused))
 
 
 def check_tensor(p: Tensor, value: object) -> None:
@@ -150,7 +159,7 @@ def adopt(shown: Shown, params: Sequence[Tensor], state: dict[Tensor, State]) ->
     """
     entries = [state.get(p) or {} for p in params]
     for p, entry in zip(params, entries, strict=True):
-        check_entry(p, entry)
+        check_entry(p, entry, shown.fused)
     flats = {flat.untyped_storage().data_ptr() for p in params
              for flat in buffers(shown.places[p][0])}
     entries = [apart(without_stale_counts(entry, shown.tensors[p]), flats)
@@ -181,7 +190,7 @@ def load(space: Space, slot: Slot, state: State) -> None:
     """Copy a state into the slot; what is not in `state` starts anew."""
     v_name, v_count = (("exp_avg", "step") if space.kind.base == "adam"
                        else ("momentum_buffer", "momentum_steps"))
-    m, v = saved_m(state), state.get(v_name) if space.kind.base else None
+    m, v = saved_m(state, bool(space.kind.base)), state.get(v_name) if space.kind.base else None
     fill(slot.m, m)
     fill(slot.v, v)
     fill(slot.u, state.get("exp_avg_sq"))
