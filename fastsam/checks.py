@@ -21,8 +21,8 @@ MAY_BE_TENSORS = ("rho", "sigma", "lmbda", "lr", "weight_decay")
 UNFIT = {  # classes, in lower case, whose step() does not show why they cannot be a base
     "alig": "needs a closure's loss in every step",
     "sparseadam": "takes sparse gradients only, which have no perturbation here",
-    "adahessian": "differentiates the second gradients again, in a graph of weights that have moved",
-    "sophiah": "differentiates the second gradients again, in a graph of weights that have moved",
+    "adahessian": "differentiates gradients again, in a graph of weights that have moved",
+    "sophiah": "differentiates gradients again, in a graph of weights that have moved",
     "lomo": "steps during backward, at the perturbed weights",
     "adalomo": "steps during backward, at the perturbed weights",
 }
