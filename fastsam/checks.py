@@ -49,15 +49,19 @@ def check_group(group: dict[str, Any], own: Collection[str]) -> None:
 
 def check_number(group: dict[str, Any], name: str, low: float, high: float, wanted: str) -> None:
     """Refuse a number below `low`, one that is not below `high`, and what is no number."""
-    x = group.get(name, low if low > -INF else 1)
+    x: Any = group.get(name, low if low > -INF else 1)
     if isinstance(x, Tensor) and name in MAY_BE_TENSORS:
         if x.numel() != 1:
             raise ValueError(f"{name} is a tensor of shape {tuple(x.shape)}: use one of one "
                              "element")
-    elif not isinstance(x, Real):
+    elif not is_number(x):
         raise ValueError(f"{name}={x!r} is not a number: use {wanted}")
     elif not (low <= x < high and x > -INF):
         raise ValueError(f"{name}={x} is out of range: use {wanted}")
+
+
+def is_number(x: object) -> bool:
+    return isinstance(x, Real)  # which has no order for a type checker
 
 
 def check_options(interval: int, start: int, masters: bool, fused: str | None, base: type) -> None:
@@ -73,7 +77,7 @@ def check_options(interval: int, start: int, masters: bool, fused: str | None, b
                          "use torch.optim.SGD, Adam or AdamW")
 
 
-def check_base(kind: object, own: type, kwargs: dict[str, Any]) -> None:
+def check_base(kind: Any, own: type, kwargs: dict[str, Any]) -> None:
     """Refuse a base optimizer that cannot be one, and arguments that nobody has.
 
     Raises:
@@ -96,10 +100,10 @@ def check_base(kind: object, own: type, kwargs: dict[str, Any]) -> None:
         raise ValueError(f"base_optimizer={kind.__name__} calls a closure in every step: SAM takes "
                          "optimizers that step with the gradients there are, such as "
                          "torch.optim.SGD")
-    known = inspect.signature(kind.__init__).parameters
+    known = inspect.signature(kind).parameters
     if any(x.kind is inspect.Parameter.VAR_KEYWORD for x in known.values()):
         return
-    mine = [*inspect.signature(own.__init__).parameters, "interval", "start", "master_weights",
+    mine = [*inspect.signature(own).parameters, "interval", "start", "master_weights",
             "backend"]
     for name in kwargs:
         if name not in known:

@@ -114,7 +114,7 @@ def as_saved(state_dict: dict[str, Any], groups: Sequence[Group], shared: Sequen
 
 
 def load(base: Optimizer, state_dict: dict[str, Any], shared: Sequence[str],
-         own: Collection[str]) -> tuple[list[Group], dict[Tensor, Any]]:
+         own: Collection[str]) -> tuple[list[Group], Any]:
     """Load the base's part of a saved state.
 
     Args:

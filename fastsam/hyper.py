@@ -31,12 +31,30 @@ class Hyper(NamedTuple):
     decoupled: bool
 
     # What follows from them, exact only when taken before rounding.
-    ema_share = property(lambda self: 1 - self.lmbda)
-    momentum_share = property(lambda self: 1 - self.dampening)
-    beta1_share = property(lambda self: 1 - self.beta1)
-    beta2_share = property(lambda self: 1 - self.beta2)
-    log_beta1 = property(lambda self: log(self.beta1))
-    log_beta2 = property(lambda self: log(self.beta2))
+
+    @property
+    def ema_share(self) -> float | Tensor:
+        return 1 - self.lmbda
+
+    @property
+    def momentum_share(self) -> float:
+        return 1 - self.dampening
+
+    @property
+    def beta1_share(self) -> float:
+        return 1 - self.beta1
+
+    @property
+    def beta2_share(self) -> float:
+        return 1 - self.beta2
+
+    @property
+    def log_beta1(self) -> float:
+        return log(self.beta1)
+
+    @property
+    def log_beta2(self) -> float:
+        return log(self.beta2)
 
     def corrections(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """1 - beta^t for both of Adam's, at step t."""

@@ -8,7 +8,7 @@ anything may have changed; only then is it looked at closely, followed, or refus
 from collections.abc import Collection, Sequence
 from itertools import chain
 from operator import is_, itemgetter
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -99,13 +99,14 @@ class Layout:
         if base == "sgd" and any(group["momentum"] for group in groups):
             base = "sgd-momentum"
         self.spaces = tuple(
-            Space.of(Kind(*key, traits.mode, base, traits.masters and key[1].itemsize == 2),
-                     members, len(groups)) for key, members in kinds.items())
+            Space.of(Kind(device, dtype, shards, traits.mode, base,
+                          traits.masters and dtype.itemsize == 2), members, len(groups))
+            for (device, dtype, shards), members in kinds.items())
         self.backend, self.report = choose(traits.backend, self.spaces)
         self.shown = state_dict.Shown(self.spaces)
         self.tables = [Tables(space) for space in self.spaces]
         self.keys = itemgetter(*traits.own, *BASE_KEYS[traits.base])
-        self.values: Values | None = None
+        self.values: Values = cast(Values, None)  # until they are read
         self._brought: list[list | None] = [None] * len(self.spaces)
         self._set = set[tuple[int, str]]()  # cells that are not at their neutral value
         self._last: dict[tuple[int, bool], tuple] = {}

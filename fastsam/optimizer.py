@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, overload
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from .phase import Phase, PhaseError
 from .reference import projection
 from .space import Space, Tables, local
 
+Loss = TypeVar("Loss")  # what a closure returns
 FUSED: dict[type[Optimizer], str] = {SGD: "sgd", Adam: "adam", AdamW: "adam"}
 
 
@@ -123,7 +124,8 @@ class SAM(Optimizer):
         if not isinstance(base_optimizer, Optimizer):
             raise TypeError(f"wrap takes an optimizer that exists, not {base_optimizer!r}: use "
                             f"{cls.__name__}(params, torch.optim.SGD, ...) to build one")
-        return cls(base_optimizer.param_groups, base_optimizer, *args, **kwargs)
+        base: Any = base_optimizer  # where the constructor is documented to take its class
+        return cls(base.param_groups, base, *args, **kwargs)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, in mid-training too. It shares the kernel launches of the others.
@@ -243,8 +245,7 @@ class SAM(Optimizer):
         passes = self._read(True, None if scaler is None else inverse_scale(scaler, self))
         climbs: list[Climb] = []
         try:
-            if self._traits.projection:
-                passes = self._projected(passes)
+            passes = self._projected(passes)
             self._norm(passes)
             for p in passes:
                 climbs.append(phase.layout.backend.climb(p, global_sums(passes, p.space)))
@@ -266,12 +267,15 @@ class SAM(Optimizer):
 
     def _projected(self, passes: list[Pass]) -> list[Pass]:
         """The passes with sigma multiplied with the projection's share, a function of g and m."""
+        kind = self._traits.projection
+        if kind is None:
+            return passes
         for p in passes:
             self._phase.layout.backend.dots(p)
         first = passes[0].space
         sums = torch.stack([to(p.space.sum_over_shards(p.space.dots).sum(1), first)
                             for p in passes]).sum(0)
-        c = projection(sums, self._traits.projection)
+        c = projection(sums, kind)
         for p in passes:
             p.space.multiply_sigma(to(c, p.space))
         return [p._replace(rows=[row._replace(sigma=row.sigma * to(c, p.space)) for row in p.rows])
@@ -299,11 +303,11 @@ class SAM(Optimizer):
     def step(self, closure: None = None, ascent_closure: None = None) -> None: ...
 
     @overload
-    def step(self, closure: Callable[[], Tensor],
-             ascent_closure: Callable[[], Tensor] | None = None) -> Tensor: ...
+    def step(self, closure: Callable[[], Loss],
+             ascent_closure: Callable[[], Loss] | None = None) -> Loss: ...
 
-    def step(self, closure: Callable[[], Tensor] | None = None,
-             ascent_closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+    def step(self, closure: Callable[[], Any] | None = None,
+             ascent_closure: Callable[[], Any] | None = None) -> Any:
         """Both passes with a closure; without one, the second step or a plain base step.
 
         Args:
@@ -350,7 +354,7 @@ class SAM(Optimizer):
             raise
         return loss
 
-    def _call(self, closure: Callable[[], Tensor]) -> Tensor:
+    def _call(self, closure: Callable[[], Loss]) -> Loss:
         """Call a closure with cleared gradients."""
         with torch.enable_grad():
             self.zero_grad()
@@ -395,7 +399,7 @@ class SAM(Optimizer):
         for i, (p, climb) in enumerate(zip(passes, climbs, strict=True)):
             phase.layout.set_cell(i, "found_inf", found_inf, 0)
             phase.layout.backend.step(p, climb)
-        self.base_optimizer._opt_called = True  # for a scheduler that was built around it
+        vars(self.base_optimizer)["_opt_called"] = True  # for a scheduler that was built around it
         phase.leave()
         announce(written(passes, climbs))
 
@@ -623,7 +627,7 @@ class SAM(Optimizer):
         layout.show(self.state)
         self._follow()
 
-    def _keep_containers(self, groups: list[dict], state: dict[Tensor, Any]) -> None:
+    def _keep_containers(self, groups: list[dict], state: Any) -> None:
         """Go on with these containers, which others hold, such as Lightning's wrapper."""
         new_groups, new_state = list(self.param_groups), dict(self.state)
         groups[:] = new_groups
