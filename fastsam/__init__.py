@@ -3,12 +3,13 @@
 import sys
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from typing import Any
 
 _kernels = Path(__file__).resolve().parent.parent / "kernels"
 if not (Path(__file__).parent / "kernels").exists() and (_kernels / "triton").exists():
     # a checkout: kernels/ lies beside fastsam/, and nothing else there is a part of it
-    _spec = spec_from_file_location("fastsam.kernels", _kernels / "__init__.py",
-                                    submodule_search_locations=[str(_kernels)])
+    _spec: Any = spec_from_file_location("fastsam.kernels", _kernels / "__init__.py",
+                                         submodule_search_locations=[str(_kernels)])
     kernels = sys.modules["fastsam.kernels"] = module_from_spec(_spec)
     _spec.loader.exec_module(kernels)
 

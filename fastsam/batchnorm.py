@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import cast
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -26,7 +27,7 @@ def freeze_bn_stats(model: nn.Module) -> Iterator[nn.Module]:
     for layer in model.modules():
         if not isinstance(layer, _BatchNorm):
             others += [(layer, name, buffer) for name, buffer in own_statistics(layer)]
-        elif layer.track_running_stats and not is_lazy(layer.running_mean):
+        elif layer.track_running_stats and not is_lazy(cast(Tensor, layer.running_mean)):
             frozen.append(layer)
     for layer in frozen:
         layer.track_running_stats = False  # no update at all: 0 * inf cannot reach the buffers

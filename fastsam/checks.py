@@ -2,7 +2,7 @@
 
 import difflib
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -18,10 +18,24 @@ from .space import is_dense, local
 INF = float("inf")
 MAY_BE_TENSORS = ("rho", "sigma", "lmbda", "lr", "weight_decay")
 
+UNFIT = {  # classes, in lower case, whose step() does not show why they cannot be a base
+    "alig": "needs a closure's loss in every step",
+    "sparseadam": "takes sparse gradients only, which have no perturbation here",
+    "adahessian": "differentiates gradients again, in a graph of weights that have moved",
+    "sophiah": "differentiates gradients again, in a graph of weights that have moved",
+    "lomo": "steps during backward, at the perturbed weights",
+    "adalomo": "steps during backward, at the perturbed weights",
+}
 
-def check_group(group: dict[str, Any]) -> None:
+
+def check_group(group: dict[str, Any], own: Collection[str]) -> None:
     """Refuse hyper-parameters of SAM's own that are out of range, by name and value. Values of
-    tensors are on a device and not read."""
+    tensors are on a device and not read.
+
+    Args:
+        own: the names that are this class's; others, such as Scion's `scale`, are the base's.
+    """
+    group = {name: group[name] for name in own if name in group}
     check_number(group, "rho", 0, INF, "a finite radius of at least 0")
     check_number(group, "eta", 0, INF, "a finite number of at least 0")
     check_number(group, "sigma", -INF, INF, "a finite number, such as 1.0")
@@ -35,10 +49,10 @@ def check_group(group: dict[str, Any]) -> None:
 
 def check_number(group: dict[str, Any], name: str, low: float, high: float, wanted: str) -> None:
     """Refuse a number below `low`, one that is not below `high`, and what is no number."""
-    x = group.get(name, low if low > -INF else 1)
+    x: Any = group.get(name, low if low > -INF else 1)
     if isinstance(x, Tensor):
         refuse_no_number(name, x)
-    elif not isinstance(x, Real):
+    elif not is_number(x):
         raise ValueError(f"{name}={x!r} is not a number: use {wanted}")
     elif not (low <= x < high and x > -INF):
         raise ValueError(f"{name}={x} is out of range: use {wanted}")
@@ -76,6 +90,10 @@ def check_call(zero_grad: object, scaler: object = None) -> None:
         raise TypeError(f"scaler is a {type(scaler).__name__}: use a torch.amp.GradScaler")
 
 
+def is_number(x: object) -> bool:
+    return isinstance(x, Real)  # which has no order for a type checker
+
+
 def check_options(interval: int, start: int, masters: bool, fused: str | None, base: type) -> None:
     """Refuse options of the constructor that are out of range, by name and value."""
     if not isinstance(interval, Integral) or interval < 1:
@@ -89,13 +107,13 @@ def check_options(interval: int, start: int, masters: bool, fused: str | None, b
                          "use torch.optim.SGD, Adam or AdamW")
 
 
-def check_base(params: object, kind: object, own: type, kwargs: dict[str, Any]) -> None:
+def check_base(params: object, kind: Any, own: type, kwargs: dict[str, Any]) -> None:
     """Refuse a model for its parameters, a base optimizer that cannot be one, and arguments that
     nobody has.
 
     Raises:
         TypeError: it is no optimizer class, or an argument is unknown.
-        ValueError: it needs a closure of its own (LBFGS), or is a SAM itself.
+        ValueError: it needs a closure of its own (LBFGS) or is UNFIT, or is a SAM itself.
     """
     if isinstance(params, torch.nn.Module):
         raise TypeError(f"params is a {type(params).__name__}: pass its parameters()")
@@ -105,15 +123,20 @@ def check_base(params: object, kind: object, own: type, kwargs: dict[str, Any]) 
     if hasattr(kind, "first_step"):
         raise ValueError(f"base_optimizer={kind.__name__} climbs itself: pass the optimizer that "
                          "is to take the step, such as torch.optim.SGD")
+    for cls in kind.__mro__:
+        if cls.__name__.lower() in UNFIT:
+            raise ValueError(f"base_optimizer={kind.__name__} {UNFIT[cls.__name__.lower()]}: SAM "
+                             "takes optimizers that step with the gradients there are, such as "
+                             "torch.optim.SGD")
     closure = inspect.signature(kind.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
-        raise ValueError(f"base_optimizer={kind.__name__} calls a closure in every step, several "
-                         "times: SAM takes optimizers that step with the gradients there are, "
-                         "such as torch.optim.SGD")
-    known = inspect.signature(kind.__init__).parameters
+        raise ValueError(f"base_optimizer={kind.__name__} calls a closure in every step: SAM takes "
+                         "optimizers that step with the gradients there are, such as "
+                         "torch.optim.SGD")
+    known = inspect.signature(kind).parameters
     if any(x.kind is inspect.Parameter.VAR_KEYWORD for x in known.values()):
         return
-    mine = [*inspect.signature(own.__init__).parameters, "interval", "start", "master_weights",
+    mine = [*inspect.signature(own).parameters, "interval", "start", "master_weights",
             "backend"]
     for name in kwargs:
         if name not in known:

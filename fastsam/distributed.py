@@ -1,11 +1,16 @@
 """Sharded parameters (DTensor: FSDP2, tensor parallelism), and what ranks must agree on."""
 
+from typing import TYPE_CHECKING, TypeGuard
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
-def is_sharded(p: Tensor) -> bool:
+
+def is_sharded(p: Tensor) -> "TypeGuard[DTensor]":
     """Whether p is a DTensor, of which this process holds a part or a copy."""
     return hasattr(p, "device_mesh") and hasattr(p, "placements")
 
@@ -45,7 +50,7 @@ def like(p: Tensor, shard: Tensor) -> Tensor:
 
     # the same memory without an offset, which breaks torch's copies of DTensors (as made by
     # copy.deepcopy and torch.distributed.checkpoint.async_save)
-    shard = torch.from_dlpack(shard)
+    shard = torch.utils.dlpack.from_dlpack(shard)
     return DTensor.from_local(shard, p.device_mesh, p.placements, run_check=False,
                               shape=p.shape, stride=p.stride())
 

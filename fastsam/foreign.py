@@ -2,9 +2,12 @@
 
 A key that both have, as SAM and Adadelta have `rho`, is SAM's in the groups; the base's value is
 kept as `base_rho`, and takes the name's place while the base is at work.
+
+A base that wraps another, as Lookahead does, may save itself in a form of its own; that is kept
+whole under BASE, beside ours in torch's form.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,6 +17,14 @@ from torch.optim import Optimizer
 from .state_dict import bases_part
 
 Group = dict[str, Any]
+BASE = "base_optimizer"
+
+
+def plain_names(kwargs: dict[str, Any], own: Group) -> dict[str, Any]:
+    """The base's arguments under its own names: `base_rho` is Adadelta's rho."""
+    names = {key: key.removeprefix("base_") for key in kwargs}
+    return {name if key.startswith("base_") and name in own else key: kwargs[key]
+            for key, name in names.items()}
 
 
 def without(groups: Sequence[Group], own: Group) -> list[Group]:
@@ -37,7 +48,8 @@ def join(base: Optimizer, groups: Sequence[Group], own: Group, shared: Sequence[
          ) -> list[Group]:
     """Put SAM's own keys into the base's groups, which are everybody's from here on."""
     for group, mine in zip(base.param_groups, groups, strict=True):
-        group.update({"base_" + key: group[key] for key in shared})
+        for key in shared:
+            group.setdefault("base_" + key, group[key])
         group.update({key: mine[key] for key in own})
     return base.param_groups
 
@@ -60,19 +72,70 @@ def as_base_sees(base: Optimizer, shared: Sequence[str]) -> Iterator[None]:
             group.update(exchanged(group, shared))
 
 
+def share(base: Optimizer, name: str, container: Any) -> None:
+    """Let a base, and one that it wraps and shares its container with, use this one.
+
+    Args:
+        name: "param_groups" or "state".
+    """
+    was = getattr(base, name)
+    for inner in list(vars(base).values()):
+        if isinstance(inner, Optimizer) and getattr(inner, name) is was:
+            share(inner, name, container)
+    if getattr(base, name) is not container:  # it may be a property that asks the inner one
+        setattr(base, name, container)
+
+
+def saved(base: Optimizer, groups: Sequence[Group], own: dict[int, dict[str, Tensor]],
+          shared: Sequence[str]) -> dict[str, Any]:
+    """The base's whole saved state, and in it these groups and SAM's own tensors."""
+    with as_base_sees(base, shared):
+        state = base.state_dict()
+    if "state" not in state or "param_groups" not in state:
+        return {"state": {i: x for i, x in own.items() if x}, "param_groups": groups, BASE: state}
+    theirs = state["state"]
+    return {**state, "param_groups": groups, "state": {
+        **theirs, **{i: {**theirs.get(i, {}), **x} for i, x in own.items() if x}}}
+
+
+def as_saved(state_dict: dict[str, Any], groups: Sequence[Group], shared: Sequence[str],
+             ) -> dict[str, Any]:
+    """A state in the form that `saved` gives it, also where a base alone saved it: its `rho` is
+    Adadelta's own then, and its form may be Lookahead's."""
+    if "state" in state_dict and "param_groups" in state_dict:
+        return {**state_dict, "param_groups": [
+            {"base_" + k if k in shared and "base_" + k not in group else k: x
+             for k, x in group.items()} for group in state_dict["param_groups"]]}
+    first, numbered = 0, []
+    for group in groups:
+        numbered.append({"params": list(range(first, first + len(group["params"])))})
+        first += len(group["params"])
+    return {"state": {}, "param_groups": numbered, BASE: state_dict}
+
+
 def load(base: Optimizer, state_dict: dict[str, Any], shared: Sequence[str],
-         ) -> tuple[list[Group], dict[Tensor, Any]]:
+         own: Collection[str]) -> tuple[list[Group], Any]:
     """Load the base's part of a saved state.
+
+    Args:
+        own: SAM's own keys of the groups, which the saved groups have.
 
     Returns:
         Its groups and its state.
     """
+    if BASE in state_dict:
+        base.load_state_dict(state_dict[BASE])
+        for group, mine in zip(base.param_groups, state_dict["param_groups"], strict=True):
+            group.update({"base_" + key: group[key] for key in shared})
+            group.update({key: mine[key] for key in own})
+        return base.param_groups, base.state
     theirs = {i: bases_part(state) if isinstance(state, dict) else state
               for i, state in state_dict["state"].items()}
     groups = [exchanged(group, shared) for group in state_dict["param_groups"]]
     with as_base_sees(base, shared):
         base.load_state_dict({**state_dict, "param_groups": groups,
-                              "state": {i: part for i, part in theirs.items() if part}})
+                              "state": {i: part for i, part in theirs.items()
+                                        if not isinstance(part, dict) or part}})
     for p in [p for p, state in base.state.items() if state is None]:
         del base.state[p]  # ZeroRedundancyOptimizer's sign for another process's
     return base.param_groups, base.state

@@ -1,11 +1,13 @@
 """torch.amp.GradScaler, whose loss scale and overflow flags stay on the device."""
 
+from typing import Any
+
 from torch import Tensor
 from torch.amp.grad_scaler import OptState
 from torch.optim import Optimizer
 
 
-def inverse_scale(scaler, optimizer: Optimizer) -> Tensor:
+def inverse_scale(scaler: Any, optimizer: Optimizer) -> Tensor:
     """1 / the loss scale of an enabled GradScaler, on its device.
 
     Raises:
@@ -20,7 +22,7 @@ def inverse_scale(scaler, optimizer: Optimizer) -> Tensor:
     return 1 / scaler._get_scale_async()
 
 
-def report_overflow(scaler, optimizer: Optimizer, ok: Tensor) -> None:
+def report_overflow(scaler: Any, optimizer: Optimizer, ok: Tensor) -> None:
     """Let an overflow of a first pass (`ok` is 0), too, make the scaler back off at update()."""
     found = scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"]
     for device, found_inf in found.items():

@@ -5,7 +5,7 @@
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -31,12 +31,30 @@ class Hyper(NamedTuple):
     decoupled: bool
 
     # What follows from them, exact only when taken before rounding.
-    ema_share = property(lambda self: 1 - self.lmbda)
-    momentum_share = property(lambda self: 1 - self.dampening)
-    beta1_share = property(lambda self: 1 - self.beta1)
-    beta2_share = property(lambda self: 1 - self.beta2)
-    log_beta1 = property(lambda self: log(self.beta1))
-    log_beta2 = property(lambda self: log(self.beta2))
+
+    @property
+    def ema_share(self) -> float | Tensor:
+        return 1 - self.lmbda
+
+    @property
+    def momentum_share(self) -> float:
+        return 1 - self.dampening
+
+    @property
+    def beta1_share(self) -> float:
+        return 1 - self.beta1
+
+    @property
+    def beta2_share(self) -> float:
+        return 1 - self.beta2
+
+    @property
+    def log_beta1(self) -> float:
+        return log(self.beta1)
+
+    @property
+    def log_beta2(self) -> float:
+        return log(self.beta2)
 
     def corrections(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """1 - beta^t for both of Adam's, at step t."""
@@ -67,13 +85,13 @@ def hyper_row(group: dict[str, Any], mode: str | None, base: str | None) -> Hype
     g = group if base else {}
     friendly = group if mode in FRIENDLY else {}
     beta1, beta2 = g.get("betas", (0.0, 0.0))
-    numbers = dict(
+    numbers: dict[str, Any] = dict(
         rho=group["rho"], sigma=friendly.get("sigma", 1.0), lmbda=friendly.get("lmbda", 0.0),
         lr=g.get("lr", 0.0), momentum=g.get("momentum", 0.0), dampening=g.get("dampening", 0.0),
         weight_decay=g.get("weight_decay", 0.0), beta1=beta1, beta2=beta2, eps=g.get("eps", 0.0))
     return Hyper(nesterov=bool(g.get("nesterov", False)),
                  decoupled=bool(g.get("decoupled_weight_decay", False)),
-                 **{name: number(x) for name, x in numbers.items()})
+                 **{name: cast(Any, number(x)) for name, x in numbers.items()})
 
 
 def number(x: Any) -> float | Tensor:

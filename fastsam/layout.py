@@ -8,7 +8,7 @@ anything may have changed; only then is it looked at closely, followed, or refus
 from collections.abc import Collection, Sequence
 from itertools import chain
 from operator import is_, itemgetter
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from .checks import (
 )
 from .choose import choose
 from .hyper import Hyper, hyper_row, scaling_of
-from .memory import Memory
+from .memory import Memory, addresses, present
 from .passes import Climb, Pass
 from .space import NOWHERE, Kind, Slot, Space, Tables, is_dense, local, same_layout, upload
 
@@ -48,7 +48,7 @@ class Traits(NamedTuple):
         masters: whether 16-bit parameters get float32 masters.
         scales_with: what an adaptive group's T depends on, "weights" or "gradient".
         backend: the one that was asked for, or None.
-        keys: the group keys that are SAM's own.
+        own: the names of its own group keys.
     """
 
     mode: str | None
@@ -57,7 +57,7 @@ class Traits(NamedTuple):
     masters: bool
     scales_with: str
     backend: str | None
-    keys: tuple[str, ...]
+    own: tuple[str, ...]
 
 
 class Values(NamedTuple):
@@ -85,11 +85,13 @@ class Values(NamedTuple):
 
 
 class Last(NamedTuple):
-    """A pass that was read, without its gradients, and what it was read from."""
+    """A pass that was read, without its gradients, and what it was read from; w: the column of
+    weights' addresses then, the very list."""
 
     memory: Memory
     values: Values
     tables: Tables
+    w: list[int] | None
     read: Pass
 
 
@@ -110,7 +112,7 @@ class Layout:
         self.members = [list(group["params"]) for group in groups]
         if not self.params:
             raise ValueError("the groups have no parameters: an optimizer needs one at least")
-        self.keys = itemgetter(*traits.keys, *BASE_KEYS[traits.base])
+        self.keys = itemgetter(*traits.own, *BASE_KEYS[traits.base])
         self._seen(groups)
         refuse_twice(self.params)
         kinds: dict[tuple, list] = {}
@@ -124,12 +126,13 @@ class Layout:
         if base == "sgd" and any(group["momentum"] for group in groups):
             base = "sgd-momentum"
         self.spaces = tuple(
-            Space.of(Kind(*key, traits.mode, base, traits.masters and key[1].itemsize == 2),
-                     members, len(groups)) for key, members in kinds.items())
+            Space.of(Kind(device, dtype, shards, traits.mode, base,
+                          traits.masters and dtype.itemsize == 2), members, len(groups))
+            for (device, dtype, shards), members in kinds.items())
         self.backend, self.report = choose(traits.backend, self.spaces)
         self.shown = state_dict.Shown(self.spaces)
         self.tables = [Tables(space) for space in self.spaces]
-        self.values: Values | None = None
+        self.values: Values = cast(Values, None)  # until they are read
         self._brought: list[list | None] = [None] * len(self.spaces)
         self._set = set[tuple[int, str]]()  # cells that are not at their neutral value
         self._last: dict[tuple[int, bool], Last] = {}
@@ -190,13 +193,14 @@ class Layout:
 
     def _look_at(self, groups: Sequence[Group]) -> None:
         for group in groups:
-            check_group(group)
+            check_group(group, self.traits.own)
         if self.traits.base:
             refuse_unfused(groups)
 
     def _read_values(self, groups: Sequence[Group], seen: list) -> Values:
         traits = self.traits
-        ab = [[scaling_of(groups[s.group], traits.scales_with, s.name, len(s.shape))
+        own = [{key: group[key] for key in traits.own} for group in groups]
+        ab = [[scaling_of(own[s.group], traits.scales_with, s.name, len(s.shape))
                for s in space.slots] for space in self.spaces]
         return Values(
             seen, any(type(x) not in NUMBERS and not is_constant(x) for x in seen),
@@ -310,31 +314,38 @@ class Layout:
         space, values = self.spaces[i], self.values
         grads: list[Tensor | None] = [p.grad for p in space.params]
         takes_part = values.perturb[i] if first else None
+        column = "g1" if first else "g2"
         last = self._last.get((i, first))
         if last is not None and last.values is values and last.tables is tables and (
-                last.memory.is_as_seen(space.params, grads)):
-            return last.read._replace(g=only(takes_part, grads))
+                last.w is tables.held("w") and last.memory.has_forms_of(space.params, grads)
+                and addresses(space.params) == last.memory.w):
+            taken, now = only(takes_part, grads), addresses(present(grads))
+            if now != last.memory.g:
+                tables.bring(column, table_of(taken))
+                last.memory.g = now
+            return last.read._replace(g=taken)
         with torch.no_grad():
             w = [local(p) for p in space.params]
             if not all(map(lies_as, w, space.slots)):
                 return None
-            addresses = [t.data_ptr() or NOWHERE for t in w]
-            if tables.held("w") != addresses or not space.dense:
+            places = table_of(w)
+            if tables.held("w") != places or not space.dense:
                 refuse_shared(self.params)
-            read = [None if g is None else readable(slot, g)
-                    for slot, g in zip(space.slots, grads, strict=True)]
-            read, dtype = in_one_dtype(read, space.kind.acc)
+            read, dtype = in_one_dtype([None if g is None else readable(slot, g) for slot, g in
+                                        zip(space.slots, grads, strict=True)], space.kind.acc)
         self._last.pop((i, first), None)
-        is_read = self._plain[i] and all(map(is_, read, grads))
-        read = only(takes_part, read)
-        p = Pass(space, w, read, dtype, values.rows, values.scaling[i], values.ab[i], None,
-                 tables.bring("w", addresses),
-                 tables.bring("g1" if first else "g2",
-                              [0 if g is None else g.data_ptr() or NOWHERE for g in read]))
-        if is_read:
+        taken = only(takes_part, read)
+        p = Pass(space, w, taken, dtype, values.rows, values.scaling[i], values.ab[i], None,
+                 tables.bring("w", places), tables.bring(column, table_of(taken)))
+        if self._plain[i] and all(map(is_, read, grads)):
             self._last[i, first] = Last(Memory(space.params, grads), values, tables,
-                                        p._replace(g=[]))
+                                        tables.held("w"), p._replace(g=[]))
         return p
+
+
+def table_of(tensors: Sequence[Tensor | None]) -> list[int]:
+    """The column of addresses of tensors."""
+    return [0 if t is None else t.data_ptr() or NOWHERE for t in tensors]
 
 
 def only(takes_part: Sequence[bool] | None, grads: Sequence[Tensor | None],

@@ -5,31 +5,31 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-try:  # torch.compile's check of many tensors in one call: a tenth of the time of asking each
-    from torch._C._dynamo.guards import TensorGuards
-except ImportError:
-    TensorGuards = None
-
 
 class Memory:
-    """Parameters' and gradients' addresses, dtypes, devices, shapes, strides and bits such as the
-    negative one, as they are now.
+    """Parameters' and gradients' addresses, and their forms: dtypes, devices, shapes, strides and
+    bits such as the negative one.
 
     Args:
         params, grads: plain tensors; None: no gradient.
+
+    Attributes:
+        w, g: the addresses, of gradients that are there.
     """
 
     def __init__(self, params: Sequence[Tensor], grads: Sequence[Tensor | None]):
         there = present(grads)
         self.absent = absent(grads, there)
-        self.addresses = [*map(Tensor.data_ptr, params), *map(Tensor.data_ptr, there)]
+        self.w, self.g = addresses(params), addresses(there)
         self.have_same_forms = forms([*params, *there])
 
-    def is_as_seen(self, params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> bool:
+    def has_forms_of(self, params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> bool:
         there = present(grads)
-        return (absent(grads, there) == self.absent and self.have_same_forms(*params, *there)
-                and [*map(Tensor.data_ptr, params), *map(Tensor.data_ptr, there)]
-                == self.addresses)
+        return absent(grads, there) == self.absent and self.have_same_forms(*params, *there)
+
+
+def addresses(tensors: Sequence[Tensor]) -> list[int]:
+    return [*map(Tensor.data_ptr, tensors)]
 
 
 def present(grads: Sequence[Tensor | None]) -> list[Tensor]:
@@ -45,14 +45,16 @@ def absent(grads: Sequence[Tensor | None], there: Sequence[Tensor]) -> list[int]
 
 def forms(tensors: Sequence[Tensor]) -> Callable[..., bool]:
     """A function that tells whether as many tensors have the forms that these have."""
-    if TensorGuards is not None:
-        try:
-            return TensorGuards(*tensors, dynamic_dims_sizes=[[*t.shape] for t in tensors],
-                                dynamic_dims_strides=[[*t.stride()] for t in tensors]).check
-        except Exception:  # internal to torch, it may change
-            pass
-    seen = [form(t) for t in tensors]
-    return lambda *now: [form(t) for t in now] == seen
+    try:  # torch.compile's check of many tensors in one call: a tenth of the time of asking each
+        from torch._C._dynamo.guards import TensorGuards
+
+        sizes: list = [[*t.shape] for t in tensors]
+        strides: list = [[*t.stride()] for t in tensors]
+        return TensorGuards(*tensors, dynamic_dims_sizes=sizes,
+                            dynamic_dims_strides=strides).check
+    except Exception:  # internal to torch, it may change
+        seen = [form(t) for t in tensors]
+        return lambda *now: [form(t) for t in now] == seen
 
 
 def form(t: Tensor) -> tuple:

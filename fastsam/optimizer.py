@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, overload
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from .phase import Phase, PhaseError
 from .reference import projection
 from .space import Space, Tables, local
 
+Loss = TypeVar("Loss")  # what a closure returns
 FUSED: dict[type[Optimizer], str] = {SGD: "sgd", Adam: "adam", AdamW: "adam"}
 
 
@@ -84,17 +85,18 @@ class SAM(Optimizer):
                start: int = 0, master_weights: bool = False, **kwargs: Any) -> None:
         wrapped = isinstance(base_optimizer, Optimizer)
         kind = type(base_optimizer) if wrapped else base_optimizer
+        kwargs = foreign.plain_names(kwargs, own)
         check_base(params, kind, type(self), kwargs)
         if wrapped and (kwargs or params is not base_optimizer.param_groups):
             raise TypeError(f"an existing {kind.__name__} has its parameters and arguments: "
                             f"use {type(self).__name__}.wrap(optimizer, rho=...)")
         own = {**own, "perturb": True}
-        keys = tuple(own)
-        own["sam_steps"] = 0
-        check_group(own)
+        check_group(own, own)
         fused = FUSED.get(kind)
         check_options(interval, start, master_weights, fused, kind)
-        self._traits = Traits(mode, projection, fused, master_weights, scales_with, backend, keys)
+        self._traits = Traits(mode, projection, fused, master_weights, scales_with, backend,
+                              tuple(own))
+        own["sam_steps"] = 0
         self._interval, self._start = interval, start
         self._phase = Phase()
         self._built = False
@@ -129,7 +131,8 @@ class SAM(Optimizer):
         if not isinstance(base_optimizer, Optimizer):
             raise TypeError(f"wrap takes an optimizer that exists, not {base_optimizer!r}: use "
                             f"{cls.__name__}(params, torch.optim.SGD, ...) to build one")
-        return cls(base_optimizer.param_groups, base_optimizer, *args, **kwargs)
+        base: Any = base_optimizer  # where the constructor is documented to take its class
+        return cls(base.param_groups, base, *args, **kwargs)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, in mid-training too. It shares the kernel launches of the others.
@@ -140,11 +143,11 @@ class SAM(Optimizer):
         """
         if not self._built:  # called by torch's constructor
             super().add_param_group(param_group)
-            check_group(self.param_groups[-1])
+            check_group(self.param_groups[-1], self._traits.own)
             return
         self._phase.need(False, "add_param_group")
         merged = {**self.defaults, **param_group, "sam_steps": self._steps()}
-        check_group(merged)
+        check_group(merged, self._traits.own)
         if self._traits.base:
             refuse_unfused([merged])
         with foreign.as_base_sees(self.base_optimizer, self._shared):
@@ -171,7 +174,8 @@ class SAM(Optimizer):
         if layout is None or not layout.has(self.param_groups):
             phase.need(False, "changing the groups' parameters")
             layout = self._lay_out()
-        while not (layout.follow_values(self.param_groups) and layout.has_its_memory()):
+        while not (layout.follow_values(self.param_groups)
+                   and (phase.perturbed or layout.has_its_memory())):
             layout = self._lay_out()
         if phase.perturbed and self._traits.masters and layout.is_edited(self.state):
             phase.need(False, "changing the state of float32 masters")
@@ -204,11 +208,11 @@ class SAM(Optimizer):
         if base.param_groups is not self.param_groups:
             if self.param_groups is groups:
                 self.param_groups = base.param_groups
-            base.param_groups = self.param_groups
+            foreign.share(base, "param_groups", self.param_groups)
         if not self._traits.base and base.state is not self.state:
             if self.state is state:
                 self.state = base.state
-            base.state = self.state
+            foreign.share(base, "state", self.state)
 
     def _read(self, first: bool, inverse: Tensor | None) -> list[Pass]:
         """What this pass reads of every space; whatever can be refused is, before a weight
@@ -261,8 +265,7 @@ class SAM(Optimizer):
         passes = self._read(True, None if scaler is None else inverse_scale(scaler, self))
         climbs: list[Climb] = []
         try:
-            if self._traits.projection:
-                passes = self._projected(passes)
+            passes = self._projected(passes)
             self._norm(passes)
             for p in passes:
                 climbs.append(phase.layout.backend.climb(p, global_sums(passes, p.space)))
@@ -284,12 +287,15 @@ class SAM(Optimizer):
 
     def _projected(self, passes: list[Pass]) -> list[Pass]:
         """The passes with sigma multiplied with the projection's share, a function of g and m."""
+        kind = self._traits.projection
+        if kind is None:
+            return passes
         for p in passes:
             self._phase.layout.backend.dots(p)
         first = passes[0].space
         sums = torch.stack([to(p.space.sum_over_shards(p.space.dots).sum(1), first)
                             for p in passes]).sum(0)
-        c = projection(sums, self._traits.projection)
+        c = projection(sums, kind)
         for p in passes:
             p.space.multiply_sigma(to(c, p.space))
         return [p._replace(rows=[row._replace(sigma=row.sigma * to(c, p.space)) for row in p.rows])
@@ -317,11 +323,11 @@ class SAM(Optimizer):
     def step(self, closure: None = None, ascent_closure: None = None) -> None: ...
 
     @overload
-    def step(self, closure: Callable[[], Tensor],
-             ascent_closure: Callable[[], Tensor] | None = None) -> Tensor: ...
+    def step(self, closure: Callable[[], Loss],
+             ascent_closure: Callable[[], Loss] | None = None) -> Loss: ...
 
-    def step(self, closure: Callable[[], Tensor] | None = None,
-             ascent_closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+    def step(self, closure: Callable[[], Any] | None = None,
+             ascent_closure: Callable[[], Any] | None = None) -> Any:
         """Both passes with a closure; without one, the second step or a plain base step.
 
         Args:
@@ -368,7 +374,7 @@ class SAM(Optimizer):
             raise
         return loss
 
-    def _call(self, closure: Callable[[], Tensor]) -> Tensor:
+    def _call(self, closure: Callable[[], Loss]) -> Loss:
         """Call a closure with cleared gradients."""
         with torch.enable_grad():
             self.zero_grad()
@@ -414,7 +420,7 @@ class SAM(Optimizer):
         for i, (p, climb) in enumerate(zip(passes, climbs, strict=True)):
             phase.layout.set_cell(i, "found_inf", found_inf, 0)
             phase.layout.backend.step(p, climb)
-        self.base_optimizer._opt_called = True  # for a scheduler that was built around it
+        vars(self.base_optimizer)["_opt_called"] = True  # for a scheduler that was built around it
         phase.leave()
         announce(written(passes, climbs))
 
@@ -603,11 +609,9 @@ class SAM(Optimizer):
         if self._traits.base:
             state["state"] = {i: saving.as_torch_saves(x) for i, x in state["state"].items()}
         else:
-            base = self.base_optimizer.state_dict()
             own = {i: layout.shown.tensors[p] for i, p in enumerate(self._parameters())}
-            theirs = base["state"]
-            state = {**base, "param_groups": state["param_groups"], "state": {
-                **theirs, **{i: {**theirs.get(i, {}), **x} for i, x in own.items() if x}}}
+            state = foreign.saved(self.base_optimizer, state["param_groups"], own,
+                                  self._shared)
         for hook in hooks.values():
             state = hook(self, state) or state
         return state
@@ -628,10 +632,12 @@ class SAM(Optimizer):
             self._load(state_dict)
 
     def _load(self, state_dict: dict[str, Any]) -> None:
+        if not self._traits.base:
+            state_dict = foreign.as_saved(state_dict, self.param_groups, self._shared)
         groups = saving.merged_groups(self.param_groups, state_dict["param_groups"])
         saving.keep_decoupled(groups, self.base_optimizer)
         for group in groups:
-            check_group(group)
+            check_group(group, self._traits.own)
         if self._traits.base:
             refuse_unfused(groups)
         params = self._parameters()
@@ -648,14 +654,14 @@ class SAM(Optimizer):
             self.state.update((k, x) for k, x in state_dict["state"].items() if k not in ids)
         else:
             self.param_groups, self.state = foreign.load(
-                self.base_optimizer, state_dict, self._shared)
+                self.base_optimizer, state_dict, self._shared, (*self._traits.own, "sam_steps"))
         self._keep_containers(*containers)
         layout = self._phase.layout
         saving.adopt(layout.shown, params, entries)
         layout.show(self.state)
         self._follow()
 
-    def _keep_containers(self, groups: list[dict], state: dict[Tensor, Any]) -> None:
+    def _keep_containers(self, groups: list[dict], state: Any) -> None:
         """Go on with these containers, which others hold, such as Lightning's wrapper."""
         new_groups, new_state = list(self.param_groups), dict(self.state)
         groups[:] = new_groups

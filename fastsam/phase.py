@@ -4,7 +4,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -40,7 +40,7 @@ class Phase:
         warned: what has been warned of.
     """
 
-    layout: Layout | None = None
+    layout: Layout = cast(Layout, None)
     climbs: Sequence[Climb] = ()
     perturbed: bool = False
     scaler: Any = None

@@ -15,13 +15,14 @@ at the store. Nothing here reads a device value on the host.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .hyper import FRIENDLY, Hyper
 from .passes import Climb, Pass
-from .space import GUARD, Slot
+from .space import GUARD, Kept, Slot
 
 
 def ema(m: Tensor, g: Tensor, h: Hyper) -> Tensor:
@@ -57,8 +58,7 @@ def is_noise(sums: Tensor) -> Tensor:
     return sums[0] <= (32 * torch.finfo(sums.dtype).eps) ** 2 * sums[1]
 
 
-def sgd(w: Tensor, g: Tensor, v: Tensor | None, first: Tensor | None, h: Hyper,
-        ) -> tuple[Tensor, Tensor | None]:
+def sgd(w: Tensor, g: Tensor, v: Kept, first: Any, h: Hyper) -> tuple[Tensor, Kept]:
     """torch.optim.SGD's update: the new w and v. At the first step v becomes g, which needs to be
     said only where there is dampening: before it v is 0."""
     if is_on(h.weight_decay):
@@ -92,7 +92,8 @@ def is_on(x: float | Tensor) -> bool:
 
 def read(p: Pass, i: int) -> Tensor:
     """A gradient in the precision of the arithmetic, with the loss scale (if any) divided out."""
-    g = p.g[i].to(p.space.kind.acc)
+    g: Any = p.g[i]  # of a slot that takes part
+    g = g.to(p.space.kind.acc)
     return g if p.inv_scale is None else g * p.inv_scale
 
 
@@ -113,7 +114,7 @@ def members(p: Pass) -> Iterator[tuple[int, Slot, Hyper]]:
             yield i, slot, p.rows[slot.group]
 
 
-def ascent(p: Pass, i: int, slot: Slot, h: Hyper) -> tuple[Tensor, Tensor, Tensor | None]:
+def ascent(p: Pass, i: int, slot: Slot, h: Hyper) -> tuple[Tensor, Tensor, Kept]:
     """g, d and the new m (None: m stays) of one slot, before T.
 
     Algorithm 1 updates m first and starts from m = 0; the official code projects with the m of
@@ -138,7 +139,7 @@ def dots(p: Pass) -> None:
     p.space.dots.zero_()
     for i, slot, h in members(p):
         g, _, new_m = ascent(p, i, slot, h)
-        m = new_m if p.space.kind.mode == "algorithm1" else slot.m
+        m: Kept = new_m if p.space.kind.mode == "algorithm1" else slot.m
         p.space.dots[:, 0] += torch.stack([(x * y).sum() for x, y in ((g, m), (g, g), (m, m))])
 
 

@@ -42,6 +42,13 @@ class RhoScheduler:
                 group["rho"].fill_(rho * factor)
             else:
                 group["rho"] = rho * factor
+        self._last_rho = [group["rho"].clone() if isinstance(group["rho"], Tensor) else
+                          group["rho"] for group in self.optimizer.param_groups]
+
+    def get_last_rho(self) -> list[float | Tensor]:
+        """Every group's rho as it was last set here, as `get_last_lr` of torch's schedulers; a copy
+        of one that is a tensor."""
+        return [rho.clone() if isinstance(rho, Tensor) else rho for rho in self._last_rho]
 
     def state_dict(self) -> dict:
         """How far the schedule is, and the initial radii; not the function."""

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,6 +27,8 @@ GUARD = 1e-12  # keeps rho / norm finite at norm 0, as in the public SAM classes
 # ||T d|| and whether it was finite; 1 / the loss scale of either pass; GradScaler's overflow
 CONTROL = ("norm", "ok", "inv_scale1", "inv_scale2", "found_inf")
 COUNTERS = ("skipped", "climb_ticket", "step_ticket")
+
+Kept = Any  # a Tensor, or None where `Kind` keeps none: who reads it knows the kind
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,9 +58,9 @@ class Slot:
     dtype: torch.dtype
     dense: bool
     saved: Tensor
-    m: Tensor | None
-    v: Tensor | None
-    u: Tensor | None
+    m: Kept
+    v: Kept
+    u: Kept
     m_steps: Tensor
     v_steps: Tensor
 
@@ -112,9 +115,9 @@ class Space:
     slots: tuple[Slot, ...]
     size: int
     saved: Tensor
-    m: Tensor | None
-    v: Tensor | None
-    u: Tensor | None
+    m: Kept
+    v: Kept
+    u: Kept
     steps: Tensor
     partials: Tensor
     dots: Tensor
@@ -272,7 +275,7 @@ def local(t: Tensor) -> Tensor:
     return t.to_local() if hasattr(t, "to_local") else t
 
 
-def view(flat: Tensor | None, w: Tensor, offset: int) -> Tensor | None:
+def view(flat: Kept, w: Tensor, offset: int) -> Kept:
     """The part of a flat buffer that belongs to w, in the order of w's memory."""
     if flat is None:
         return None

@@ -8,13 +8,13 @@ all go this way.
 from collections import OrderedDict
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
+from .checks import is_number
 from .distributed import is_sharded, like
 from .hyper import FRIENDLY
 from .space import Slot, Space, local
@@ -48,8 +48,11 @@ def shown(space: Space, slot: Slot) -> dict[str, Tensor]:
     return state
 
 
-def bases_part(state: State) -> State:
-    """One parameter's saved state without what is not the base optimizer's."""
+def bases_part(state: Any) -> Any:
+    """One parameter's saved state without what is not the base optimizer's. An entry of no
+    parameter's, such as MADGRAD's counter, may be of any type."""
+    if not isinstance(state, dict):
+        return state
     others = {FOREIGN + name for name in OWN} | (set(PUBLISHED) if "old_p" in state else set())
     if is_old_form(state):
         others |= set(OWN)
@@ -74,9 +77,13 @@ def keep_decoupled(groups: list[State], base: Optimizer) -> None:
             group["decoupled_weight_decay"] = True
 
 
-def saved_m(state: State) -> Tensor | None:
-    """m in a saved state: of this class, or of the published F-SAM code ("momentum")."""
-    for name in (FOREIGN + "ema", FOREIGN + "full_gradient", "ema", "full_gradient"):
+def saved_m(state: State, fused: bool) -> Tensor | None:
+    """m in a saved state: of this class, or of the published F-SAM code ("momentum"). Beside a
+    base that is not fused, a name without our prefix may be the base's own."""
+    names = [FOREIGN + "ema", FOREIGN + "full_gradient"]
+    if fused or is_old_form(state):
+        names += ["ema", "full_gradient"]
+    for name in names:
         if isinstance(state.get(name), Tensor):
             return state[name]
     return state.get("momentum") if "old_p" in state else None
@@ -93,12 +100,14 @@ def check_entry(p: Tensor, state: State, base: str | None) -> None:
             sharded; something else where a tensor or a count belongs; a part of Adam's state.
     """
     if not isinstance(state, dict):
-        raise ValueError(f"the state of a parameter of shape {tuple(p.shape)} is a "
-                         f"{type(state).__name__}: use a dict")
-    for name in ("momentum_buffer", "exp_avg", "exp_avg_sq", "master"):
-        check_tensor(p, name, state.get(name), base)
-    check_tensor(p, "ema", saved_m(state), base)
+        if base:
+            raise ValueError(f"the state of a parameter of shape {tuple(p.shape)} is a "
+                             f"{type(state).__name__}: use a dict")
+        return
+    check_tensor(p, "ema", saved_m(state, bool(base)), base)
     if base:
+        for name in ("momentum_buffer", "exp_avg", "exp_avg_sq", "master"):
+            check_tensor(p, name, state.get(name), base)
         for name in ("step", "momentum_steps", "ema_steps"):
             check_count(name, state.get(name, 0))
     if base == "adam":
@@ -109,14 +118,14 @@ def check_entry(p: Tensor, state: State, base: str | None) -> None:
                              "begin anew")
 
 
-def check_count(name: str, count: object) -> None:
+def check_count(name: str, count: Any) -> None:
     if isinstance(count, Tensor) and (count.numel() != 1 or count.is_complex()):
         raise ValueError(f"{name} in a state is a tensor of shape {tuple(count.shape)}, "
                          f"{count.dtype}: use a number of steps")
     if isinstance(count, Tensor) and count.device.type == "cpu":
         count = count.item()
     if not isinstance(count, Tensor) and not (
-            isinstance(count, Real) and 0 <= count < 2**31 and int(count) == count):
+            is_number(count) and 0 <= count < 2**31 and int(count) == count):
         if count is not None or name == "step":
             raise ValueError(f"{name}={count!r} in a state: use a number of steps, at least 0")
 
@@ -232,7 +241,7 @@ def load(space: Space, slot: Slot, state: State) -> None:
     """Copy a state into the slot; what is not in `state` starts anew."""
     v_name, v_count = (("exp_avg", "step") if space.kind.base == "adam"
                        else ("momentum_buffer", "momentum_steps"))
-    m, v = saved_m(state), state.get(v_name) if space.kind.base else None
+    m, v = saved_m(state, bool(space.kind.base)), state.get(v_name) if space.kind.base else None
     fill(slot.m, m)
     fill(slot.v, v)
     fill(slot.u, state.get("exp_avg_sq"))

@@ -1,6 +1,7 @@
 """The rest of the family: SAM with another scaling, or another direction, of the climb."""
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,7 +34,8 @@ class ASAM(SAM):
     """
 
     def __init__(self, params: Iterable, base_optimizer: type[Optimizer],
-                 rho: float | None = None, scale: str = "all", eta: float = 0.01, **kwargs):
+                 rho: float | None = None, scale: str = "all", eta: float = 0.01,
+                 **kwargs: Any):
         if scale not in ("all", "weights"):
             raise ValueError(f"scale={scale!r} is unknown: use 'all' or 'weights'")
         rho = (2.0 if scale == "all" else 0.5) if rho is None else rho
@@ -61,7 +63,7 @@ class FisherSAM(SAM):
     """
 
     def __init__(self, params: Iterable, base_optimizer: type[Optimizer], rho: float = 0.1,
-                 eta: float = 1.0, **kwargs):
+                 eta: float = 1.0, **kwargs: Any):
         self._build(params, base_optimizer, dict(rho=rho, adaptive=True, eta=eta),
                     scales_with="gradient", **kwargs)
 
@@ -97,7 +99,7 @@ class FriendlySAM(SAM):
 
     def __init__(self, params: Iterable, base_optimizer: type[Optimizer], rho: float = 0.05,
                  sigma: float = 1.0, lmbda: float = 0.9, adaptive: bool = False, *,
-                 convention: str = "algorithm1", projection: str = "constant", **kwargs):
+                 convention: str = "algorithm1", projection: str = "constant", **kwargs: Any):
         if convention not in ("algorithm1", "official"):
             raise ValueError(f"convention={convention!r} is unknown: "
                              "use 'algorithm1' or 'official'")
@@ -129,7 +131,7 @@ class FullGradientSAM(SAM):
     """
 
     def __init__(self, params: Iterable, base_optimizer: type[Optimizer], part: str,
-                 rho: float = 0.05, *, projection: str = "cosine", **kwargs):
+                 rho: float = 0.05, *, projection: str = "cosine", **kwargs: Any):
         if part not in ("full", "noise"):
             raise ValueError(f"part={part!r} is unknown: use 'full' or 'noise'")
         if projection not in ("cosine", "orthogonal"):
@@ -138,7 +140,7 @@ class FullGradientSAM(SAM):
         self._build(params, base_optimizer, dict(rho=rho, adaptive=False), mode=part,
                     projection=projection, **kwargs)
 
-    def first_step(self, zero_grad: bool = False, scaler=None) -> None:
+    def first_step(self, zero_grad: bool = False, scaler: Any = None) -> None:
         """As `SAM.first_step`. Raises PhaseError without a full gradient."""
         if not self._has_full_gradient:
             raise PhaseError("first_step without a full gradient: call set_full_gradient or "

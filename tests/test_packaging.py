@@ -54,15 +54,38 @@ fastsam.SAM([torch.nn.Parameter(torch.ones(3))], torch.optim.SGD, backend="trito
     assert "ValueError: backend='triton' cannot run: Triton cannot be imported" in done.stderr
 
 
-def test_importing_fastsam_imports_no_triton_before_it_is_needed():
-    succeeds("import sys, fastsam, fastsam.kernels\n"
-             "assert not {'triton', 'numba', 'fastsam.kernels.triton'} & set(sys.modules)", ROOT)
+def test_importing_fastsam_imports_no_compiler_before_it_is_needed():
+    succeeds("import sys, fastsam\n"
+             "assert not {'triton', 'numba', 'fastsam.kernels.cpu'} & {*sys.modules}\n"
+             "assert not any(name.startswith('fastsam.kernels.') for name in sys.modules)", ROOT)
 
 
-@pytest.mark.parametrize("name", ["bench", "tests", "docs", "fastsam"])
-def test_nothing_else_of_a_checkout_is_importable_under_the_package(name):
-    done = python(f"import fastsam.{name}", ROOT)
-    assert f"No module named 'fastsam.{name}'" in done.stderr
+def test_without_numba_the_reference_runs_and_says_what_is_missed():
+    succeeds("""
+import sys
+sys.modules["numba"] = None
+import torch
+import fastsam
+p = torch.nn.Parameter(torch.ones(2**15))
+opt = fastsam.SAM([p], torch.optim.SGD, lr=0.1)
+report = opt.backend_report()
+assert report["backend"] == "reference" and "numba" in report["why"], report
+try:
+    fastsam.SAM([p], torch.optim.SGD, lr=0.1, backend="numba")
+except ValueError as error:
+    assert "numba" in str(error), error
+else:
+    raise AssertionError("no error")
+""", ROOT)
+
+
+def test_in_a_checkout_only_the_kernels_are_importable_under_fastsam():
+    for name in ("bench", "tests", "docs", "fastsam"):
+        done = python(f"import fastsam.{name}", ROOT)
+        assert f"No module named 'fastsam.{name}'" in done.stderr
+    succeeds("import fastsam.kernels.cpu\nimport pkgutil, fastsam\n"
+             "found = {m.name for m in pkgutil.iter_modules(fastsam.__path__)}\n"
+             "assert not {'bench', 'tests', 'kernels'} & found, found", ROOT)
 
 
 def test_the_kernels_folder_is_no_package_of_its_own():
@@ -97,7 +120,7 @@ def test_the_kernels_of_a_compiler_do_not_stand_for_the_compiler(tmp_path):
 
 def test_the_installed_package_is_found_from_another_folder(tmp_path):
     pytest.importorskip("triton", reason="the kernels need Triton")
-    succeeds("import fastsam, fastsam.kernels, fastsam.kernels.triton", tmp_path)
+    succeeds("import fastsam, fastsam.kernels.cpu, fastsam.kernels.triton", tmp_path)
     for name in ("kernels", "bench"):
         done = python(f"import {name}", tmp_path)
         assert f"No module named '{name}'" in done.stderr
@@ -124,8 +147,13 @@ def test_the_wheel_holds_fastsam_and_nothing_else_at_top_level(wheel):
     assert {n.split("/")[0].split("-")[0] for n in names} == {"fastsam"}
     held = {n for n in names if n.endswith(".py")}
     assert held == {f"fastsam/{p.name}" for p in (ROOT / "fastsam").glob("*.py")} | {
-        f"fastsam/{p.relative_to(ROOT)}" for p in (ROOT / "kernels").rglob("*.py")}
-    assert "fastsam/kernels/triton/norm.py" in held
+        f"fastsam/kernels/{p.relative_to(ROOT / 'kernels')}"
+        for p in (ROOT / "kernels").rglob("*.py")}
+    assert {"fastsam/kernels/cpu.py", "fastsam/kernels/cpu_loops.py",
+            "fastsam/kernels/triton/climb.py"} <= held
+    metadata = next(n for n in names if n.endswith("METADATA"))
+    lines = zipfile.ZipFile(wheel).read(metadata).decode().splitlines()
+    assert 'Requires-Dist: numba; extra == "cpu"' in lines
     assert "fastsam/py.typed" in names
     assert any(n.endswith("licenses/LICENSE") for n in names)
 
@@ -133,8 +161,8 @@ def test_the_wheel_holds_fastsam_and_nothing_else_at_top_level(wheel):
 def test_the_wheel_works_without_the_checkout(wheel, tmp_path):
     pytest.importorskip("triton", reason="the kernels need Triton")
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
-    where = succeeds("import fastsam, fastsam.kernels.triton as k\n"
-                     "print(fastsam.__file__, k.__file__)",
+    where = succeeds("import fastsam, fastsam.kernels.triton, fastsam.kernels.cpu\n"
+                     "import fastsam.kernels as k\nprint(fastsam.__file__, k.__file__)",
                      tmp_path, path=tmp_path / "site").split()
     assert where == [str(tmp_path / "site" / "fastsam" / "__init__.py"),
                      str(tmp_path / "site" / "fastsam" / "kernels" / "triton" / "__init__.py")]
