@@ -315,7 +315,7 @@ def test_hooks_see_the_whole_state_once(device, base):
     for i, entry in opt.state_dict()["state"].items():
         assert torch.equal(loaded[i][ema], entry[ema] + 1)
         assert torch.equal(loaded[i]["exp_avg"], entry["exp_avg"] + 2)
-    assert torch.equal(seen[1][1], loaded[0]["ema"])
+    assert torch.equal(seen[1][1], loaded[0][ema])
 
 
 # ---- torch's own optimizers and the public classes
