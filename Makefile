@@ -43,12 +43,12 @@ newest:
 oldest: .venv-oldest/ready
 	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n 2 --dist loadfile $(CORE)
 
-# torch 2.9 has this torchvision and triton beside it; torchvision is bench's, and not needed here
+# the interpreter of that torch's Triton fails with numpy 2.4
 .venv-oldest/ready: pyproject.toml
 	$(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/python -m pip install --quiet --upgrade pip "setuptools>=77"
 	.venv-oldest/bin/python -m pip install --quiet --no-compile --no-build-isolation \
-		torch==$(OLDEST) -e ".[cpu]" pytest pytest-benchmark pytest-xdist hypothesis
+		torch==$(OLDEST) "numpy<2.4" -e ".[cpu]" pytest pytest-benchmark pytest-xdist hypothesis
 	touch $@
 
 # The first call keeps its times, in runs/benchmarks; later ones fail where something takes more

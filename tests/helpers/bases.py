@@ -61,7 +61,7 @@ def class_of(library: str, name: str, bound: bool = True) -> Any:
 
 def foreign(library: str, name: str) -> Foreign:
     case = Foreign(class_of(library, name))
-    if (library, name) == ("torch", "Muon"):
+    if (library, name) == ("torch", "Muon") or name in ("lorarite", "spectralsphere"):
         return case._replace(shapes=MATRICES)
     if library == "pytorch_optimizer" and name in USE_MUON:
         return case._replace(groups=({"lr": 0.02, "use_muon": True}, {"use_muon": False}))
