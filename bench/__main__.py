@@ -305,11 +305,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def evaluation_of(data: str, options: dict[str, Any]):
-    from bench.attacks import parse_eps
     from bench.config import resolve_evaluation
+    from bench.radii import parse_radii
 
     given: dict[str, Any] = {
-        norm: tuple(parse_eps(text, norm, options["force"]) for text in options[f"eval_{norm}"])
+        norm: parse_radii(options[f"eval_{norm}"], norm, options["force"])
         for norm in ("linf", "l2")
         if f"eval_{norm}" in options
     }

@@ -10,9 +10,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from bench.attacks import eps_key
 from bench.config import Config, Evaluation
 from bench.evaluate import NORM_NAMES
+from bench.radii import eps_key
 from bench.record import append_jsonl, write_json, write_text
 from bench.summary import finished, train_and_evaluate
 from bench.tables import markdown

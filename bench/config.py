@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from bench.attacks import Attack, evaluation_attack, parse_eps
+from bench.attacks import Attack, evaluation_attack
 from bench.battery import split_name
 from bench.methods import (
     FULL,
@@ -19,6 +19,7 @@ from bench.methods import (
     values_of,
 )
 from bench.pipeline import PADDINGS
+from bench.radii import parse_eps, refuse_mixed
 from bench.recipe import load_recipe
 from fastsam.dispatch import BACKENDS
 
@@ -202,6 +203,9 @@ def resolve(method: str | None, recipe: str | None, options: dict[str, Any]) -> 
     values = {k: v for k, v in values.items() if k in fitting} | {"method": method}
     values["recipe"] = file.name if file.published else None
     norm = "l2" if method.startswith("at-l2") else "linf"
+    given = {k: values[k] for k in ("eps", "alpha") if isinstance(options.get(k), str)
+             and k in values}  # fmt: skip
+    refuse_mixed(list(given.values()), " ".join(f"--{k} {text}" for k, text in given.items()))
     for k in ("eps", "alpha"):
         if isinstance(values.get(k), str):
             values[k] = parse_eps(values[k], norm, options.get("force", False))

@@ -10,10 +10,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from bench.attacks import eps_key, parse_eps
 from bench.compare import aggregate, spread
 from bench.config import Config, Evaluation, resolve, resolve_evaluation
 from bench.methods import ADVERSARIES, OPTIMIZERS, USED_BY, split_method
+from bench.radii import eps_key, parse_eps
 from bench.recipe import load_recipe, recipe_names
 
 NEEDED = (

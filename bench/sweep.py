@@ -8,10 +8,10 @@ from itertools import product
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-from bench.attacks import eps_key
 from bench.compare import aggregate, append_rows, run_all
 from bench.config import Config, Evaluation, check_used, resolve
 from bench.evaluate import NORM_NAMES
+from bench.radii import eps_key, refuse_mixed
 from bench.record import write_json, write_text
 from bench.tables import markdown
 
@@ -49,6 +49,8 @@ def parse_grid(texts: list[str], options: dict[str, Any]) -> Grid:
             grid[name] = [kind(value) for value in values.split(",")]
         except ValueError as e:
             raise ValueError(f"--grid {text!r}: {option} needs values of {kind.__name__}") from e
+        if kind is str and name in ("eps", "alpha"):
+            refuse_mixed(grid[name], f"--grid {text}")
     return grid
 
 
