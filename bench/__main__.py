@@ -127,6 +127,8 @@ def add_evaluate_command(evaluate: argparse.ArgumentParser) -> None:
         "apgd-t[-STEPS[-RESTARTS]], autoattack (default pgd); an image is robust when none of them "
         "fools the model")  # fmt: skip
     add("--norms", nargs="+", metavar="NORM", help="of linf, l2 (default both)")
+    add("--other-data", action="store_true", default=False, help="--data are other images than the "
+        "checkpoint was trained with, and none of the training images is among the test images")
     add("--rows", type=Path, help="append the result as a row to this JSONL file")
     add("--robustbench", type=Path, metavar="FILE", help="write RobustBench's model_info there: "
         "needs autoattack on all test images of CIFAR at a leaderboard's radius")  # fmt: skip
@@ -437,6 +439,36 @@ def run_study_command(options: dict[str, Any]) -> None:
         run_study(name, out, options["jobs"], options["rows"])
 
 
+def data_of(checkpoint: dict[str, Any], config: dict[str, Any], options: dict[str, Any]):
+    """Return the data to evaluate a checkpoint on: what it was trained on, or, with --other-data,
+    what its user says it was not. Raises ValueError for any other."""
+    from bench.checkpoint import changed_data
+    from bench.data import load_data
+
+    path, name = str(options["checkpoint"]), config["data"]
+    data = load_data(
+        name, config["val"], config["seed"], config["data_dir"], options["download"],
+        config["image_size"], config.get("label_noise", 0.0),
+        config.get("noise_kind", "published"), lazily=config.get("augment") == "resized-crop",
+    )  # fmt: skip
+    if (data.channels, data.classes) != (checkpoint["channels"], checkpoint["classes"]):
+        raise ValueError(
+            f"{path!r} classifies {checkpoint['channels']}-channel images into "
+            f"{checkpoint['classes']}, but data {name!r} has {data.channels} channels and "
+            f"{data.classes}; pass the --data that it was trained on"
+        )
+    if options["other_data"] and options.get("robustbench"):
+        raise ValueError("--robustbench is for the data that a network was trained on; leave out "
+                         "--other-data")  # fmt: skip
+    if not options["other_data"] and (parts := changed_data(checkpoint, data)):
+        raise ValueError(
+            f"the {parts} images of {name!r} are not those that {path!r} was trained with, and "
+            "some that it was trained on may be test images now; restore them, or pass "
+            "--other-data if you know that none is"
+        )
+    return data
+
+
 def run_evaluate(options: dict[str, Any]) -> None:
     from dataclasses import asdict
 
@@ -444,7 +476,6 @@ def run_evaluate(options: dict[str, Any]) -> None:
 
     from bench.checkpoint import load_checkpoint, rebuild
     from bench.config import usable_device
-    from bench.data import load_data
     from bench.evaluate import evaluate, report
     from bench.record import append_jsonl, git_hash, stamp, write_json
     from bench.robustbench import leaderboard, model_info
@@ -459,16 +490,7 @@ def run_evaluate(options: dict[str, Any]) -> None:
         model = model.to(memory_format=torch.channels_last)
     config = checkpoint["config"] | {k: v for k, v in options.items() if k in checkpoint["config"]}
     evaluation = evaluation_of(config["data"], options)
-    data = load_data(
-        config["data"], config["val"], config["seed"], config["data_dir"], options["download"],
-        config["image_size"], lazily=config.get("augment") == "resized-crop",
-    )  # fmt: skip
-    if (data.channels, data.classes) != (checkpoint["channels"], checkpoint["classes"]):
-        raise ValueError(
-            f"{str(path)!r} classifies {checkpoint['channels']}-channel images into "
-            f"{checkpoint['classes']}, but data {config['data']!r} has {data.channels} channels "
-            f"and {data.classes}; pass the --data that it was trained on"
-        )
+    data = data_of(checkpoint, config, options)
     board = leaderboard(config["data"], evaluation, len(data.test)) if file else ()
     git = git_hash()
     result = evaluate(model, data.test.to(device), evaluation,

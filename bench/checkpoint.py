@@ -28,6 +28,7 @@ def save_checkpoint(path: Path, config: Config, data: Data, model: nn.Module, **
         "classes": data.classes,
         "channels": data.channels,
         "fingerprint": data.fingerprint,
+        "test_fingerprint": data.test_fingerprint,
         "model": model.state_dict(),
         **more,
     }
@@ -55,6 +56,17 @@ def load_checkpoint(path: Path, device: str = "cpu") -> dict[str, Any]:
             "`python -m bench train` wrote"
         )
     return checkpoint
+
+
+def changed_data(known: dict[str, Any], data: Data) -> str:
+    """Return in words which images are others than when a checkpoint or summary was made, or "".
+
+    A missing fingerprint was made before there was one, and is not compared.
+    """
+    parts = {"training": ("fingerprint", data.fingerprint),
+             "test": ("test_fingerprint", data.test_fingerprint)}  # fmt: skip
+    changed = [part for part, (key, now) in parts.items() if (known.get(key) or now) != now]
+    return " and ".join(changed)
 
 
 def load_weights(model: nn.Module, checkpoint: dict[str, Any], path: Path) -> None:

@@ -57,6 +57,8 @@ def summarise(run: Run, evaluation: Evaluation, out: Path, git: str | None) -> d
         "train_seconds": sum(row["seconds"] for row in run.history),
         "train_images": len(run.data.train),
         "wrong_labels": run.data.wrong_labels,
+        "fingerprint": run.data.fingerprint,
+        "test_fingerprint": run.data.test_fingerprint,
         "test_images": last["images"],
         **{k: last[k] for k in ("of", "attacks", "warnings")},
         "config": asdict(run.config),

@@ -17,7 +17,7 @@ import torch
 from bench import parallel
 from bench.adversarial import attacked, watch_single_step
 from bench.board import open_board, write_row
-from bench.checkpoint import load_checkpoint, load_weights, save_checkpoint
+from bench.checkpoint import changed_data, load_checkpoint, load_weights, save_checkpoint
 from bench.config import Config, differences, usable_device
 from bench.data import load_data, training_images
 from bench.evaluate import correct, robust
@@ -99,10 +99,10 @@ def load_state(run: Run, out: Path) -> None:
             f"{str(out)!r} holds a run of another config ({changed}); choose another --out or "
             "repeat its options"
         )
-    if checkpoint["fingerprint"] != run.data.fingerprint:
+    if parts := changed_data(checkpoint, run.data):
         raise ValueError(
-            f"the images of {run.config.data!r} changed since {str(out)!r} was started; restore "
-            "them or choose another --out"
+            f"the {parts} images of {run.config.data!r} changed since {str(out)!r} was started; "
+            "restore them or choose another --out"
         )
     load_weights(run.model, checkpoint, path)
     run.opt.load_state_dict(checkpoint["optimizer"])

@@ -1,7 +1,9 @@
 """Photographs read when needed, and transfer: made images, small networks, no download."""
 
 import json
+import os
 import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from bench.checkpoint import load_model
 from bench.config import resolve
 from bench.data import load_data
 from bench.models import build_model
+from bench.photographs import central
 from bench.sitting import Sitting, Stopped
 from bench.train import set_up, train
 from bench.weights import start_from
@@ -111,10 +114,24 @@ def test_an_unreadable_photograph_is_named(tmp_path):
         for i in range(5):
             Image.new("RGB", (40, 50)).save(tmp_path / name / f"{i}.png")
     (tmp_path / "y" / "2.png").write_bytes(b"no image")
-    data = load_data(str(tmp_path), 0.2, 0, image_size=SIZE, lazily=True, workers=0)
-    with pytest.raises(ValueError, match=r"2\.png"):
-        for split in (data.train, data.val, data.test):
-            split.batch(slice(None))
+    for workers in (0, 2):
+        data = load_data(str(tmp_path), 0.2, 0, image_size=SIZE, lazily=True, workers=workers)
+        with pytest.raises(ValueError, match=r"2\.png") as error:
+            for split in (data.train, data.val, data.test):
+                list(split.read([torch.arange(len(split))] * 2, central(SIZE), 0))
+        assert "\n" not in str(error.value) and str(error.value).startswith("cannot read")
+
+
+def test_a_reading_process_that_is_killed_is_said(photographs, monkeypatch):
+    def killed(self, i):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr("bench.photographs.Reader.__getitem__", killed)
+    with pytest.raises(OSError, match="repeat the command"):
+        lazily(photographs, workers=1).test.batch(slice(None))
+
+
+def test_photographs_are_of_directories():
     with pytest.raises(ValueError, match="directories"):
         load_data("digits", 0.1, 0, lazily=True)
 
