@@ -19,7 +19,7 @@ from bench.methods import (
     values_of,
 )
 from bench.pipeline import PADDINGS
-from bench.radii import parse_eps, refuse_mixed
+from bench.radii import form_of, parse_eps, refuse_mixed
 from bench.recipe import load_recipe
 from fastsam.dispatch import BACKENDS
 
@@ -203,15 +203,21 @@ def resolve(method: str | None, recipe: str | None, options: dict[str, Any]) -> 
     values = {k: v for k, v in values.items() if k in fitting} | {"method": method}
     values["recipe"] = file.name if file.published else None
     norm = "l2" if method.startswith("at-l2") else "linf"
-    given = {k: values[k] for k in ("eps", "alpha") if isinstance(options.get(k), str)
-             and k in values}  # fmt: skip
-    refuse_mixed(list(given.values()), " ".join(f"--{k} {text}" for k, text in given.items()))
+    refuse_mixed_steps({k: options[k] for k in ("eps", "alpha") if k in options and k in values})
     for k in ("eps", "alpha"):
         if isinstance(values.get(k), str):
             values[k] = parse_eps(values[k], norm, options.get("force", False))
     config = Config(**values)
     check(config)
     return config
+
+
+def refuse_mixed_steps(given: dict[str, Any]) -> None:
+    """Raise ValueError for an eps that counts 255ths beside an alpha that is a value, or the other
+    way round."""
+    texts = [text for text in given.values() if isinstance(text, str)]
+    where = " ".join(f"--{k} {text}" for k, text in given.items())
+    refuse_mixed([text for text in texts if form_of(text) != "fraction"], where)
 
 
 def check_used(methods: list[str], options: dict[str, Any]) -> None:

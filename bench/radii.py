@@ -27,6 +27,11 @@ def labelled(key: str) -> str:
     return f"{key} ({float(key.removesuffix('/255')) / 255:.3g})"
 
 
+def in_both_forms(text: str) -> str:
+    """Return a text with its value behind every "8/255"."""
+    return re.sub(rf"{NUMBER}/255", lambda key: labelled(key[0]), text)
+
+
 def form_of(text: str) -> str:
     """Return "fraction", "count" or "value": how a radius is written. Raises ValueError for what is
     none of them."""

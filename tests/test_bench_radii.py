@@ -59,10 +59,11 @@ def test_the_command_line_refuses_mixed_radii(tmp_path, capsys):
 
 
 def test_eps_and_alpha_come_in_one_form():
-    for eps, alpha in (("8", "0.5"), ("0.03", "2"), ("8/255", "2")):
+    for eps, alpha in (("8", "0.5"), ("0.03", "2"), ("1", "0.25")):
         with pytest.raises(ValueError, match=f"--eps {eps} --alpha {alpha}"):
             resolve("at-linf", "digits", {"eps": eps, "alpha": alpha})
     assert resolve("at-linf", "digits", {"eps": "8", "alpha": "2"}).alpha == 2 / 255
+    assert resolve("at-linf", "digits", {"eps": "0.03", "alpha": "2/255"}).eps == 0.03
     assert resolve("sgd", "digits", {"eps": "8", "alpha": "0.5"}).eps is None
     with pytest.raises(ValueError, match="--grid eps=0.5,1"):
         parse_grid(["eps=0.5,1"], {})
