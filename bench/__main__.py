@@ -3,7 +3,9 @@ report | theory: the command line, in a checkout."""
 
 import argparse
 import os
+import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ OPTIMIZERS = (
     "sam-full, sam-noise, sam-db"
 )
 METHODS = f"{OPTIMIZERS}, at-linf, at-l2, fgsm-rs, n-fgsm, trades, or two of them as at-linf+sam"
+PIPE_CLOSED = 128 + signal.SIGPIPE  # the exit code that shells give
 SHOWN = ("train_loss", "train_acc", "val_acc")
 
 
@@ -355,7 +358,7 @@ def train_in(sitting: Any, options: dict[str, Any]) -> None:
     from bench.config import check_used, preset_of, resolve
     from bench.evaluate import report
     from bench.recipe import load_recipe
-    from bench.summary import train_and_evaluate
+    from bench.summary import finished, train_and_evaluate
     from bench.train import refuse_early
 
     options = options | {"processes": parallel.processes()}
@@ -363,7 +366,8 @@ def train_in(sitting: Any, options: dict[str, Any]) -> None:
     check_used([config.method], options)
     evaluation = evaluation_of(config.data, options)
     out = options["out"] or Path("runs", preset_of(options), config.name)
-    refuse_early(config, out, options["download"])  # before the bar is drawn
+    finished(config, evaluation, out)  # what these two refuse comes before the bar is drawn
+    refuse_early(config, out, options["download"])
     quiet = parallel.rank() > 0
     with tqdm(total=config.epochs, unit="epoch", desc=config.name, disable=quiet) as bar:
 
@@ -477,9 +481,11 @@ def run_evaluate(options: dict[str, Any]) -> None:
     from bench.checkpoint import load_checkpoint, rebuild
     from bench.config import usable_device
     from bench.evaluate import evaluate, report
-    from bench.record import append_jsonl, git_hash, stamp, write_json
+    from bench.record import append_jsonl, git_hash, refuse_unwritable, stamp, write_json
     from bench.robustbench import leaderboard, model_info
 
+    for written in (options.get("rows"), options.get("robustbench")):
+        refuse_unwritable(written)
     if unknown := set(options.get("norms", ())) - {"linf", "l2"}:
         raise ValueError(f"unknown norm {sorted(unknown)[0]!r}; choose from linf, l2")
     device = usable_device(options.get("device", "cpu"))
@@ -569,8 +575,8 @@ def run_gpu(options: dict[str, Any]) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Return the exit code: 0, 1 when a benchmark's parity check is red, or 2 after one sentence
-    about the input that cannot be used."""
+    """Return the exit code: 0, 1 when a benchmark's parity check is red, 2 after one sentence about
+    the input that cannot be used, or 141 where nobody reads the output."""
     options = vars(build_parser().parse_args(argv))
     command = {"train": run_train, "compare": run_compare, "evaluate": run_evaluate,
                "recipes": run_recipes, "sweep": run_sweep, "study": run_study_command,
@@ -579,7 +585,13 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if "TORCHELASTIC_RUN_ID" in os.environ and options["command"] != "train":
             raise ValueError(f"torchrun is for train alone; start {options['command']} without it")
-        return command[options["command"]](options) or 0
+        code = command[options["command"]](options) or 0
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # as `| head` leaves it: nobody reads on
+        with suppress(OSError):  # what Python would flush at its end goes nowhere
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return PIPE_CLOSED
     except (ValueError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
