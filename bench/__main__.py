@@ -11,7 +11,7 @@ from typing import Any
 
 OPTIMIZERS = (
     "sgd, adamw, sam, asam, fishersam, fsam, fasam, sam-interval, sam-late, sam-part, sam-micro, "
-    "sam-full, sam-noise, sam-db"
+    "sam-full, sam-noise, sam-db, sam-batches"
 )
 METHODS = f"{OPTIMIZERS}, at-linf, at-l2, fgsm-rs, n-fgsm, trades, or two of them as at-linf+sam"
 PIPE_CLOSED = 128 + signal.SIGPIPE  # the exit code that shells give
@@ -54,10 +54,14 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     add("--rho", type=float, help="SAM's radius")
     add("--sigma", type=float, help="F-SAM: how much of the gradient's average is removed")
     add("--lmbda", type=float, help="F-SAM: the average's decay, in [0, 1)")
+    add("--convention", help="F-SAM: algorithm1 (the paper's, default) or official (the published "
+        "code's, whose average starts at the first gradient)")  # fmt: skip
     add("--eta", type=float, help="ASAM: added to |w|; FisherSAM: weight of the Fisher diagonal")
     add("--interval", type=int, help="sam-interval: climb at every so-many-th step")
     add("--late", type=float, help="sam-late: share of the epochs before the first climb")
     add("--ascent-part", type=float, help="sam-part: share of the batch to climb from")
+    add("--ascent-batches", type=int, help="sam-batches: of how many batches, this one among them, "
+        "the gradient to climb by is")  # fmt: skip
     add("--full-every", type=int, help="sam-full, sam-noise: steps between full gradients")
     add("--projection", help="sam-full, sam-noise: cosine (as printed, default) or orthogonal")
     add("--micro", type=int, help="sam-micro: parts of the batch, each with a climb of its own")

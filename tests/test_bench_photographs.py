@@ -176,6 +176,17 @@ def test_photographs_and_dropout_resume_to_the_same_bits(photographs, tmp_path):
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
+@pytest.mark.parametrize("method", ["sam-db", "sam-noise", "sam-batches"])
+def test_methods_that_climb_by_other_images_take_photographs(method, photographs, tmp_path):
+    options = {"data": str(photographs), "augment": "resized-crop", "image_size": 16, "width": 4,
+               "workers": 0, "model": "smallconv", "epochs": 1, "batch_size": 16}  # fmt: skip
+    config = resolve(method, "digits", options)
+    runs = [train(config, tmp_path / name) for name in ("one", "two")]
+    a, b = (run.model.state_dict() for run in runs)
+    assert all(torch.equal(a[k], b[k]) and a[k].isfinite().all() for k in a)
+    assert runs[0].opt.last_radius > 0
+
+
 # ---- weights to start from
 
 
