@@ -36,7 +36,7 @@ def save_checkpoint(path: Path, config: Config, data: Data, model: nn.Module, **
         try:
             torch.save(checkpoint, tmp)
         except RuntimeError as e:  # what torch says of a full disk
-            raise OSError(f"{str(e).splitlines()[0]}; the disk may be full") from e
+            raise OSError(f"the disk may be full; torch: {str(e).splitlines()[0]}") from e
 
 
 def refuse_wrong_sums(path: Path) -> None:
