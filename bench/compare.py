@@ -90,6 +90,7 @@ def make(
     epochs_done = context.Value("q", 0)
     total = sum(config.epochs for config in runs.values())
     summaries: dict[str, dict[str, Any]] = {}
+    said = ""
     with (
         ProcessPoolExecutor(jobs, context, start_worker, (epochs_done,)) as pool,
         tqdm(total=total, unit="epoch", desc=f"{len(runs)} runs", smoothing=0.02) as bar,
@@ -102,7 +103,10 @@ def make(
             )):  # fmt: skip
                 summaries[name] = summary
                 bar.write(f"{name}: {one_line(summary)}")
-            if len(summaries) < len(runs):
+            if elsewhere := ", ".join(name for name in runs if name not in summaries):
+                if elsewhere != said:
+                    bar.write(f"at work in another process, waited for: {elsewhere}")
+                said = elsewhere
                 time.sleep(ASKED_AGAIN)
     return summaries
 

@@ -6,7 +6,6 @@ and white) is refused by the file's path.
 
 import hashlib
 import io
-import mimetypes
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +16,10 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 NO_CLASSES = {"__MACOSX", "__pycache__", "@eaDir", "$RECYCLE.BIN", "System Volume Information",
               "lost+found", "Thumbs.db"}  # fmt: skip
+# Beside torchvision's: what is an image by its name is read or refused, never left out.
+MORE = (".gif", ".apng", ".jpe", ".jfif", ".jp2", ".j2k", ".jpf", ".jxl", ".avif", ".heic", ".heif",
+        ".pbm", ".pnm", ".pfm", ".dib", ".ico", ".tga", ".pcx", ".sgi", ".dds", ".qoi", ".psd",
+        ".svg", ".exr", ".hdr", ".raw", ".dng", ".cr2", ".nef", ".dcm")  # fmt: skip
 SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation", "eval", "dev"}
 SEVERAL_IN_ONE = {"MPO", "PSD"}  # a camera's previews, a drawing's layers: the first is the image
 
@@ -30,14 +33,16 @@ def is_clutter(name: str) -> bool:
 
 
 def is_image(name: str) -> bool:
-    kind = mimetypes.guess_type(name.lower())[0] or ""
-    return name.lower().endswith(IMG_EXTENSIONS) or kind.startswith("image/")
+    return name.lower().endswith((*IMG_EXTENSIONS, *MORE))
 
 
 def classes_in(root: Path) -> list[str]:
     """Return the names of the folders that are classes. Raises ValueError where several look like
     the parts of a data set; one alone may be a class, as "train" is of CIFAR-100."""
-    names = sorted(e.name for e in os.scandir(root) if e.is_dir() and not is_clutter(e.name))
+    entries = [e for e in os.scandir(root) if not is_clutter(e.name)]
+    if lost := [e.path for e in entries if e.is_symlink() and not os.path.exists(e.path)]:
+        raise ValueError(f"{lost[0]!r} is a link to nothing; restore what it meant, or remove it")
+    names = sorted(e.name for e in entries if e.is_dir())
     parts = [name for name in names if name.lower() in SPLITS]
     if len(parts) > 1:
         raise ValueError(
@@ -104,7 +109,8 @@ def state_of(root: Path) -> str:
         for name in sorted(names):
             path = os.path.join(top, name)
             found = os.stat(path) if os.path.exists(path) else os.lstat(path)
-            digest.update(f"{path} {found.st_size} {found.st_mtime_ns} {found.st_ino}\n".encode())
+            digest.update(os.fsencode(path))
+            digest.update(f" {found.st_size} {found.st_mtime_ns} {found.st_ino}\n".encode())
     return digest.hexdigest() if root.is_dir() else ""
 
 

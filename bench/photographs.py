@@ -142,5 +142,5 @@ def fingerprint(split: Photographs, root: Path) -> str:
     digest = hashlib.sha256()
     for path, label in zip(split.paths, split.labels.tolist(), strict=True):
         entry = f"{Path(path).relative_to(root)} {os.path.getsize(path)} {label}\n"
-        digest.update(entry.encode())
+        digest.update(entry.encode(errors="surrogateescape"))  # a name need not be text
     return digest.hexdigest()

@@ -34,20 +34,34 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises OSError with the path where the disk is full, read-only or gone; the old file stays.
     """
     path = Path(os.path.realpath(path))  # a link stays one
-    tmp = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        yield tmp
-        with open(tmp, "rb") as f:
-            os.fsync(f.fileno())
-        os.replace(tmp, path)
+        with beside(path) as tmp:
+            yield tmp
+            with open(tmp, "rb") as f:
+                os.fsync(f.fileno())
+            os.replace(tmp, path)
     except OSError as e:
         raise OSError(
             f"cannot write {str(path)!r} ({e.strerror or e}); make room or choose another place, "
             "and repeat the command: what was finished stays"
         ) from e
-    finally:
-        with suppress(OSError):
-            tmp.unlink(missing_ok=True)
+
+
+@contextmanager
+def beside(path: Path) -> Iterator[Path]:
+    """Yield a new file in the same directory, which `remove_unfinished` leaves alone until the
+    block ends or this process does."""
+    while True:
+        tmp = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+        with open(tmp, "xb") as f:
+            try:
+                lock(f, "flock", wait=True)
+                if tmp.exists():  # else removed between the two lines before
+                    yield tmp
+                    return
+            finally:
+                with suppress(OSError):
+                    tmp.unlink(missing_ok=True)
 
 
 def lock(file: IO, call: str, wait: bool) -> bool:
@@ -96,9 +110,12 @@ def kept(path: Path) -> Iterator[None]:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove what `replacing` left behind in a directory when it was killed."""
+    """Remove what `replacing` left behind in a directory when it was killed, and nothing that
+    another process is writing."""
     for tmp in folder.glob(".*.tmp"):
-        tmp.unlink()
+        with suppress(FileNotFoundError), open(tmp, "r+b") as f:
+            if lock(f, "flock", wait=False):
+                tmp.unlink()
 
 
 def refuse_unwritable(path: Path | None) -> None:

@@ -25,7 +25,7 @@ from bench.__main__ import main
 from bench.checkpoint import load_checkpoint, load_model
 from bench.compare import caption, completed
 from bench.config import Evaluation, resolve
-from bench.record import ROOT, append_jsonl, refuse_unwritable, replacing
+from bench.record import ROOT, append_jsonl, refuse_unwritable, remove_unfinished, replacing
 from bench.summary import train_and_evaluate
 from bench.train import load_state, set_up, train
 
@@ -135,6 +135,16 @@ def test_two_writers_of_one_file_do_not_share_a_temporary_one(tmp_path):
             two.write_text("two")
         assert path.read_text() == "two"
     assert path.read_text() == "one" and os.listdir(tmp_path) == ["table.md"]
+
+
+def test_what_another_process_is_writing_is_not_removed(tmp_path):
+    path = tmp_path / "table.md"
+    (tmp_path / ".table.md.0123.tmp").write_text("of a process that was killed")
+    with replacing(path) as tmp:
+        tmp.write_text("whole")
+        remove_unfinished(tmp_path)
+        assert [p.name for p in tmp_path.iterdir()] == [tmp.name]
+    assert os.listdir(tmp_path) == ["table.md"] and path.read_text() == "whole"
 
 
 def test_a_comparison_leaves_out_what_another_process_makes_and_takes_it_up(tmp_path):

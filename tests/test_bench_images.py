@@ -1,5 +1,6 @@
 """Other people's image files: every mode is read as it was meant or refused by its path."""
 
+import os
 import random
 import struct
 import warnings
@@ -331,6 +332,29 @@ def test_images_that_torchvision_leaves_out_are_read(tmp_path):
     files = list((root / "x").iterdir())
     assert len(load_data(str(root), 0, 0).train) + len(load_data(str(root), 0, 0).test) == (
         6 + len(files))  # fmt: skip
+
+
+@pytest.mark.parametrize("suffix", ["heic", "svg", "JXL", "exr"])
+def test_images_that_cannot_be_read_here_are_not_left_out(suffix, tmp_path):
+    root = folder_of(tmp_path / "images")
+    (root / "x" / f"more.{suffix}").write_bytes(b"an image of another kind")
+    with pytest.raises(ValueError, match=f"more.{suffix}"):
+        load_data(str(root), 0, 0)
+
+
+def test_names_that_are_no_text(tmp_path):
+    root = folder_of(tmp_path / "images")
+    os.rename(root / "x" / "0.png", os.fsencode(root / "x") + b"/\xff.png")
+    for lazily in (False, True):
+        data = load_data(str(root), 0, 0, image_size=8, lazily=lazily)
+        assert len(data.train) + len(data.test) == 12
+
+
+def test_links_to_nothing_are_named(tmp_path):
+    root = folder_of(tmp_path / "images")
+    (root / "z").symlink_to(tmp_path / "gone")
+    with pytest.raises(ValueError, match="images/z"):
+        load_data(str(root), 0, 0)
 
 
 def test_links_in_a_circle_are_named(tmp_path):
