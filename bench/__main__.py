@@ -42,7 +42,8 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
         "pyramidnet110, smallconv, resnet50, deit-small, torchvision:NAME, timm:NAME")  # fmt: skip
     add("--width", type=int, help="64: as published; others scale all channels (smallconv: the "
         "first layer's channels)")  # fmt: skip
-    add("--weights", metavar="FILE", help="a state_dict to start from, of any number of classes")
+    add("--weights", metavar="FILE", help="weights to start from: a checkpoint of this bench or a "
+        "state_dict, of any number of classes")  # fmt: skip
     add("--epochs", type=int)
     add("--batch-size", type=int)
     add("--optimizer", help=f"with an adversary, or --method standard: {OPTIMIZERS}")

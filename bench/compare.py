@@ -136,7 +136,7 @@ def completed(
 
 def one_line(summary: dict[str, Any]) -> str:
     robust = summary["robust"]["linf"]
-    at = ", ".join(f"{accuracy:.1%} at l_inf {eps}" for eps, accuracy in robust.items())
+    at = ", ".join(f"{accuracy:.1%} at l_inf {labelled(eps)}" for eps, accuracy in robust.items())
     return (
         f"natural {summary['natural']:.1%}, {at}, "
         f"{summary['images_per_second']:.0f} images/s in training"
