@@ -1,6 +1,7 @@
 """What a run leaves behind: atomic files, and the stamp of the machine and versions behind them."""
 
 import errno
+import glob
 import json
 import os
 import platform
@@ -109,10 +110,10 @@ def kept(path: Path) -> Iterator[None]:
                 return
 
 
-def remove_unfinished(folder: Path) -> None:
-    """Remove what `replacing` left behind in a directory when it was killed, and nothing that
-    another process is writing."""
-    for tmp in folder.glob(".*.tmp"):
+def remove_unfinished(folder: Path, name: str = "*") -> None:
+    """Remove what `replacing` left behind of a file, or of all in a directory, when it was killed,
+    and nothing that another process is writing."""
+    for tmp in folder.glob(f".{name}.tmp"):
         with suppress(FileNotFoundError), open(tmp, "r+b") as f:
             if lock(f, "flock", wait=False):
                 tmp.unlink()
@@ -156,7 +157,9 @@ def write_jsonl(path: Path, rows: list[dict]) -> None:
 def append_jsonl(path: Path, rows: list[dict]) -> None:
     """Append to a JSONL file the rows that it does not hold yet; a crash leaves the old file, and
     processes that append at once wait for each other. Raises ValueError for a file of no text."""
+    path = Path(os.path.realpath(path))
     with kept(path):
+        remove_unfinished(path.parent, f"{glob.escape(path.name)}.*")
         try:
             old = path.read_text().split("\n")
         except UnicodeDecodeError as e:

@@ -110,6 +110,7 @@ def test_writers_that_are_killed_leave_whole_rows_and_no_lock(tmp_path):
     before = [json.loads(line) for line in path.read_text().splitlines()]
     append_jsonl(path, [{"last": 1}])
     assert [json.loads(line) for line in path.read_text().splitlines()] == [*before, {"last": 1}]
+    assert os.listdir(tmp_path) == ["rows.jsonl"]
 
 
 def test_appending_keeps_what_is_there(tmp_path):
