@@ -3,15 +3,18 @@ report | theory: the command line, in a checkout."""
 
 import argparse
 import os
+import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 OPTIMIZERS = (
     "sgd, adamw, sam, asam, fishersam, fsam, fasam, sam-interval, sam-late, sam-part, sam-micro, "
-    "sam-full, sam-noise, sam-db"
+    "sam-full, sam-noise, sam-db, sam-batches"
 )
 METHODS = f"{OPTIMIZERS}, at-linf, at-l2, fgsm-rs, n-fgsm, trades, or two of them as at-linf+sam"
+PIPE_CLOSED = 128 + signal.SIGPIPE  # the exit code that shells give
 SHOWN = ("train_loss", "train_acc", "val_acc")
 
 
@@ -39,7 +42,8 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
         "pyramidnet110, smallconv, resnet50, deit-small, torchvision:NAME, timm:NAME")  # fmt: skip
     add("--width", type=int, help="64: as published; others scale all channels (smallconv: the "
         "first layer's channels)")  # fmt: skip
-    add("--weights", metavar="FILE", help="a state_dict to start from, of any number of classes")
+    add("--weights", metavar="FILE", help="weights to start from: a checkpoint of this bench or a "
+        "state_dict, of any number of classes")  # fmt: skip
     add("--epochs", type=int)
     add("--batch-size", type=int)
     add("--optimizer", help=f"with an adversary, or --method standard: {OPTIMIZERS}")
@@ -51,10 +55,14 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     add("--rho", type=float, help="SAM's radius")
     add("--sigma", type=float, help="F-SAM: how much of the gradient's average is removed")
     add("--lmbda", type=float, help="F-SAM: the average's decay, in [0, 1)")
+    add("--convention", help="F-SAM: algorithm1 (the paper's, default) or official (the published "
+        "code's, whose average starts at the first gradient)")  # fmt: skip
     add("--eta", type=float, help="ASAM: added to |w|; FisherSAM: weight of the Fisher diagonal")
     add("--interval", type=int, help="sam-interval: climb at every so-many-th step")
     add("--late", type=float, help="sam-late: share of the epochs before the first climb")
     add("--ascent-part", type=float, help="sam-part: share of the batch to climb from")
+    add("--ascent-batches", type=int, help="sam-batches: of how many batches, this one among them, "
+        "the gradient to climb by is")  # fmt: skip
     add("--full-every", type=int, help="sam-full, sam-noise: steps between full gradients")
     add("--projection", help="sam-full, sam-noise: cosine (as printed, default) or orthogonal")
     add("--micro", type=int, help="sam-micro: parts of the batch, each with a climb of its own")
@@ -127,6 +135,8 @@ def add_evaluate_command(evaluate: argparse.ArgumentParser) -> None:
         "apgd-t[-STEPS[-RESTARTS]], autoattack (default pgd); an image is robust when none of them "
         "fools the model")  # fmt: skip
     add("--norms", nargs="+", metavar="NORM", help="of linf, l2 (default both)")
+    add("--other-data", action="store_true", default=False, help="--data are other images than the "
+        "checkpoint was trained with, and none of the training images is among the test images")
     add("--rows", type=Path, help="append the result as a row to this JSONL file")
     add("--robustbench", type=Path, metavar="FILE", help="write RobustBench's model_info there: "
         "needs autoattack on all test images of CIFAR at a leaderboard's radius")  # fmt: skip
@@ -307,11 +317,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def evaluation_of(data: str, options: dict[str, Any]):
-    from bench.attacks import parse_eps
     from bench.config import resolve_evaluation
+    from bench.radii import parse_radii
 
     given: dict[str, Any] = {
-        norm: tuple(parse_eps(text, norm, options["force"]) for text in options[f"eval_{norm}"])
+        norm: parse_radii(options[f"eval_{norm}"], norm, options["force"])
         for norm in ("linf", "l2")
         if f"eval_{norm}" in options
     }
@@ -355,7 +365,7 @@ def train_in(sitting: Any, options: dict[str, Any]) -> None:
     from bench.config import check_used, preset_of, resolve
     from bench.evaluate import report
     from bench.recipe import load_recipe
-    from bench.summary import train_and_evaluate
+    from bench.summary import finished, train_and_evaluate
     from bench.train import refuse_early
 
     options = options | {"processes": parallel.processes()}
@@ -363,7 +373,8 @@ def train_in(sitting: Any, options: dict[str, Any]) -> None:
     check_used([config.method], options)
     evaluation = evaluation_of(config.data, options)
     out = options["out"] or Path("runs", preset_of(options), config.name)
-    refuse_early(config, out, options["download"])  # before the bar is drawn
+    finished(config, evaluation, out)  # what these two refuse comes before the bar is drawn
+    refuse_early(config, out, options["download"])
     quiet = parallel.rank() > 0
     with tqdm(total=config.epochs, unit="epoch", desc=config.name, disable=quiet) as bar:
 
@@ -439,6 +450,36 @@ def run_study_command(options: dict[str, Any]) -> None:
         run_study(name, out, options["jobs"], options["rows"])
 
 
+def data_of(checkpoint: dict[str, Any], config: dict[str, Any], options: dict[str, Any]):
+    """Return the data to evaluate a checkpoint on: what it was trained on, or, with --other-data,
+    what its user says it was not. Raises ValueError for any other."""
+    from bench.checkpoint import changed_data
+    from bench.data import load_data
+
+    path, name = str(options["checkpoint"]), config["data"]
+    data = load_data(
+        name, config["val"], config["seed"], config["data_dir"], options["download"],
+        config["image_size"], config.get("label_noise", 0.0),
+        config.get("noise_kind", "published"), lazily=config.get("augment") == "resized-crop",
+    )  # fmt: skip
+    if (data.channels, data.classes) != (checkpoint["channels"], checkpoint["classes"]):
+        raise ValueError(
+            f"{path!r} classifies {checkpoint['channels']}-channel images into "
+            f"{checkpoint['classes']}, but data {name!r} has {data.channels} channels and "
+            f"{data.classes}; pass the --data that it was trained on"
+        )
+    if options["other_data"] and options.get("robustbench"):
+        raise ValueError("--robustbench is for the data that a network was trained on; leave out "
+                         "--other-data")  # fmt: skip
+    if not options["other_data"] and (parts := changed_data(checkpoint, data)):
+        raise ValueError(
+            f"the {parts} images of {name!r} are not those that {path!r} was trained with, and "
+            "some that it was trained on may be test images now; restore them, or pass "
+            "--other-data if you know that none is"
+        )
+    return data
+
+
 def run_evaluate(options: dict[str, Any]) -> None:
     from dataclasses import asdict
 
@@ -446,11 +487,12 @@ def run_evaluate(options: dict[str, Any]) -> None:
 
     from bench.checkpoint import load_checkpoint, rebuild
     from bench.config import usable_device
-    from bench.data import load_data
     from bench.evaluate import evaluate, report
-    from bench.record import append_jsonl, git_hash, stamp, write_json
+    from bench.record import append_jsonl, git_hash, refuse_unwritable, stamp, write_json
     from bench.robustbench import leaderboard, model_info
 
+    for written in (options.get("rows"), options.get("robustbench")):
+        refuse_unwritable(written)
     if unknown := set(options.get("norms", ())) - {"linf", "l2"}:
         raise ValueError(f"unknown norm {sorted(unknown)[0]!r}; choose from linf, l2")
     device = usable_device(options.get("device", "cpu"))
@@ -461,16 +503,7 @@ def run_evaluate(options: dict[str, Any]) -> None:
         model = model.to(memory_format=torch.channels_last)
     config = checkpoint["config"] | {k: v for k, v in options.items() if k in checkpoint["config"]}
     evaluation = evaluation_of(config["data"], options)
-    data = load_data(
-        config["data"], config["val"], config["seed"], config["data_dir"], options["download"],
-        config["image_size"], lazily=config.get("augment") == "resized-crop",
-    )  # fmt: skip
-    if (data.channels, data.classes) != (checkpoint["channels"], checkpoint["classes"]):
-        raise ValueError(
-            f"{str(path)!r} classifies {checkpoint['channels']}-channel images into "
-            f"{checkpoint['classes']}, but data {config['data']!r} has {data.channels} channels "
-            f"and {data.classes}; pass the --data that it was trained on"
-        )
+    data = data_of(checkpoint, config, options)
     board = leaderboard(config["data"], evaluation, len(data.test)) if file else ()
     git = git_hash()
     result = evaluate(model, data.test.to(device), evaluation,
@@ -562,8 +595,8 @@ def run_gpu(options: dict[str, Any]) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Return the exit code: 0, 1 when a benchmark's parity check is red, or 2 after one sentence
-    about the input that cannot be used."""
+    """Return the exit code: 0, 1 when a benchmark's parity check is red, 2 after one sentence about
+    the input that cannot be used, or 141 where nobody reads the output."""
     options = vars(build_parser().parse_args(argv))
     command = {"train": run_train, "compare": run_compare, "evaluate": run_evaluate,
                "recipes": run_recipes, "sweep": run_sweep, "study": run_study_command,
@@ -572,7 +605,13 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if "TORCHELASTIC_RUN_ID" in os.environ and options["command"] != "train":
             raise ValueError(f"torchrun is for train alone; start {options['command']} without it")
-        return command[options["command"]](options) or 0
+        code = command[options["command"]](options) or 0
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # as `| head` leaves it: nobody reads on
+        with suppress(OSError):  # what Python would flush at its end goes nowhere
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return PIPE_CLOSED
     except (ValueError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 2

@@ -1,4 +1,4 @@
-"""Attacks on [0, 1] images, their eps notation, and their configuration in words.
+"""Attacks on [0, 1] images, and their configuration in words.
 
 PGD (Madry et al. 2018): x_adv <- Proj_eps(x_adv + alpha step(grad loss(x_adv))), from a random
 start; one step of it with alpha 1.25 eps is FGSM-RS (Wong et al. 2020). The gradient is taken with
@@ -6,7 +6,6 @@ respect to the input only, so no parameter's .grad is touched. On a GPU the step
 (fastsam.kernels.triton), elsewhere plain PyTorch.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench.radii import both_forms, eps_key, parse_eps  # noqa: F401
 from fastsam.choose import why_not_triton
 
-LARGEST_LINF = 0.25
 NOISE = 2.0  # N-FGSM's k for CIFAR
 
 
@@ -43,41 +42,6 @@ class Attack:
 def evaluation_attack(norm: str, eps: float, steps: int) -> Attack:
     """Return SAM_AT eval.py's PGD: alpha eps/4 for l_inf, eps/8 for l2."""
     return Attack(norm, eps, eps / (4 if norm == "linf" else 8), steps)
-
-
-def eps_key(eps: float) -> str:
-    """Return eps in 255ths: 0.0313725... -> "8/255"."""
-    return f"{round(eps * 255, 6):g}/255"
-
-
-def both_forms(eps: float) -> str:
-    """Return eps in 255ths and as a number: "8/255 = 0.03137"."""
-    return f"{eps_key(eps)} = {eps:.4g}"
-
-
-def parse_eps(text: str, norm: str, force: bool = False) -> float:
-    """Return the radius or step size that `text` means, for images in [0, 1].
-
-    "8/255" is a fraction, "8" (1 or more) counts 255ths, "0.031" (below 1) is the value itself.
-    Raises ValueError for anything else, for values that are not positive, and for an l_inf value
-    above 0.25 unless `force`: that much hides the image and usually is a mistake of units.
-    """
-    hint = "write it as 8/255, as 8 (the same) or as 0.0314"
-    numerator, slash, denominator = text.strip().partition("/")
-    try:
-        value = float(numerator) / float(denominator) if slash else float(numerator)
-    except (ValueError, ZeroDivisionError):
-        raise ValueError(f"eps {text!r} is not a number; {hint}") from None
-    if not slash and value >= 1:
-        value /= 255
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"eps {text!r} is not a positive finite number; {hint}")
-    if norm == "linf" and value > LARGEST_LINF and not force:
-        raise ValueError(
-            f"l_inf eps {text!r} means {both_forms(value)}, above {LARGEST_LINF}: images are in "
-            f"[0, 1], so {hint}, or pass --force"
-        )
-    return value
 
 
 def l2_norm(delta: Tensor) -> Tensor:

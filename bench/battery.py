@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from bench.apgd import TARGETS, apgd, apgd_targeted
-from bench.attacks import Attack, both_forms, evaluation_attack, pgd, plain_climb
+from bench.attacks import Attack, evaluation_attack, pgd, plain_climb
+from bench.radii import both_forms
 from bench.record import package_version
 
 NAMES = "clean, fgsm, pgd-STEPS, pgd-STEPS-RESTARTS, apgd-ce, apgd-t, autoattack"

@@ -4,20 +4,32 @@ import multiprocessing
 import os
 import statistics
 import threading
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from bench.attacks import eps_key
 from bench.config import Config, Evaluation
 from bench.evaluate import NORM_NAMES
-from bench.record import append_jsonl, write_json, write_text
-from bench.summary import finished, train_and_evaluate
+from bench.radii import eps_key, in_both_forms, labelled
+from bench.record import (
+    Busy,
+    alone_in,
+    append_jsonl,
+    refuse_unwritable,
+    remove_unfinished,
+    write_json,
+    write_text,
+)
+from bench.summary import finished, refuse_changed_data, train_and_evaluate
 from bench.tables import markdown
 from bench.train import refuse_early
 
+ASKED_AGAIN = 2.0  # seconds between looks at what another process is at work on
 _epochs_done: Any = None
 
 
@@ -48,7 +60,8 @@ def run_all(
     """Return every run's summary, in the runs' order.
 
     runs: by their directories' names in `out`. Finished ones there are not repeated, interrupted
-    ones continue. jobs: runs at a time. Raises ValueError for what set_up and load_state refuse,
+    ones continue, and those that another process makes are waited for. jobs: runs at a time.
+    Raises ValueError for what set_up and load_state refuse, and for finished runs of other images,
     before anything is written.
     """
     if jobs < 1:
@@ -57,6 +70,9 @@ def run_all(
     left = {name: runs[name] for name, summary in summaries.items() if summary is None}
     for name, config in left.items():
         refuse_early(config, out / name, download)
+    for name, summary in summaries.items():
+        if left and summary is not None:
+            refuse_changed_data(runs[name], summary, out / name, download)
     if left:
         summaries |= make(left, evaluation, out, jobs)
     return list(summaries.values())
@@ -65,32 +81,62 @@ def run_all(
 def make(
     runs: dict[str, Config], evaluation: Evaluation, out: Path, jobs: int
 ) -> dict[str, dict[str, Any]]:
-    """Train and evaluate, `jobs` runs at a time; return the summaries by the runs' names."""
+    """Train and evaluate, `jobs` runs at a time; return the summaries by the runs' names.
+
+    Runs that another process is at work on are left for the end, and then taken from it, or up
+    where it was ended. Raises OSError where a process here is killed.
+    """
     context = multiprocessing.get_context("spawn")
     epochs_done = context.Value("q", 0)
     total = sum(config.epochs for config in runs.values())
+    summaries: dict[str, dict[str, Any]] = {}
+    said = ""
     with (
         ProcessPoolExecutor(jobs, context, start_worker, (epochs_done,)) as pool,
         tqdm(total=total, unit="epoch", desc=f"{len(runs)} runs", smoothing=0.02) as bar,
     ):
-        futures = {
-            pool.submit(work, config, evaluation, out / name): name for name, config in runs.items()
-        }
-        pending = set(futures)
-        while pending:
-            done, pending = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
-            bar.update(epochs_done.value - bar.n)
-            for future in done:
-                if future.exception() is not None:
-                    pool.shutdown(wait=False, cancel_futures=True)
-                summary = future.result()
-                bar.write(f"{futures[future]}: {one_line(summary)}")
-    return {name: future.result() for future, name in futures.items()}
+        while left := {name: runs[name] for name in runs if name not in summaries}:
+            futures = {pool.submit(work, config, evaluation, out / name): name
+                       for name, config in left.items()}  # fmt: skip
+            for name, summary in completed(futures, pool, lambda: bar.update(
+                epochs_done.value - bar.n
+            )):  # fmt: skip
+                summaries[name] = summary
+                bar.write(f"{name}: {one_line(summary)}")
+            if elsewhere := ", ".join(name for name in runs if name not in summaries):
+                if elsewhere != said:
+                    bar.write(f"at work in another process, waited for: {elsewhere}")
+                said = elsewhere
+                time.sleep(ASKED_AGAIN)
+    return summaries
+
+
+def completed(
+    futures: dict[Future, str], pool: ProcessPoolExecutor, tick: Callable[[], None]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield name and summary of each run as it ends, but of those that others are at work on.
+    tick: called all the while. The first error ends the wait, when what is under way has ended."""
+    pending = set(futures)
+    while pending:
+        done, pending = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
+        tick()
+        for future in done:
+            error = future.exception()
+            if error is None:
+                yield futures[future], future.result()
+            elif isinstance(error, BrokenProcessPool):
+                raise ChildProcessError(
+                    f"a process that trained was killed (of {', '.join(futures.values())}); repeat "
+                    "the command to go on, with fewer --jobs if memory was short"
+                ) from error
+            elif not isinstance(error, Busy):
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise error
 
 
 def one_line(summary: dict[str, Any]) -> str:
     robust = summary["robust"]["linf"]
-    at = ", ".join(f"{accuracy:.1%} at l_inf {eps}" for eps, accuracy in robust.items())
+    at = ", ".join(f"{accuracy:.1%} at l_inf {labelled(eps)}" for eps, accuracy in robust.items())
     return (
         f"natural {summary['natural']:.1%}, {at}, "
         f"{summary['images_per_second']:.0f} images/s in training"
@@ -129,7 +175,7 @@ def aggregate(method: str, summaries: list[dict[str, Any]]) -> dict[str, Any]:
 def table(rows: list[dict[str, Any]]) -> str:
     """Return the comparison as a Markdown table; accuracies in %, mean ± std over the seeds."""
     columns = [(norm, eps) for norm, by_eps in rows[0]["robust"].items() for eps in by_eps]
-    names = [f"{NORM_NAMES[norm]} {eps}" for norm, eps in columns]
+    names = [f"{NORM_NAMES[norm]} {labelled(eps)}" for norm, eps in columns]
     head = ["method", "natural", *names, "images/s", "cost"]
     several = len(rows[0]["seeds"]) > 1
 
@@ -145,27 +191,46 @@ def table(rows: list[dict[str, Any]]) -> str:
     return markdown(head, lines, left=1)
 
 
-def settings(config: dict[str, Any]) -> str:
-    """Return what one method was trained with and the others were not."""
-    names = ("rho", "sigma", "lmbda", "scale", "eps", "alpha", "attack_steps", "beta")
+def settings(config: dict[str, Any], among: Sequence[dict[str, Any]] = ()) -> str:
+    """Return what one method was trained with and the others were not.
+
+    among: all methods' configs; whatever differs between them is told.
+    """
+    names = ("rho", "sigma", "lmbda", "convention", "scale", "eta", "full_every", "projection",
+             "eps", "alpha", "attack_steps", "beta")  # fmt: skip
     own = {k: config[k] for k in names if config.get(k) is not None}
     usual = {"base": "sgd", "interval": 1, "late": 0.0, "ascent_part": 1.0, "micro": 1}
+    usual |= {"ascent_batches": 1}
     usual |= {"awp_gamma": 0.0, "label_noise": 0.0}
     own |= {k: config[k] for k, value in usual.items() if config.get(k, value) != value}
+    own |= {k: config[k] for k in differing(among) if config.get(k) is not None}
     own |= {k: eps_key(own[k]) for k in ("eps", "alpha") if k in own}
     return ", ".join(f"{k} {v}" for k, v in own.items())
 
 
+def differing(configs: Sequence[dict[str, Any]]) -> list[str]:
+    """Return the settings in which configs differ, beside the method and the seed."""
+    names = dict.fromkeys(k for config in configs for k in config)
+    return [k for k in names if k not in ("method", "seed", "recipe")
+            and any(c.get(k) != configs[0].get(k) for c in configs)]  # fmt: skip
+
+
 def caption(rows: list[dict[str, Any]]) -> str:
-    """Return what the table's numbers are: data, model, attacks, seeds, device."""
+    """Return what the table's numbers are: data, model, attacks, seeds, device, and all settings in
+    which the methods differ."""
     config, evaluation = rows[0]["config"], rows[0]["evaluation"]
-    trained = "; ".join(f"{row['method']} {settings(row['config'])}".strip() for row in rows)
-    radii = {norm: [eps_key(e) for e in evaluation[norm]] for norm in NORM_NAMES}
+    configs = [row["config"] for row in rows]
+    apart = differing(configs)
+    methods = "; ".join(f"{c['method']} {settings(c, configs)}".strip() for c in configs)
+    common = {"model": f"{config['model']}", "width": f"width {config['width']}",
+              "epochs": f"{config['epochs']} epochs"}  # fmt: skip
+    network = ", ".join(text for k, text in common.items() if k not in apart)
+    devices = "; ".join(dict.fromkeys(row["device"] for row in rows))
+    radii = {norm: [labelled(eps_key(e)) for e in evaluation[norm]] for norm in NORM_NAMES}
     return (
-        f"Test accuracy in % on {rows[0]['test_images']} images of {config['data']}, "
-        f"{config['model']} of width {config['width']}, {config['epochs']} epochs, last "
-        f"checkpoint, seeds {', '.join(map(str, rows[0]['seeds']))}; {rows[0]['device']}.\n"
-        f"Methods: {trained}.\n"
+        f"Test accuracy in % on {rows[0]['test_images']} images of {config['data']}, {network}, "
+        f"last checkpoint, seeds {', '.join(map(str, rows[0]['seeds']))}; {devices}.\n"
+        f"Methods: {in_both_forms(methods)}.\n"
         f"Attacks: PGD-{evaluation['steps']}, random start, 1 restart, model.eval(), images in "
         f"[0, 1]; l_inf {', '.join(radii['linf'])} with alpha eps/4, l2 {', '.join(radii['l2'])} "
         "with alpha eps/8.\nCost: training time per image, relative to the cheapest method."
@@ -181,10 +246,12 @@ def write_outputs(rows: list[dict[str, Any]], out: Path) -> list[Path]:
         row["relative_cost"] = fastest / row["images_per_second"]
     names = ("summary.json", "table.md", "accuracy-eps.png", "accuracy-cost.png")
     paths = [out / name for name in names]
-    write_json(paths[0], rows)
-    write_text(paths[1], f"{table(rows)}\n\n{caption(rows)}\n")
-    plot_eps(rows, paths[2])
-    plot_cost(rows, paths[3])
+    with alone_in(out, wait=True):
+        remove_unfinished(out)
+        write_json(paths[0], rows)
+        write_text(paths[1], f"{table(rows)}\n\n{caption(rows)}\n")
+        plot_eps(rows, paths[2])
+        plot_cost(rows, paths[3])
     return paths
 
 
@@ -210,6 +277,7 @@ def compare(
     by_seed: one list of configs a seed. rows_path: a JSONL file to append one row a run to. The
     rest is as in run_all.
     """
+    refuse_unwritable(rows_path)
     runs = {config.name: config for of_seed in by_seed for config in of_seed}
     summaries = run_all(runs, evaluation, out, jobs, download)
     methods = [config.method for config in by_seed[0]]

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from bench.attacks import Attack, evaluation_attack, parse_eps
+from bench.attacks import Attack, evaluation_attack
 from bench.battery import split_name
 from bench.methods import (
     FULL,
@@ -19,6 +19,7 @@ from bench.methods import (
     values_of,
 )
 from bench.pipeline import PADDINGS
+from bench.radii import form_of, parse_eps, refuse_mixed
 from bench.recipe import load_recipe
 from fastsam.choose import BACKENDS
 
@@ -44,9 +45,11 @@ CHOICES = {
     "backend": (None, *BACKENDS),
     "scale": (None, "all", "weights"),
     "projection": (None, "cosine", "orthogonal"),
+    "convention": (None, "algorithm1", "official"),
 }
 AT_LEAST = {"epochs": 1, "batch_size": 1, "pad": 0, "cutout": 0, "momentum": 0, "weight_decay": 0,
-            "seed": 0, "interval": 1, "micro": 1, "awp_gamma": 0, "awp_warmup": 0}
+            "seed": 0, "interval": 1, "micro": 1, "awp_gamma": 0,
+            "awp_warmup": 0, "ascent_batches": 1}
 AT_LEAST_IF_GIVEN = {"image_size": 1, "attack_steps": 1, "threads": 1, "workers": 0, "beta": 0,
                      "full_every": 1}
 
@@ -61,9 +64,11 @@ class Config:
     (224 if None). padding, cutout: see bench.pipeline.Augmentation. normalisation: see
     bench.data.constants. weights: a file with the network's weights to start from.
     base: the optimizer under SAM. rho, sigma, lmbda, eta, scale, interval: as in fastsam's
-    optimizers. late: the share of the epochs before SAM's first climb. ascent_part: the share of
-    the batch that the climb's gradient comes from. micro: in how many parts a batch is climbed
-    from, each by itself. full_every: sam-full and sam-noise measure the gradient G of all training
+    optimizers. convention: as in fastsam.FriendlySAM, None: "algorithm1". late: the share of the
+    epochs before SAM's first climb. ascent_part: the share of the batch that the climb's gradient
+    comes from. ascent_batches: from how many batches it comes, the step's own and others drawn from
+    the training set. micro: in how many parts a batch is climbed from, each by itself. full_every:
+    sam-full and sam-noise measure the gradient G of all training
     images, not augmented, at every so-many-th step of the run. projection: as in
     fastsam.FullGradientSAM. second_bn: whether SAM's second pass moves BatchNorm's running
     statistics. eps, alpha: the training attack's radius and step for images in [0, 1]; eps is None
@@ -101,11 +106,13 @@ class Config:
     rho: float | None = None
     sigma: float | None = None
     lmbda: float | None = None
+    convention: str | None = None
     eta: float | None = None
     scale: str | None = None
     interval: int = 1
     late: float = 0.0
     ascent_part: float = 1.0
+    ascent_batches: int = 1
     micro: int = 1
     full_every: int | None = None
     projection: str | None = None
@@ -202,12 +209,21 @@ def resolve(method: str | None, recipe: str | None, options: dict[str, Any]) -> 
     values = {k: v for k, v in values.items() if k in fitting} | {"method": method}
     values["recipe"] = file.name if file.published else None
     norm = "l2" if method.startswith("at-l2") else "linf"
+    refuse_mixed_steps({k: options[k] for k in ("eps", "alpha") if k in options and k in values})
     for k in ("eps", "alpha"):
         if isinstance(values.get(k), str):
             values[k] = parse_eps(values[k], norm, options.get("force", False))
     config = Config(**values)
     check(config)
     return config
+
+
+def refuse_mixed_steps(given: dict[str, Any]) -> None:
+    """Raise ValueError for an eps that counts 255ths beside an alpha that is a value, or the other
+    way round."""
+    texts = [text for text in given.values() if isinstance(text, str)]
+    where = " ".join(f"--{k} {text}" for k, text in given.items())
+    refuse_mixed([text for text in texts if form_of(text) != "fraction"], where)
 
 
 def check_used(methods: list[str], options: dict[str, Any]) -> None:
@@ -279,10 +295,10 @@ def check_processes(config: Config) -> None:
 def check_other_images(config: Config) -> None:
     if config.optimizer not in OTHER_IMAGES:
         return
-    if config.adversary is not None or config.reads_lazily:
+    if config.adversary is not None:
         raise ValueError(
-            f"{config.optimizer} climbs by other images than the batch's, which are neither "
-            "attacked nor read from files: leave out the adversary and resized-crop, or use sam"
+            f"{config.optimizer} climbs by other images than the batch's, which are not attacked: "
+            "leave out the adversary, or use sam"
         )
     if config.amp == "fp16" and config.optimizer in FULL:
         raise ValueError(f"amp 'fp16' does not scale {config.optimizer}'s G; use bf16 or off")

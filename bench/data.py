@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bench.images import listing, read_image, state_of
 from bench.noise import noisy
 from bench.photographs import Photographs, fingerprint, read_listing
 from bench.pipeline import Augmentation, Pipeline
@@ -51,7 +52,9 @@ class Split:
 class Data:
     """A data set split in three; mean and std hold one value per channel in [0, 1] units.
 
-    wrong_labels: how many labels of training and validation label noise made wrong.
+    fingerprint: of the training images (those held out among them) and their labels as given;
+    test_fingerprint: of the test images. wrong_labels: how many labels of training and validation
+    label noise made wrong.
     """
 
     train: Split | Photographs
@@ -62,6 +65,7 @@ class Data:
     std: list[float]
     fingerprint: str
     wrong_labels: int = 0
+    test_fingerprint: str = ""
 
     @property
     def channels(self) -> int:
@@ -100,19 +104,21 @@ def load_data(
         raise ValueError(
             f"val must be at least 0 and below 1, got {val}; 0.1 holds out a tenth, 0 nothing"
         )
+    state = state_of(Path(name))
     if lazily:
-        train, test, classes, digest = read_lazily(name, image_size or 224, workers)
+        train, test, classes, *digests = read_lazily(name, image_size or 224, workers, state)
     else:
-        train, test, classes, digest = read_data(name, data_dir, download, image_size)
+        train, test, classes, *digests = read_data(name, data_dir, download, image_size, state)
+    digest, test_digest = digests
     clean, wrong = train.labels, 0
     if label_noise:
         given = noisy(clean, len(classes), label_noise, noise_kind, seed)
         train, wrong = replace(train, labels=given), int((given != clean).sum())
         digest = hashlib.sha256(digest.encode() + given.numpy().tobytes()).hexdigest()
-    kept, held_out = stratified(train.labels, val, seed)
+    kept, held_out = stratified(train.labels, val, seed, classes, "lower --val")
     parts = train.take(kept), train.take(held_out), test
     mean, std = constants(name, normalisation, parts[0])
-    return Data(*parts, classes, mean, std, digest, wrong)
+    return Data(*parts, classes, mean, std, digest, wrong, test_digest)
 
 
 def constants(
@@ -137,24 +143,32 @@ def constants(
 
 @lru_cache(maxsize=1)  # a comparison asks for the same images once a run
 def read_data(
-    name: str, data_dir: str, download: bool, image_size: int | None
-) -> tuple[Split, Split, list[str], str]:
-    """Return training images, test images, class names, and the training set's SHA-256."""
+    name: str, data_dir: str, download: bool, image_size: int | None, state: str
+) -> tuple[Split, Split, list[str], str, str]:
+    """Return training images, test images, class names, and the SHA-256 of both sets.
+
+    state: of the files, so that changed ones are read again.
+    """
     if name == "digits":
         train, test, classes = digits()
     elif name in NORMALISATION:
         train, test, classes = cifar(name, data_dir, download)
     else:
         train, test, classes = folder(Path(name), lambda root: read_images(root, image_size))
-    digest = hashlib.sha256(train.images.numpy().tobytes() + train.labels.numpy().tobytes())
-    return train, test, classes, digest.hexdigest()
+    return train, test, classes, sha256(train), sha256(test)
+
+
+def sha256(split: Split) -> str:
+    digest = hashlib.sha256(split.images.numpy().tobytes() + split.labels.numpy().tobytes())
+    return digest.hexdigest()
 
 
 @lru_cache(maxsize=1)
 def read_lazily(
-    name: str, size: int, workers: int | None
-) -> tuple[Photographs, Photographs, list[str], str]:
-    """Return training images, test images, class names, and the training set's fingerprint."""
+    name: str, size: int, workers: int | None, state: str
+) -> tuple[Photographs, Photographs, list[str], str, str]:
+    """Return training images, test images, class names, and both sets' fingerprints; state: as
+    above."""
     if name in ("digits", *NORMALISATION):
         raise ValueError(
             f"augment 'resized-crop' is for directories of photographs, not for {name!r}; use "
@@ -163,15 +177,27 @@ def read_lazily(
     root = Path(name)
     train, test, classes = folder(root, lambda root: read_listing(root, size))
     train, test = (replace(part, workers=workers) for part in (train, test))
-    return train, test, classes, fingerprint(train, root)
+    return train, test, classes, fingerprint(train, root), fingerprint(test, root)
 
 
-def stratified(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Return sorted index tensors of the rest and of a stratified `fraction` of the labels."""
+def stratified(
+    labels: Tensor, fraction: float, seed: int, classes: list[str], otherwise: str
+) -> tuple[Tensor, Tensor]:
+    """Return sorted index tensors of the rest and of a stratified `fraction` of the labels.
+
+    Raises ValueError for classes of one image, which can be on one side only, and for too few
+    images; otherwise: what to do beside adding images.
+    """
     from sklearn.model_selection import train_test_split
 
     if fraction == 0:
         return torch.arange(len(labels)), torch.arange(0)
+    single = [classes[c] for c in (labels.bincount() == 1).nonzero().flatten().tolist()]
+    if single:
+        raise ValueError(
+            f"cannot hold out {fraction:g} of {len(labels)} images class by class: only one image "
+            f"is in {', '.join(map(repr, single))}; add images of it, or {otherwise}"
+        )
     try:
         rest, part = train_test_split(
             np.arange(len(labels)), test_size=fraction, stratify=labels, random_state=seed
@@ -179,7 +205,7 @@ def stratified(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tens
     except ValueError as e:
         raise ValueError(
             f"cannot hold out {fraction:g} of {len(labels)} images class by class ({e}); "
-            "add images or change --val"
+            f"add images, or {otherwise}"
         ) from e
     return torch.from_numpy(np.sort(rest)), torch.from_numpy(np.sort(part))
 
@@ -197,8 +223,9 @@ def digits() -> tuple[Split, Split, list[str]]:
     bunch = load_digits()
     images = torch.from_numpy(bunch.images).to(torch.uint8).unsqueeze(1)
     everything = Split(images, torch.from_numpy(bunch.target).long(), levels=16)
-    train, test = stratified(everything.labels, 0.2, seed=0)
-    return everything.take(train), everything.take(test), [str(c) for c in bunch.target_names]
+    names = [str(c) for c in bunch.target_names]
+    train, test = stratified(everything.labels, 0.2, 0, names, "")
+    return everything.take(train), everything.take(test), names
 
 
 def cifar(name: str, data_dir: str, download: bool) -> tuple[Split, Split, list[str]]:
@@ -230,7 +257,8 @@ def folder(root: Path, read: Callable) -> tuple:
         )
     if not (root / "train").is_dir():
         everything, classes = several(root, *read(root))
-        train, test = stratified(everything.labels, 0.2, seed=0)
+        own = f"divide them yourself, into {root.name}/train/<class>/ and {root.name}/test/<class>/"
+        train, test = stratified(everything.labels, 0.2, 0, classes, own)
         return everything.take(train), everything.take(test), classes
     held_out = next((root / d for d in ("test", "val") if (root / d).is_dir()), None)
     if held_out is None:
@@ -260,20 +288,12 @@ def several(root: Path, split: Split | Photographs, classes: list[str]) -> tuple
 
 def read_images(root: Path, image_size: int | None) -> tuple[Split, list[str]]:
     """Read <class>/* under root as RGB, all of one size."""
-    from PIL import Image, UnidentifiedImageError
-    from torchvision.datasets import ImageFolder
     from tqdm import tqdm
 
-    try:
-        listing = ImageFolder(str(root))
-    except FileNotFoundError as e:
-        raise ValueError(f"no images in folders by class under {str(root)!r}: {e}") from e
+    paths, labels, classes = listing(root)
     pixels, size = [], (image_size, image_size) if image_size else None
-    for path, _ in tqdm(listing.samples, desc=f"reading {root.name}", disable=None, leave=False):
-        try:
-            image = Image.open(path).convert("RGB")
-        except (UnidentifiedImageError, OSError) as e:
-            raise ValueError(f"cannot read the image {path!r} ({e}); replace or remove it") from e
+    for path in tqdm(paths, desc=f"reading {root.name}", disable=None, leave=False):
+        image = read_image(path)
         size = size or image.size
         if image.size != size and image_size is None:
             raise ValueError(
@@ -282,7 +302,7 @@ def read_images(root: Path, image_size: int | None) -> tuple[Split, list[str]]:
             )
         pixels.append(np.asarray(image if image.size == size else image.resize(size)))
     images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()
-    return Split(images, torch.tensor(listing.targets), 255), listing.classes
+    return Split(images, torch.tensor(labels), 255), classes
 
 
 def training_images(split: Split | Photographs, augmentation: Augmentation | None,

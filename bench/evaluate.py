@@ -7,10 +7,11 @@ import torch
 from torch import nn
 
 from bench import sanity
-from bench.attacks import Attack, eps_key
+from bench.attacks import Attack
 from bench.battery import Attempt, Perturb, attempt, by_pgd
 from bench.config import Evaluation
 from bench.data import Split
+from bench.radii import eps_key
 
 NORM_NAMES = {"linf": "l_inf", "l2": "l2"}
 INSPECTED = 128  # images for the checks of the model

@@ -10,16 +10,13 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from bench.attacks import eps_key, parse_eps
 from bench.compare import aggregate, spread
 from bench.config import Config, Evaluation, resolve, resolve_evaluation
 from bench.methods import ADVERSARIES, OPTIMIZERS, USED_BY, split_method
+from bench.radii import eps_key, in_both_forms, parse_eps
 from bench.recipe import load_recipe, recipe_names
+from bench.summary import NEEDED, read_summary
 
-NEEDED = (
-    "method", "natural", "robust", "best", "images_per_second", "train_seconds", "test_images",
-    "attacks", "config", "evaluation", "versions", "git", "device",
-)  # fmt: skip
 DEFAULTS = {f.name: f.default for f in fields(Config) if f.default is not MISSING}
 # Where a run happens. It decides bits, not what the setting is.
 MACHINE = {"seed", "device", "threads", "workers", "backend", "channels_last", "data_dir"}
@@ -37,12 +34,40 @@ def checked(text: str, where: str) -> dict[str, Any]:
         missing = ["JSON object"]
     if missing:
         raise ValueError(f"{where} is no row of a run: no {missing[0]}")
+    return completed(row)
+
+
+def completed(row: dict[str, Any]) -> dict[str, Any]:
     return row | {"config": DEFAULTS | row["config"], "history": []}
 
 
+def lines_of(path: Path) -> list[str]:
+    """Return a text file's lines. Raises ValueError with the path for what is no text."""
+    try:
+        return path.read_text().splitlines()
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{str(path)!r} is no text ({e}); give another file") from e
+
+
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    lines = path.read_text().splitlines()
-    return [checked(line, f"{str(path)!r}, line {i},") for i, line in enumerate(lines, 1)]
+    return [checked(line, f"{str(path)!r}, line {i},") for i, line in enumerate(lines_of(path), 1)]
+
+
+def read_history(path: Path) -> list[dict[str, Any]]:
+    """Return a run's epochs' metrics. Raises ValueError with the path and line of damage."""
+    rows = []
+    for i, line in enumerate(lines_of(path), 1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            row = None
+        if not isinstance(row, dict) or not row.keys() >= {"epoch", "seconds"}:
+            raise ValueError(
+                f"{str(path)!r}, line {i}, is damaged; remove the file, and the report has no "
+                "curves of this run"
+            )
+        rows.append(row)
+    return rows
 
 
 def read_directory(path: Path) -> tuple[list[dict[str, Any]], list[Path]]:
@@ -54,9 +79,9 @@ def read_directory(path: Path) -> tuple[list[dict[str, Any]], list[Path]]:
         if not summary.exists():
             unfinished.append(folder)
             continue
-        row = checked(summary.read_text(), repr(str(summary)))
+        row = completed(read_summary(summary))
         if metrics.exists():
-            row["history"] = [json.loads(line) for line in metrics.read_text().splitlines()]
+            row["history"] = read_history(metrics)
         rows.append(row)
     return rows, unfinished
 
@@ -216,7 +241,7 @@ def told_apart(configs: list[dict[str, Any]]) -> list[list[str]]:
 
 
 def shown(key: str, value: Any) -> str:
-    return eps_key(value) if key in ("eps", "alpha") and value is not None else str(value)
+    return in_both_forms(eps_key(value)) if key in ("eps", "alpha") and value else str(value)
 
 
 # ---- the papers

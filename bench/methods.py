@@ -16,16 +16,18 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "sam-late": SAM | {"late": 0.75},
     "sam-part": SAM | {"ascent_part": 0.25},
     "sam-micro": SAM | {"micro": 4},
-    # F-SAM section 4: which part of the gradient climbs; G anew at every tenth step
+    # F-SAM section 4: which part of the gradient climbs (G anew at every tenth step), and which
+    # images: as many others, or several batches, this one among them
     "sam-full": SAM | {"full_every": 10, "projection": "cosine"},
     "sam-noise": SAM | {"full_every": 10, "projection": "cosine"},
     "sam-db": SAM,
+    "sam-batches": SAM | {"ascent_batches": 4},
     # F-SAM table 1 (CIFAR-10), whose rho belongs to the form that scales all parameters by |w|
     "asam": SAM | {"rho": 2.0, "scale": "all", "eta": 0.01},
     "fishersam": SAM | {"eta": 1.0},  # F-SAM table 1; its eta is not stated
-    "fsam": SAM | {"sigma": 1.0, "lmbda": 0.6},  # F-SAM table 1, ResNet-18
+    "fsam": SAM | {"sigma": 1.0, "lmbda": 0.6, "convention": None},  # F-SAM table 1, ResNet-18
     # rho is not stated in F-SAM table 3: as ASAM's
-    "fasam": SAM | {"rho": 2.0, "sigma": 1.0, "lmbda": 0.6},
+    "fasam": SAM | {"rho": 2.0, "sigma": 1.0, "lmbda": 0.6, "convention": None},
 }
 ADVERSARIES: dict[str, dict[str, Any]] = {
     # SAM_AT 5.2: PGD-10; its code: eps 8/255, alpha 2/255, random start
@@ -40,7 +42,7 @@ ADVERSARIES: dict[str, dict[str, Any]] = {
 }
 SINGLE_STEP = ("fgsm-rs", "n-fgsm")
 FULL = ("sam-full", "sam-noise")  # need the gradient G of all training images
-OTHER_IMAGES = (*FULL, "sam-db")  # climb by other images than the batch's
+OTHER_IMAGES = (*FULL, "sam-db", "sam-batches")  # climb by other images than the batch's
 PLAIN = ("sgd", "adamw")  # optimizers that make one pass
 
 USED_BY = {

@@ -35,8 +35,9 @@ def build_optimizer(config: Config, model: nn.Module, steps: int = 0) -> torch.o
         case "fsam" | "fasam":
             adaptive = config.optimizer == "fasam"
             return fastsam.FriendlySAM(
-                w, cls, sigma=config.sigma, lmbda=config.lmbda, adaptive=adaptive, **base
-            )
+                w, cls, sigma=config.sigma, lmbda=config.lmbda, adaptive=adaptive,
+                convention=config.convention or "algorithm1", **base,
+            )  # fmt: skip
         case "sam-full" | "sam-noise":
             part = config.optimizer.removeprefix("sam-")
             return fastsam.FullGradientSAM(w, cls, part, projection=config.projection, **base)

@@ -57,6 +57,9 @@ def sharp_gradient(run: Run, forward: Forward, x: Tensor, y: Tensor) -> tuple[Te
         measure_full_gradient(run)
     other = run.config.optimizer == "sam-db"
     ascent_x, ascent_y = another_batch(run, len(y)) if other else (x[:n], y[:n])
+    if run.config.ascent_batches > 1:
+        more_x, more_y = another_batch(run, (run.config.ascent_batches - 1) * len(y))
+        ascent_x, ascent_y, other = torch.cat([x, more_x]), torch.cat([y, more_y]), True
     with first_pass(run):
         loss, logits = loss_of(run, forward, ascent_x, ascent_y)
         backward(run, loss)

@@ -12,11 +12,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
+
+from bench.images import listing, read_image
 
 AT_MOST = 16  # reading processes where none are asked for
 APIECE = 32  # images that a process reads at a time outside training
@@ -43,12 +43,7 @@ class Reader(Dataset):
         return len(self.paths)
 
     def __getitem__(self, i: int) -> tuple[Tensor, int]:
-        try:
-            image = Image.open(self.paths[i]).convert("RGB")
-        except (UnidentifiedImageError, OSError) as e:
-            raise ValueError(
-                f"cannot read the image {self.paths[i]!r} ({e}); replace or remove it"
-            ) from e
+        image = read_image(self.paths[i])
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed((self.seed + i * 0x9E3779B97F4A7C15) % 2**63)
             return self.transform(image), i
@@ -100,7 +95,7 @@ class Photographs:
             num_workers=min(workers, len(batches)), pin_memory=on_gpu,
             generator=torch.Generator(),  # it would draw from the global one, which is dropout's
         )  # fmt: skip
-        for x, i in loader:
+        for x, i in unwrapped(loader):
             x = x.to(self.images.device, non_blocking=True)
             yield x.float() / self.levels, self.labels[i.to(self.labels.device)]
 
@@ -119,15 +114,27 @@ class Photographs:
         yield from self.read([part(b) for b in batches], cropped(self.size), int(seed))
 
 
+def unwrapped(loader: DataLoader) -> Iterator[list[Tensor]]:
+    """Yield the loader's batches; what a reading process raises comes as its one sentence, without
+    that process's traceback. Raises OSError where one was killed."""
+    try:
+        yield from loader
+    except ValueError as e:
+        raise ValueError(str(e).strip().splitlines()[-1].removeprefix("ValueError: ")) from e
+    except RuntimeError as e:
+        if "DataLoader worker" not in str(e):
+            raise
+        raise ChildProcessError(
+            f"a process that reads images ended ({str(e).splitlines()[0]}); repeat the command to "
+            "go on, with fewer --workers if memory was short"
+        ) from e
+
+
 def read_listing(root: Path, size: int) -> tuple[Photographs, list[str]]:
     """Return what lies in <class>/* under root, and the classes. Raises ValueError."""
-    try:
-        listing = ImageFolder(str(root))
-    except FileNotFoundError as e:
-        raise ValueError(f"no images in folders by class under {str(root)!r}: {e}") from e
-    paths = [path for path, _ in listing.samples]
+    paths, labels, classes = listing(root)
     nothing = torch.empty(0, 3, size, size, dtype=torch.uint8)
-    return Photographs(paths, torch.tensor(listing.targets), nothing), listing.classes
+    return Photographs(paths, torch.tensor(labels), nothing), classes
 
 
 def fingerprint(split: Photographs, root: Path) -> str:
@@ -135,5 +142,5 @@ def fingerprint(split: Photographs, root: Path) -> str:
     digest = hashlib.sha256()
     for path, label in zip(split.paths, split.labels.tolist(), strict=True):
         entry = f"{Path(path).relative_to(root)} {os.path.getsize(path)} {label}\n"
-        digest.update(entry.encode())
+        digest.update(entry.encode(errors="surrogateescape"))  # a name need not be text
     return digest.hexdigest()

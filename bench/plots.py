@@ -14,6 +14,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.ticker import LogLocator, NullFormatter  # noqa: E402
 
+from bench.radii import labelled  # noqa: E402
 from bench.record import replacing  # noqa: E402
 
 NORM_LABELS = {"linf": r"$\ell_\infty$", "l2": r"$\ell_2$"}
@@ -81,9 +82,9 @@ def panels(number: int, columns: int = 5) -> tuple[plt.Figure, list[plt.Axes]]:
 
 
 def pretty(name: str) -> str:
-    """ "linf 8/255" -> the same with the norm's sign; "natural" stays."""
+    """ "linf 8/255" -> both forms, with the norm's sign; "natural" stays."""
     norm, _, eps = name.partition(" ")
-    return f"{NORM_LABELS[norm]} {eps}" if eps else name
+    return f"{NORM_LABELS[norm]} {labelled(eps)}" if eps else name
 
 
 def plot_eps(rows: list[dict[str, Any]], path: Path) -> None:
@@ -104,10 +105,11 @@ def plot_eps(rows: list[dict[str, Any]], path: Path) -> None:
                 sorted(by_eps), [100 * m for m in mean], [100 * s for s in std], **style(i),
                 marker="o", markersize=3, capsize=2, label=row["method"],
             )  # fmt: skip
-        panel.set_xlabel(f"{NORM_LABELS[norm]} attack radius eps, in 255ths (0: natural)")
+        panel.set_xlabel(f"{NORM_LABELS[norm]} attack radius eps, in 255ths and as a number "
+                         "(0: natural)")  # fmt: skip
         ticks = sorted({0.0} | {radius(eps) for row in rows for eps in row["robust"][norm]})
         panel.set_xscale("symlog", base=2, linthresh=ticks[1])
-        panel.set_xticks(ticks, [f"{t:g}" for t in ticks])
+        panel.set_xticks(ticks, [f"{t:g}\n{t / 255:.2g}" for t in ticks])
         panel.minorticks_off()
         panel.grid(alpha=0.3)
     axes[0].set_ylabel("test accuracy, %")
@@ -127,7 +129,7 @@ def draw_cost(panel: plt.Axes, rows: list[dict[str, Any]], against: str) -> None
         panel.plot([], [], "o", label=row["method"], **look)
     panel.plot([], [], "o", color="gray", label="natural")
     for eps, marker in zip(shown, "s^"[: len(shown)], strict=True):
-        panel.plot([], [], marker, color="gray", label=rf"$\ell_\infty$ {eps}")
+        panel.plot([], [], marker, color="gray", label=pretty(f"linf {eps}"))
     panel.set_ylabel("test accuracy, %")
     panel.grid(alpha=0.3)
 

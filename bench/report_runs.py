@@ -23,16 +23,17 @@ from bench.groups import (
 from bench.methods import USED_BY
 from bench.page import page
 from bench.plots import accuracies
-from bench.record import write_text
+from bench.radii import labelled
+from bench.record import alone_in, remove_unfinished, write_text
 from bench.tables import csv_text, latex, markdown
 
 GROUPS_A_PAGE = 15  # of three lines each; a LaTeX table cannot break over pages
 
 
 def heading(name: str) -> str:
-    """ "linf 8/255" -> "l_inf 8/255" """
+    """ "linf 8/255" -> "l_inf 8/255 (0.0314)" """
     norm, _, eps = name.partition(" ")
-    return f"{NORM_NAMES[norm]} {eps}" if eps else name
+    return f"{NORM_NAMES[norm]} {labelled(eps)}" if eps else name
 
 
 def head_of(section: Section) -> list[str]:
@@ -138,8 +139,10 @@ def markdown_of(section: Section) -> str:
 def latex_of(section: Section) -> str:
     """Return the table, in parts where it is long, after the attacks in full as comments; the
     notes below have them in short."""
-    head = [name.removesuffix("/255") for name in head_of(section)]
+    head = [re.sub(r"/255 .*", "", name) for name in head_of(section)]
+    radii = ", ".join(dict.fromkeys(labelled(eps) for by in section.attacks.values() for eps in by))
     attacks = f"Attacks, radii in 255ths: {attacks_in_short(section) or 'none'}."
+    attacks = f"Radii {radii}. " * bool(radii) + attacks
     tables = []
     for i in range(0, len(section.groups), GROUPS_A_PAGE):
         part = Section(section.title, section.groups[i : i + GROUPS_A_PAGE])
@@ -250,8 +253,18 @@ def report_runs(paths: list[Path], out: Path) -> list[Path]:
     sections = sections_of(rows)
     for section, title in zip(sections, titles(sections), strict=True):
         section.title = title
-    out.mkdir(parents=True, exist_ok=True)
     text = "\n\n".join(map(markdown_of, sections))
+    with alone_in(out, wait=True):
+        remove_unfinished(out)
+        written = write_report(sections, text, out)
+    print(text + "\n")
+    print("".join(f"not finished, left out: {folder}\n" for folder in unfinished), end="")
+    print("\n".join(f"wrote {path}" for path in written))
+    return written
+
+
+def write_report(sections: list[Section], text: str, out: Path) -> list[Path]:
+    """Write the report's files, the page that holds all of it last; return their paths."""
     written = [out / name for name in ("table.md", "table.csv", "table.tex")]
     write_text(written[0], text + "\n")
     write_text(written[1], csv_of(sections))
@@ -270,7 +283,4 @@ def report_runs(paths: list[Path], out: Path) -> list[Path]:
         })  # fmt: skip
     written.append(out / "report.html")
     write_text(written[-1], page(parts))
-    print(text + "\n")
-    print("".join(f"not finished, left out: {folder}\n" for folder in unfinished), end="")
-    print("\n".join(f"wrote {path}" for path in written))
     return written

@@ -7,9 +7,9 @@ text, and the norm is no field but the folder that a file lies in.
 
 from typing import Any
 
-from bench.attacks import eps_key, parse_eps
 from bench.config import Evaluation
 from bench.models import FULL_WIDTH
+from bench.radii import eps_key, parse_eps
 
 RADII = {("cifar10", "linf"): "8/255", ("cifar10", "l2"): "0.5", ("cifar100", "linf"): "8/255"}
 ARCHITECTURES = {  # as the leaderboards write them; others go by their names here

@@ -11,12 +11,27 @@ from typing import Any
 import torch
 
 from bench import parallel
-from bench.checkpoint import load_checkpoint, rebuild
+from bench.checkpoint import changed_data, load_checkpoint, rebuild
 from bench.config import Config, Evaluation, differences
 from bench.evaluate import evaluate
-from bench.record import alone_in, git_hash, stamp, write_json
+from bench.record import alone_in, git_hash, read_json, stamp, write_json
 from bench.sitting import Sitting
-from bench.train import Run, train
+from bench.train import Run, data_of, train
+
+NEEDED = (
+    "method", "natural", "robust", "best", "images_per_second", "train_seconds", "test_images",
+    "attacks", "config", "evaluation", "versions", "git", "device",
+)  # fmt: skip
+
+
+def read_summary(path: Path) -> dict[str, Any]:
+    """Return a run's summary. Raises ValueError with the path of a damaged one."""
+    remedy = "remove it and repeat the run's command, which then evaluates its checkpoints again"
+    summary = read_json(path, remedy)
+    known = summary if isinstance(summary, dict) else {}
+    if missing := [key for key in NEEDED if key not in known]:
+        raise ValueError(f"{str(path)!r} is no row of a run: no {missing[0]}; {remedy}")
+    return summary
 
 
 def finished(config: Config, evaluation: Evaluation, out: Path) -> dict[str, Any] | None:
@@ -24,9 +39,20 @@ def finished(config: Config, evaluation: Evaluation, out: Path) -> dict[str, Any
     path = out / "summary.json"
     if not path.exists():
         return None
-    summary = json.loads(path.read_text())
+    summary = read_summary(path)
     same = summary["evaluation"] == json.loads(json.dumps(asdict(evaluation)))
     return summary if same and not differences(summary["config"], config) else None
+
+
+def refuse_changed_data(
+    config: Config, summary: dict[str, Any], out: Path, download: bool = False
+) -> None:
+    """Raise ValueError for a finished run of other images than the data holds now."""
+    if parts := changed_data(summary, data_of(config, download)):
+        raise ValueError(
+            f"the {parts} images of {config.data!r} changed since {str(out)!r} was finished; "
+            "restore them or choose another --out"
+        )
 
 
 def summarise(run: Run, evaluation: Evaluation, out: Path, git: str | None) -> dict[str, Any]:
@@ -57,6 +83,8 @@ def summarise(run: Run, evaluation: Evaluation, out: Path, git: str | None) -> d
         "train_seconds": sum(row["seconds"] for row in run.history),
         "train_images": len(run.data.train),
         "wrong_labels": run.data.wrong_labels,
+        "fingerprint": run.data.fingerprint,
+        "test_fingerprint": run.data.test_fingerprint,
         "test_images": last["images"],
         **{k: last[k] for k in ("of", "attacks", "warnings")},
         "config": asdict(run.config),
@@ -76,14 +104,20 @@ def train_and_evaluate(
     """Return the summary of a run, training and evaluating what of it is not yet in `out`.
 
     Of several processes the first alone evaluates; the others return {}. Raises Stopped where
-    `sitting` ends before the training does, and ValueError where another process trains in `out`.
+    `sitting` ends before the training does, and Busy where another process trains in `out`.
     """
-    if (summary := finished(config, evaluation, out)) is not None:
-        for _ in range(config.epochs):
+    def found() -> dict[str, Any] | None:
+        summary = finished(config, evaluation, out)
+        for _ in range(config.epochs if summary else 0):
             after_epoch({})
+        return summary
+
+    if (summary := found()) is not None:
         return summary
     git, first = git_hash(), parallel.rank() == 0
     with alone_in(out) if first else nullcontext():
+        if parallel.processes() == 1 and (summary := found()) is not None:
+            return summary  # another process made it meanwhile
         run = train(config, out, download, after_epoch, sitting)
         if not first:
             return {}

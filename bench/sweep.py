@@ -8,11 +8,17 @@ from itertools import product
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-from bench.attacks import eps_key
 from bench.compare import aggregate, append_rows, run_all
 from bench.config import Config, Evaluation, check_used, resolve
 from bench.evaluate import NORM_NAMES
-from bench.record import write_json, write_text
+from bench.radii import eps_key, labelled, refuse_mixed
+from bench.record import (
+    alone_in,
+    refuse_unwritable,
+    remove_unfinished,
+    write_json,
+    write_text,
+)
 from bench.tables import markdown
 
 Grid = dict[str, list[Any]]
@@ -49,6 +55,8 @@ def parse_grid(texts: list[str], options: dict[str, Any]) -> Grid:
             grid[name] = [kind(value) for value in values.split(",")]
         except ValueError as e:
             raise ValueError(f"--grid {text!r}: {option} needs values of {kind.__name__}") from e
+        if kind is str and name in ("eps", "alpha"):
+            refuse_mixed(grid[name], f"--grid {text}")
     return grid
 
 
@@ -56,7 +64,7 @@ def shown(name: str, value: Any) -> str:
     """Return a config's value as tables write it; "-" where the method does not use it."""
     if value is None:
         return "-"
-    return eps_key(value) if name in ("eps", "alpha") else f"{value}"
+    return labelled(eps_key(value)) if name in ("eps", "alpha") else f"{value}"
 
 
 def runs_of(
@@ -107,7 +115,8 @@ def value_key(value: Any) -> tuple:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Return `by_setting` as a Markdown table; accuracies in %, mean ± std over the seeds."""
+    """Return `by_setting` as a Markdown table; accuracies in %, mean ± std over several
+    seeds."""
     names = list(rows[0]["setting"])
     columns = [(norm, eps) for norm, radii in rows[0]["robust"].items() for eps in radii]
     heads = [k.replace("_", " ") for k in names] + ["seeds", "natural"]
@@ -116,9 +125,10 @@ def table(rows: list[dict[str, Any]]) -> str:
         values = [(row["natural"], row["natural_std"])]
         values += [(row["robust"][n][e], row["robust_std"][n][e]) for n, e in columns]
         setting = [shown(k, v) for k, v in row["setting"].items()]
-        cells = [f"{100 * mean:.1f} ± {100 * std:.1f}" for mean, std in values]
+        several = len(row["seeds"]) > 1
+        cells = [f"{100 * mean:.1f}" + f" ± {100 * std:.1f}" * several for mean, std in values]
         lines.append([row["method"], *setting, str(len(row["seeds"])), *cells])
-    heads += [f"{NORM_NAMES[norm]} {eps}" for norm, eps in columns]
+    heads += [f"{NORM_NAMES[norm]} {labelled(eps)}" for norm, eps in columns]
     return markdown(["method", *heads], lines, left=1)
 
 
@@ -136,10 +146,13 @@ def sweep(
     runs: see runs_of. names: the options that differ. rows_path: a JSONL file to append one row a
     run to. Raises ValueError as run_all, before anything is written.
     """
+    refuse_unwritable(rows_path)
     summaries = run_all(runs, evaluation, out, jobs, download)
     rows = by_setting(summaries, names)
-    write_json(out / "summary.json", rows)
-    write_text(out / "table.md", f"{table(rows)}\n")
+    with alone_in(out, wait=True):
+        remove_unfinished(out)
+        write_json(out / "summary.json", rows)
+        write_text(out / "table.md", f"{table(rows)}\n")
     paths = [out / "summary.json", out / "table.md", *append_rows(rows_path, summaries)]
     print(f"\n{table(rows)}\n")
     print("\n".join(f"wrote {path}" for path in paths))

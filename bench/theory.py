@@ -1,10 +1,10 @@
 """The SAM/AT paper's binary model: the optima of standard training, AT and SAM, in closed form and
 by search.
 
-Zhang et al., "On the duality between sharpness-aware minimization and adversarial training" (ICML
-2024), section 4: a label y = +-1, a robust feature x_1 = y with probability p, else -y, and n weak
-features x_i ~ N(eta y, 1); the classifier is sgn(w x_1 + x_2 + ... + x_{n+1}). Closed forms and
-searches share `log_error` alone; no search uses a derivative.
+Wei, Zhu and Zhang, "Sharpness-aware minimization alone can improve adversarial robustness" (arXiv
+2305.05392), section 4: a label y = +-1, a robust feature x_1 = y with probability p, else -y, and
+n weak features x_i ~ N(eta y, 1); the classifier is sgn(w x_1 + x_2 + ... + x_{n+1}). Closed forms
+and searches share `log_error` alone; no search uses a derivative.
 """
 
 import math

@@ -17,9 +17,9 @@ import torch
 from bench import parallel
 from bench.adversarial import attacked, watch_single_step
 from bench.board import open_board, write_row
-from bench.checkpoint import load_checkpoint, load_weights, save_checkpoint
+from bench.checkpoint import changed_data, load_checkpoint, load_weights, save_checkpoint
 from bench.config import Config, differences, usable_device
-from bench.data import load_data, training_images
+from bench.data import Data, load_data, training_images
 from bench.evaluate import correct, robust
 from bench.models import build_model
 from bench.optimizers import build_optimizer, lr_at
@@ -42,11 +42,7 @@ def set_up(config: Config, download: bool = False) -> Run:
         torch.set_num_threads(config.threads)
     torch.backends.cudnn.deterministic = True
     device = usable_device(config.device)
-    data = load_data(
-        config.data, config.val, config.seed, config.data_dir, download, config.image_size,
-        config.label_noise, config.noise_kind, config.normalisation, config.reads_lazily,
-        config.workers,
-    )  # fmt: skip
+    data = data_of(config, download)
     data.train, data.val = data.train.to(device), data.val.to(device)
     images = training_images(data.train, augmentation_of(config), data.mean)
     torch.manual_seed(config.seed)
@@ -64,6 +60,14 @@ def set_up(config: Config, download: bool = False) -> Run:
     net = parallel.replicated(model, config.sync_bn)
     scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
     return Run(config, data, model, opt, device, [], images=images, net=net, scaler=scaler)
+
+
+def data_of(config: Config, download: bool = False) -> Data:
+    return load_data(
+        config.data, config.val, config.seed, config.data_dir, download, config.image_size,
+        config.label_noise, config.noise_kind, config.normalisation, config.reads_lazily,
+        config.workers,
+    )  # fmt: skip
 
 
 def refuse_empty_shares(smallest: int, held_out: int) -> None:
@@ -94,15 +98,20 @@ def load_state(run: Run, out: Path) -> None:
     if not path.exists():
         return
     checkpoint = load_checkpoint(path, str(run.device))
+    if missing := {"optimizer", "history"} - checkpoint.keys():
+        raise ValueError(
+            f"{str(path)!r} has no {sorted(missing)[0]}, so that no run can go on from it; remove "
+            "it and train again, or choose another --out"
+        )
     if changed := differences(checkpoint["config"], run.config):
         raise ValueError(
             f"{str(out)!r} holds a run of another config ({changed}); choose another --out or "
             "repeat its options"
         )
-    if checkpoint["fingerprint"] != run.data.fingerprint:
+    if parts := changed_data(checkpoint, run.data):
         raise ValueError(
-            f"the images of {run.config.data!r} changed since {str(out)!r} was started; restore "
-            "them or choose another --out"
+            f"the {parts} images of {run.config.data!r} changed since {str(out)!r} was started; "
+            "restore them or choose another --out"
         )
     load_weights(run.model, checkpoint, path)
     run.opt.load_state_dict(checkpoint["optimizer"])

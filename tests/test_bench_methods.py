@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributions import Categorical, kl_divergence
 
+import fastsam
 from bench import adversarial, passes
 from bench.adversarial import attacked, loss_of, watch_single_step
 from bench.attacks import Attack, divergence, n_fgsm, trades
@@ -352,6 +353,47 @@ def test_sam_db_climbs_by_another_batch(monkeypatch):
     climbed = [p + 0.3 * t / dot(g, g).sqrt() for p, t in zip(w, g, strict=True)]
     assert_stepped(run, w, gradient(twin, climbed, images, y))
     assert loss == pytest.approx(F.cross_entropy(twin.model(images), y).item(), rel=1e-4)
+
+
+def test_sam_batches_climbs_by_several_batches(monkeypatch):
+    options = {"rho": 0.3, "lr": 0.2, "momentum": 0.0, "weight_decay": 0.03}
+    run, x, y = started("sam-batches", ascent_batches=3, **options)
+    drawn, draw = [], passes.another_batch
+    monkeypatch.setattr(passes, "another_batch", lambda *a: drawn.append(draw(*a)) or drawn[-1])
+    twin, w, images = in_float64(run, x)
+    loss, _ = step(run, forward_of(run), x, y)
+    ((more_x, more_y),) = drawn
+    assert len(more_x) == 2 * len(x)
+    g = gradient(twin, w, torch.cat([images, more_x.double()]), torch.cat([y, more_y]))
+    climbed = [p + 0.3 * t / dot(g, g).sqrt() for p, t in zip(w, g, strict=True)]
+    assert_stepped(run, w, gradient(twin, climbed, images, y))
+    assert loss == pytest.approx(F.cross_entropy(twin.model(images), y).item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("method", ["fsam", "fasam"])
+def test_the_convention_is_friendly_sams(method):
+    found = {}
+    for convention in (None, "algorithm1", "official"):
+        run, x, y = started(method, convention=convention, sigma=0.7, lr=0.2, rho=0.5)
+        twin = set_up(run.config)
+        opt = fastsam.FriendlySAM(
+            twin.model.parameters(), torch.optim.SGD, rho=0.5, sigma=0.7, lmbda=run.config.lmbda,
+            adaptive=method == "fasam", convention=convention or "algorithm1", lr=0.2,
+            momentum=run.config.momentum, weight_decay=run.config.weight_decay,
+        )  # fmt: skip
+        twin.opt = opt
+        for _ in range(3):
+            for one in (run, twin):
+                step(one, forward_of(one), x, y)
+        found[convention] = [p.detach().clone() for p in run.model.parameters()]
+        for p, q in zip(found[convention], twin.model.parameters(), strict=True):
+            assert torch.equal(p, q)
+    assert all(torch.equal(a, b) for a, b in zip(found[None], found["algorithm1"], strict=True))
+    assert any(not torch.equal(a, b) for a, b in
+               zip(found["official"], found["algorithm1"], strict=True))  # fmt: skip
+    with pytest.raises(ValueError, match="algorithm1, official"):
+        tiny("fsam", convention="papers")
+    assert tiny("sam", convention="official").convention is None
 
 
 def test_methods_with_other_images_refuse_what_they_would_ignore():

@@ -1,7 +1,9 @@
 """Photographs read when needed, and transfer: made images, small networks, no download."""
 
 import json
+import os
 import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -10,10 +12,11 @@ from PIL import Image
 from torchvision.transforms import functional as TF
 
 from bench.__main__ import main
-from bench.checkpoint import load_model
+from bench.checkpoint import load_model, save_checkpoint
 from bench.config import resolve
 from bench.data import load_data
 from bench.models import build_model
+from bench.photographs import central
 from bench.sitting import Sitting, Stopped
 from bench.train import set_up, train
 from bench.weights import start_from
@@ -111,10 +114,24 @@ def test_an_unreadable_photograph_is_named(tmp_path):
         for i in range(5):
             Image.new("RGB", (40, 50)).save(tmp_path / name / f"{i}.png")
     (tmp_path / "y" / "2.png").write_bytes(b"no image")
-    data = load_data(str(tmp_path), 0.2, 0, image_size=SIZE, lazily=True, workers=0)
-    with pytest.raises(ValueError, match=r"2\.png"):
-        for split in (data.train, data.val, data.test):
-            split.batch(slice(None))
+    for workers in (0, 2):
+        data = load_data(str(tmp_path), 0.2, 0, image_size=SIZE, lazily=True, workers=workers)
+        with pytest.raises(ValueError, match=r"2\.png") as error:
+            for split in (data.train, data.val, data.test):
+                list(split.read([torch.arange(len(split))] * 2, central(SIZE), 0))
+        assert "\n" not in str(error.value) and str(error.value).startswith("cannot read")
+
+
+def test_a_reading_process_that_is_killed_is_said(photographs, monkeypatch):
+    def killed(self, i):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr("bench.photographs.Reader.__getitem__", killed)
+    with pytest.raises(OSError, match="repeat the command"):
+        lazily(photographs, workers=1).test.batch(slice(None))
+
+
+def test_photographs_are_of_directories():
     with pytest.raises(ValueError, match="directories"):
         load_data("digits", 0.1, 0, lazily=True)
 
@@ -159,6 +176,17 @@ def test_photographs_and_dropout_resume_to_the_same_bits(photographs, tmp_path):
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
+@pytest.mark.parametrize("method", ["sam-db", "sam-noise", "sam-batches"])
+def test_methods_that_climb_by_other_images_take_photographs(method, photographs, tmp_path):
+    options = {"data": str(photographs), "augment": "resized-crop", "image_size": 16, "width": 4,
+               "workers": 0, "model": "smallconv", "epochs": 1, "batch_size": 16}  # fmt: skip
+    config = resolve(method, "digits", options)
+    runs = [train(config, tmp_path / name) for name in ("one", "two")]
+    a, b = (run.model.state_dict() for run in runs)
+    assert all(torch.equal(a[k], b[k]) and a[k].isfinite().all() for k in a)
+    assert runs[0].opt.last_radius > 0
+
+
 # ---- weights to start from
 
 
@@ -175,6 +203,67 @@ def test_transfer_starts_from_the_weights_and_keeps_a_head_of_its_own(classes, w
         source = fresh if head_or_norm and (classes != 10 or name.startswith("0.")) else None
         expected = source.model.state_dict()[name] if source else pretrained.state_dict()[name]
         assert torch.equal(value, expected), name
+
+
+def prefixed(*prefixes):
+    return lambda w: {"".join(prefixes) + k: v for k, v in w.items()}
+
+
+@pytest.mark.parametrize("wrap", [
+    prefixed("module."), prefixed("_orig_mod."), prefixed("model."),
+    prefixed("module.", "_orig_mod."), prefixed("_orig_mod.", "module.", "model."),
+    lambda w: {"state_dict": prefixed("model.")(w), "epoch": 3, "lr_schedulers": []},
+    lambda w: {"model_state_dict": prefixed("module.")(w), "optimizer_state_dict": {}},
+    lambda w: {"model": {"state_dict": w}, "args": {"lr": 0.1}},
+    lambda w: {k: v.half() for k, v in w.items()},
+    lambda w: {k: v for k, v in w.items() if "num_batches_tracked" not in k},
+])  # fmt: skip
+def test_weights_of_the_usual_wrappers(wrap, tmp_path):
+    torch.manual_seed(99)
+    theirs = build_model("vgg16bn", 4, 3, 10, [0.1] * 3, [0.2] * 3)
+    ours = build_model("vgg16bn", 4, 3, 10, [0.5] * 3, [0.5] * 3)
+    torch.save(wrap(theirs[1].state_dict()), tmp_path / "weights.pt")
+    start_from(ours, tmp_path / "weights.pt")
+    for (name, a), b in zip(theirs[1].state_dict().items(), ours[1].state_dict().values(),
+                            strict=True):  # fmt: skip
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6, msg=name)
+    assert ours[0].state_dict().keys() and not torch.equal(theirs[0].mean, ours[0].mean)
+
+
+@pytest.mark.parametrize("network", ["smallconv", "torchvision:shufflenet_v2_x0_5"])
+def test_checkpoints_of_ones_own_are_weights(network, tmp_path):
+    torch.manual_seed(99)
+    shape = (4, 1) if network == "smallconv" else (64, 3)
+    theirs = build_model(network, *shape, 10, [0.1] * 3, [0.2] * 3)
+    config = resolve("sgd", "digits", {"width": shape[0], "model": network})
+    save_checkpoint(tmp_path / "last.pt", config, load_data("digits", 0.1, 0), theirs, epoch=1)
+    ours = build_model(network, *shape, 7, [0.5] * 3, [0.5] * 3)
+    with pytest.warns(UserWarning, match="start anew.*10"):
+        start_from(ours, tmp_path / "last.pt")
+    a, b = theirs[1].state_dict(), ours[1].state_dict()
+    head = set(list(a)[-2:])
+    assert all(torch.equal(a[k], b[k]) != (k in head) for k in a)
+    data = bytearray((tmp_path / "last.pt").read_bytes())
+    data[len(data) // 2] ^= 1
+    (tmp_path / "last.pt").write_bytes(data)
+    with pytest.raises(ValueError, match="can be read"):
+        start_from(ours, tmp_path / "last.pt")
+
+
+def test_what_does_not_fit_is_told(tmp_path):
+    model = build_model("smallconv", 4, 1, 10, [0.1], [0.2])
+    weights = model[1].state_dict()
+    first = next(iter(weights))
+    torch.save({**weights, first: torch.zeros(2, 3), "extra.bias": torch.zeros(1)},
+               tmp_path / "weights.pt")  # fmt: skip
+    with pytest.raises(ValueError) as error:
+        start_from(model, tmp_path / "weights.pt")
+    text = str(error.value)
+    assert "2 tensors" in text and "'extra.bias' is not the network's" in text
+    assert f"{first!r} is (2, 3) and not {tuple(weights[first].shape)}" in text
+    torch.save({k: v for k, v in weights.items() if k != first}, tmp_path / "weights.pt")
+    with pytest.raises(ValueError, match=f"'{first}' is missing"):
+        start_from(model, tmp_path / "weights.pt")
 
 
 def test_weights_that_do_not_fit_are_refused(tmp_path):

@@ -113,6 +113,22 @@ def test_fsam_transfer_table():
         assert "adamw" in (config.optimizer, config.base)
 
 
+def test_figure_2_has_a_recipe_for_every_variant_and_batch():
+    for k in range(2, 11):
+        one, base = (vars(resolve(None, f"fsam/cifar100/resnet18-sam{n}", {}))
+                     for n in (f"-ascent{k}", ""))  # fmt: skip
+        changed = {k for k in one if one[k] != base[k]} - {"recipe", "method"}
+        assert changed == {"ascent_batches"} and one["ascent_batches"] == k
+    for start in ("fsam/cifar10/resnet18-", "fsam/cifar100/resnet18-",
+                  "fsam/transfer/oxford-pets/", "fsam/transfer/flowers102/"):  # fmt: skip
+        base = vars(resolve(None, f"{start}sam", {}))
+        for variant in ("sam-full", "sam-noise", "sam-db"):
+            one = vars(resolve(None, start + variant, {}))
+            changed = {k for k in one if one[k] != base[k]} - {"recipe", "method"}
+            assert one["method"] == variant and one["full_every"] in (1, None)
+            assert changed == ({"full_every", "projection"} if variant != "sam-db" else set())
+
+
 def test_sweeps_change_one_value():
     for name in recipe_names():
         stem, _, last = name.rpartition("-")
@@ -194,7 +210,7 @@ def test_presets_are_what_they_were():
 def test_the_listing(capsys):
     assert main(["recipes", "sam-at/cifar10/sam"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("sam-at: Zhang") and len(lines) == 5
+    assert lines[0].startswith("sam-at: Wei, Zhu, Zhang") and len(lines) == 5
     assert "table 2: SAM, rho 0.2" in lines[3] and "linf 1/255 48.9" in lines[3]
     assert main(["recipes", "fsam/cifar10/wrn28-10-fsam"]) == 0
     assert "46 million" in capsys.readouterr().out
