@@ -36,7 +36,8 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     add("--label-noise", type=float, metavar="RATE", help="share of the training labels")
     add("--noise-kind", help="published (F-SAM's: redrawn, some to the right class) or true")
     add("--model", help="preactresnet18, resnet18, vgg16bn, wrn28-10, wrn28-10-fsam, "
-        "pyramidnet110, smallconv, resnet50, deit-small, torchvision:NAME, timm:NAME")  # fmt: skip
+        "pyramidnet110, airbench, airbench-relu, smallconv, resnet50, deit-small, "
+        "torchvision:NAME, timm:NAME")  # fmt: skip
     add("--width", type=int, help="64: as published; others scale all channels (smallconv: the "
         "first layer's channels)")  # fmt: skip
     add("--weights", metavar="FILE", help="a state_dict to start from, of any number of classes")
@@ -45,8 +46,10 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     add("--optimizer", help=f"with an adversary, or --method standard: {OPTIMIZERS}")
     add("--base", help="the optimizer under SAM: sgd (default) or adamw")
     add("--lr", type=float, help="learning rate")
-    add("--schedule", help="piecewise (x0.1 at 75%% and 90%% of the epochs) or cosine")
+    add("--schedule", help="piecewise (x0.1 at 75%% and 90%% of the epochs), cosine or linear")
+    add("--warmup", type=float, help="share of the steps in which the learning rate grows from 0")
     add("--momentum", type=float)
+    add("--nesterov", action=argparse.BooleanOptionalAction)
     add("--weight-decay", type=float)
     add("--rho", type=float, help="SAM's radius")
     add("--sigma", type=float, help="F-SAM: how much of the gradient's average is removed")
@@ -102,6 +105,8 @@ def add_evaluation_options(parser: argparse.ArgumentParser) -> None:
     add("--n-examples", "--eval-samples", type=int, dest="eval_samples",
         help="attack this many test images, drawn once for all (default all)")  # fmt: skip
     add("--eval-batch-size", type=int, help="images attacked at a time (default 500)")
+    add("--eval-on", help="test (default), or held-out: the images that --val took from training, "
+        "by which settings are chosen")  # fmt: skip
 
 
 def add_sitting_options(parser: argparse.ArgumentParser) -> None:
@@ -317,7 +322,7 @@ def evaluation_of(data: str, options: dict[str, Any]):
         if norm in given:
             raise ValueError(f"--eval-{norm} has no effect: --norms leaves {norm} out")
         given[norm] = ()
-    for k in ("steps", "samples", "batch_size"):
+    for k in ("steps", "samples", "batch_size", "on"):
         if f"eval_{k}" in options:
             given[k] = options[f"eval_{k}"]
     if "eval_attacks" in options:
@@ -443,7 +448,7 @@ def run_evaluate(options: dict[str, Any]) -> None:
     import torch
 
     from bench.checkpoint import load_checkpoint, rebuild
-    from bench.config import usable_device
+    from bench.config import check_judges, usable_device
     from bench.data import load_data
     from bench.evaluate import evaluate, report
     from bench.record import append_jsonl, git_hash, stamp, write_json
@@ -459,6 +464,7 @@ def run_evaluate(options: dict[str, Any]) -> None:
         model = model.to(memory_format=torch.channels_last)
     config = checkpoint["config"] | {k: v for k, v in options.items() if k in checkpoint["config"]}
     evaluation = evaluation_of(config["data"], options)
+    check_judges(evaluation, config["val"])
     data = load_data(
         config["data"], config["val"], config["seed"], config["data_dir"], options["download"],
         config["image_size"], lazily=config.get("augment") == "resized-crop",
@@ -471,9 +477,10 @@ def run_evaluate(options: dict[str, Any]) -> None:
         )
     board = leaderboard(config["data"], evaluation, len(data.test)) if file else ()
     git = git_hash()
-    result = evaluate(model, data.test.to(device), evaluation,
+    images = data.val if evaluation.on == "held-out" else data.test
+    result = evaluate(model, images.to(device), evaluation,
                       say=lambda text: print(text, file=sys.stderr))  # fmt: skip
-    print(report(result))
+    print(report(result | {"evaluation": asdict(evaluation)}))
     if "rows" in options:
         row = {"checkpoint": "/".join(path.parts[-2:]), **result, "config": checkpoint["config"],
                "evaluation": asdict(evaluation), **stamp(str(device), git)}  # fmt: skip

@@ -11,7 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 from bench.attacks import eps_key
-from bench.config import Config, Evaluation
+from bench.config import Config, Evaluation, check_judges
 from bench.evaluate import NORM_NAMES
 from bench.record import append_jsonl, write_json, write_text
 from bench.summary import finished, train_and_evaluate
@@ -56,6 +56,7 @@ def run_all(
     summaries = {name: finished(config, evaluation, out / name) for name, config in runs.items()}
     left = {name: runs[name] for name, summary in summaries.items() if summary is None}
     for name, config in left.items():
+        check_judges(evaluation, config.val)
         refuse_early(config, out / name, download)
     if left:
         summaries |= make(left, evaluation, out, jobs)

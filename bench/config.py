@@ -37,7 +37,7 @@ CHOICES = {
     "padding": PADDINGS,
     "normalisation": (None, "f-sam", "imagenet"),
     "base": PLAIN,
-    "schedule": ("piecewise", "cosine"),
+    "schedule": ("piecewise", "cosine", "linear"),
     "second_bn": ("frozen", "moving"),
     "attack_bn": ("eval", "train", "moving"),
     "amp": ("off", "bf16", "fp16"),
@@ -45,6 +45,7 @@ CHOICES = {
     "scale": (None, "all", "weights"),
     "projection": (None, "cosine", "orthogonal"),
 }
+JUDGES = ("test", "held-out")
 AT_LEAST = {"epochs": 1, "batch_size": 1, "pad": 0, "cutout": 0, "momentum": 0, "weight_decay": 0,
             "seed": 0, "interval": 1, "micro": 1, "awp_gamma": 0, "awp_warmup": 0}
 AT_LEAST_IF_GIVEN = {"image_size": 1, "attack_steps": 1, "threads": 1, "workers": 0, "beta": 0,
@@ -59,7 +60,8 @@ class Config:
     label_noise, noise_kind: see bench.noise. augment "resized-crop": for directories of photographs
     of various sizes, which are read when they are needed and become image_size pixels square
     (224 if None). padding, cutout: see bench.pipeline.Augmentation. normalisation: see
-    bench.data.constants. weights: a file with the network's weights to start from.
+    bench.data.constants. weights: a file with the network's weights to start from. schedule,
+    warmup: see bench.optimizers.lr_at.
     base: the optimizer under SAM. rho, sigma, lmbda, eta, scale, interval: as in fastsam's
     optimizers. late: the share of the epochs before SAM's first climb. ascent_part: the share of
     the batch that the climb's gradient comes from. micro: in how many parts a batch is climbed
@@ -96,7 +98,9 @@ class Config:
     base: str = "sgd"
     lr: float = 0.1
     schedule: str = "piecewise"
+    warmup: float = 0.0
     momentum: float = 0.9
+    nesterov: bool = False
     weight_decay: float = 5e-4
     rho: float | None = None
     sigma: float | None = None
@@ -168,7 +172,8 @@ class Evaluation:
     """What is measured after training; changing it never retrains.
 
     linf, l2: radii for images in [0, 1]. steps: of the attack "pgd". samples: how many test images,
-    None for all. attacks: names of bench.battery.
+    None for all. attacks: names of bench.battery. on: "test" images, or those that were "held-out"
+    of the training images, by which settings are chosen.
     """
 
     linf: tuple[float, ...]
@@ -177,6 +182,7 @@ class Evaluation:
     samples: int | None = None
     batch_size: int = 500
     attacks: tuple[str, ...] = ("pgd",)
+    on: str = "test"
 
 
 def resolve(method: str | None, recipe: str | None, options: dict[str, Any]) -> Config:
@@ -201,6 +207,8 @@ def resolve(method: str | None, recipe: str | None, options: dict[str, Any]) -> 
     fitting = settings - (USED_BY.keys() - values_of(method).keys())
     values = {k: v for k, v in values.items() if k in fitting} | {"method": method}
     values["recipe"] = file.name if file.published else None
+    if "adamw" in (split_method(method)[1], values.get("base")) and "nesterov" not in options:
+        values.pop("nesterov", None)  # a preset's, of its SGD
     norm = "l2" if method.startswith("at-l2") else "linf"
     for k in ("eps", "alpha"):
         if isinstance(values.get(k), str):
@@ -248,6 +256,13 @@ def check(config: Config) -> None:
         raise ValueError(f"lr must be positive and finite, got {config.lr}")
     if not 0 <= config.label_noise <= 1:
         raise ValueError(f"label_noise must be in [0, 1], got {config.label_noise}")
+    if not 0 <= config.warmup < 1:
+        raise ValueError(f"warmup must be in [0, 1), a share of the steps; got {config.warmup}")
+    if config.nesterov and (config.momentum == 0 or "adamw" in (config.optimizer, config.base)):
+        raise ValueError(
+            f"nesterov has no effect on momentum {config.momentum} of {config.optimizer} with base "
+            f"{config.base}; it needs SGD with momentum"
+        )
     if not (0 <= config.late < 1 and 0 < config.ascent_part <= 1):
         raise ValueError(
             "late must be in [0, 1) and ascent_part in (0, 1], "
@@ -312,7 +327,16 @@ def resolve_evaluation(data: str, options: dict[str, Any]) -> Evaluation:
             raise ValueError(f"evaluation {name} must be at least 1, got {value}")
     for name in result.attacks:
         split_name(name)
+    if result.on not in JUDGES:
+        raise ValueError(f"cannot evaluate on {result.on!r}; choose from {', '.join(JUDGES)}")
     return result
+
+
+def check_judges(evaluation: Evaluation, val: float) -> None:
+    """Raise ValueError where the evaluation is on held-out images and there are none."""
+    if evaluation.on == "held-out" and val == 0:
+        raise ValueError("val 0 holds out no image to evaluate on; pass --val 0.1, or evaluate on "
+                         "the test images")  # fmt: skip
 
 
 def differences(old: dict[str, Any], new: Config) -> str:

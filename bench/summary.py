@@ -12,7 +12,7 @@ import torch
 
 from bench import parallel
 from bench.checkpoint import load_checkpoint, rebuild
-from bench.config import Config, Evaluation, differences
+from bench.config import Config, Evaluation, check_judges, differences
 from bench.evaluate import evaluate
 from bench.record import alone_in, git_hash, stamp, write_json
 from bench.sitting import Sitting
@@ -25,17 +25,19 @@ def finished(config: Config, evaluation: Evaluation, out: Path) -> dict[str, Any
     if not path.exists():
         return None
     summary = json.loads(path.read_text())
-    same = summary["evaluation"] == json.loads(json.dumps(asdict(evaluation)))
+    usual = asdict(Evaluation(linf=(), l2=()))  # what an older summary does not say
+    wanted = json.loads(json.dumps([usual | summary["evaluation"], asdict(evaluation)]))
+    same = wanted[0] == wanted[1]
     return summary if same and not differences(summary["config"], config) else None
 
 
 def summarise(run: Run, evaluation: Evaluation, out: Path, git: str | None) -> dict[str, Any]:
-    """Evaluate last.pt and best.pt of a finished run on the test set, once if they are equal.
+    """Evaluate last.pt and best.pt of a finished run, once if they are equal.
 
     images_per_second is the median epoch's, so that a moment's interference does not count.
     """
     device = str(run.device)
-    test = run.data.test.to(run.device)
+    images = (run.data.val if evaluation.on == "held-out" else run.data.test).to(run.device)
     best_epoch = load_checkpoint(out / "best.pt", device)["epoch"]
     results = {}
     for name in ("last", "best"):
@@ -46,7 +48,7 @@ def summarise(run: Run, evaluation: Evaluation, out: Path, git: str | None) -> d
         model = rebuild(load_checkpoint(path, device), path, device)
         if run.config.channels_last:
             model = model.to(memory_format=torch.channels_last)
-        results[name] = evaluate(model, test, evaluation)
+        results[name] = evaluate(model, images, evaluation)
     last = results["last"]
     return {
         "method": run.config.method,
@@ -78,6 +80,7 @@ def train_and_evaluate(
     Of several processes the first alone evaluates; the others return {}. Raises Stopped where
     `sitting` ends before the training does, and ValueError where another process trains in `out`.
     """
+    check_judges(evaluation, config.val)
     if (summary := finished(config, evaluation, out)) is not None:
         for _ in range(config.epochs):
             after_epoch({})
