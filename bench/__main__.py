@@ -1,5 +1,5 @@
-"""python -m bench train | compare | sweep | study | evaluate | recipes | step | throughput | gpu |
-report | theory: the command line, in a checkout."""
+"""python -m bench train | compare | sweep | study | evaluate | recipes | unpack | step |
+throughput | gpu | report | theory: the command line, in a checkout."""
 
 import argparse
 import os
@@ -107,6 +107,8 @@ def add_evaluation_options(parser: argparse.ArgumentParser) -> None:
     add("--eval-batch-size", type=int, help="images attacked at a time (default 500)")
     add("--eval-on", help="test (default), or held-out: the images that --val took from training, "
         "by which settings are chosen")  # fmt: skip
+    add("--eval-data", metavar="DIR", help="the test images of this directory, such as another "
+        "encoding, in place of the data's own")  # fmt: skip
 
 
 def add_sitting_options(parser: argparse.ArgumentParser) -> None:
@@ -248,10 +250,11 @@ def add_sweep_command(sweep: argparse.ArgumentParser) -> None:
 def add_study_command(commands: Any) -> None:
     text = "make a study of docs/studies.md again; repeat the command to go on with it"
     add = commands.add_parser("study", help=text, description=text).add_argument
-    add("name", metavar="NAME", help="trade-off, rho, parts, noise or batch")
+    add("name", metavar="NAME", help="trade-off, rho, parts, noise, batch or cifar")
     add("--jobs", type=int, default=2, help="runs at a time, a thread each (default 2)")
-    add("--rows", type=Path, help="append a row a run to this JSONL")
+    add("--rows", type=Path, help="append a row a run and evaluation to this JSONL")
     add("--out", type=Path, help="default runs/study-NAME")
+    add("--train-only", action="store_true", help="train all runs; a later call evaluates them")
     add("--show", type=Path, metavar="ROWS", help="train nothing; print the table of these rows")
     add("--figure", type=Path, help="with --show: draw the figure there")
 
@@ -299,6 +302,10 @@ def build_parser() -> argparse.ArgumentParser:
     text = "the published settings: names, sources, published numbers"
     recipes = commands.add_parser("recipes", help=text, description=text)
     recipes.add_argument("part", nargs="?", default="", help="only names with this in them")
+    text = "unpack a tar file of train/<class>/ and test/<class>/ into a directory for --data"
+    archive = commands.add_parser("unpack", help=text, description=text)
+    archive.add_argument("archive", type=Path, help="such as cifar10-60k-jpeg.tar.xz")
+    archive.add_argument("out", type=Path, metavar="DIR", help="such as .data/cifar10-jpeg")
     evaluate = command("evaluate", "attack a trained model")
     add_evaluate_command(evaluate)
     add_step_command(commands)
@@ -322,7 +329,7 @@ def evaluation_of(data: str, options: dict[str, Any]):
         if norm in given:
             raise ValueError(f"--eval-{norm} has no effect: --norms leaves {norm} out")
         given[norm] = ()
-    for k in ("steps", "samples", "batch_size", "on"):
+    for k in ("steps", "samples", "batch_size", "on", "data"):
         if f"eval_{k}" in options:
             given[k] = options[f"eval_{k}"]
     if "eval_attacks" in options:
@@ -439,7 +446,7 @@ def run_study_command(options: dict[str, Any]) -> None:
         raise ValueError("--figure is drawn from rows; add --show ROWS")
     else:
         out = options["out"] or Path("runs", f"study-{name}")
-        run_study(name, out, options["jobs"], options["rows"])
+        run_study(name, out, options["jobs"], options["rows"], options["train_only"])
 
 
 def run_evaluate(options: dict[str, Any]) -> None:
@@ -449,7 +456,7 @@ def run_evaluate(options: dict[str, Any]) -> None:
 
     from bench.checkpoint import load_checkpoint, rebuild
     from bench.config import check_judges, usable_device
-    from bench.data import load_data
+    from bench.data import load_data, test_images_of
     from bench.evaluate import evaluate, report
     from bench.record import append_jsonl, git_hash, stamp, write_json
     from bench.robustbench import leaderboard, model_info
@@ -478,6 +485,8 @@ def run_evaluate(options: dict[str, Any]) -> None:
     board = leaderboard(config["data"], evaluation, len(data.test)) if file else ()
     git = git_hash()
     images = data.val if evaluation.on == "held-out" else data.test
+    if evaluation.data is not None:
+        images = test_images_of(evaluation.data, data, config["image_size"])
     result = evaluate(model, images.to(device), evaluation,
                       say=lambda text: print(text, file=sys.stderr))  # fmt: skip
     print(report(result | {"evaluation": asdict(evaluation)}))
@@ -499,6 +508,14 @@ def run_recipes(options: dict[str, Any]) -> None:
     if not names:
         raise ValueError(f"no recipe has {options['part']!r} in its name")
     print(listing(names))
+
+
+def run_unpack(options: dict[str, Any]) -> None:
+    from bench.archive import unpack
+
+    images = unpack(options["archive"], options["out"])
+    counts = ", ".join(f"{n} images in {part}/" for part, n in images.items())
+    print(f"{options['out']}: {counts}; use it with --data {options['out']}")
 
 
 def run_step(options: dict[str, Any]) -> int:
@@ -558,8 +575,8 @@ def main(argv: list[str] | None = None) -> int:
     about the input that cannot be used."""
     options = vars(build_parser().parse_args(argv))
     command = {"train": run_train, "compare": run_compare, "evaluate": run_evaluate,
-               "recipes": run_recipes, "sweep": run_sweep, "study": run_study_command,
-               "step": run_step, "report": run_report, "theory": run_theory,
+               "recipes": run_recipes, "unpack": run_unpack, "sweep": run_sweep,
+               "study": run_study_command, "step": run_step, "report": run_report, "theory": run_theory,
                "throughput": run_throughput, "gpu": run_gpu}  # fmt: skip
     try:
         if "TORCHELASTIC_RUN_ID" in os.environ and options["command"] != "train":

@@ -173,7 +173,8 @@ class Evaluation:
 
     linf, l2: radii for images in [0, 1]. steps: of the attack "pgd". samples: how many test images,
     None for all. attacks: names of bench.battery. on: "test" images, or those that were "held-out"
-    of the training images, by which settings are chosen.
+    of the training images, by which settings are chosen. data: another directory whose test images
+    take the place of the data's own, such as another encoding of them.
     """
 
     linf: tuple[float, ...]
@@ -183,6 +184,7 @@ class Evaluation:
     batch_size: int = 500
     attacks: tuple[str, ...] = ("pgd",)
     on: str = "test"
+    data: str | None = None
 
 
 def resolve(method: str | None, recipe: str | None, options: dict[str, Any]) -> Config:
@@ -329,6 +331,11 @@ def resolve_evaluation(data: str, options: dict[str, Any]) -> Evaluation:
         split_name(name)
     if result.on not in JUDGES:
         raise ValueError(f"cannot evaluate on {result.on!r}; choose from {', '.join(JUDGES)}")
+    if result.on == "held-out" and result.data is not None:
+        raise ValueError(
+            f"images held out of training are the training data's, not of {result.data!r}; leave "
+            "one of the two out"
+        )
     return result
 
 

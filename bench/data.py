@@ -135,7 +135,7 @@ def constants(
     return list(mean), list(std)
 
 
-@lru_cache(maxsize=1)  # a comparison asks for the same images once a run
+@lru_cache(maxsize=2)  # a comparison asks for the same images once a run; two encodings of them
 def read_data(
     name: str, data_dir: str, download: bool, image_size: int | None
 ) -> tuple[Split, Split, list[str], str]:
@@ -148,6 +148,18 @@ def read_data(
         train, test, classes = folder(Path(name), lambda root: read_images(root, image_size))
     digest = hashlib.sha256(train.images.numpy().tobytes() + train.labels.numpy().tobytes())
     return train, test, classes, digest.hexdigest()
+
+
+def test_images_of(name: str, data: Data, image_size: int | None) -> Split:
+    """Return the test images of a directory with the same classes as `data`. Raises ValueError for
+    other classes and for images that `data`'s network was not trained for."""
+    test, classes = read_data(name, "", False, image_size)[1:3]
+    if classes != data.classes or test.images.shape[1] != data.channels:
+        raise ValueError(
+            f"{name!r} has {test.images.shape[1]} channels and the classes {classes}, but the "
+            f"network was trained on {data.channels} and {data.classes}; give test images of those"
+        )
+    return test
 
 
 @lru_cache(maxsize=1)

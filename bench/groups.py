@@ -141,7 +141,9 @@ def measured(row: dict[str, Any]) -> str:
 
 
 def judged_on(row: dict[str, Any]) -> str:
-    return row["evaluation"].get("on", "test")
+    """Return "test", "held-out", or "test" with the directory of other test images."""
+    on, data = row["evaluation"].get("on", "test"), row["evaluation"].get("data")
+    return f"{on} ({data})" if data else on
 
 
 def grouped(rows: Iterable[dict[str, Any]], key) -> list[list[dict[str, Any]]]:

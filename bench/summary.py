@@ -13,15 +13,19 @@ import torch
 from bench import parallel
 from bench.checkpoint import load_checkpoint, rebuild
 from bench.config import Config, Evaluation, check_judges, differences
+from bench.data import Split, test_images_of
 from bench.evaluate import evaluate
+from bench.photographs import Photographs
 from bench.record import alone_in, git_hash, stamp, write_json
 from bench.sitting import Sitting
 from bench.train import Run, train
 
 
-def finished(config: Config, evaluation: Evaluation, out: Path) -> dict[str, Any] | None:
+def finished(
+    config: Config, evaluation: Evaluation, out: Path, file: str = "summary.json"
+) -> dict[str, Any] | None:
     """Return the summary in `out` if it is of this config and evaluation, else None."""
-    path = out / "summary.json"
+    path = out / file
     if not path.exists():
         return None
     summary = json.loads(path.read_text())
@@ -31,13 +35,31 @@ def finished(config: Config, evaluation: Evaluation, out: Path) -> dict[str, Any
     return summary if same and not differences(summary["config"], config) else None
 
 
+def trained(config: Config, out: Path) -> bool:
+    """Return whether `out` holds the last epoch of this config."""
+    if not ((out / "config.json").exists() and (out / "metrics.jsonl").exists()):
+        return False
+    epochs = len((out / "metrics.jsonl").read_text().splitlines())
+    same = not differences(json.loads((out / "config.json").read_text()), config)
+    return same and epochs == config.epochs
+
+
+def judges_of(run: Run, evaluation: Evaluation) -> Split | Photographs:
+    """Return the images that an evaluation is on, on the run's device."""
+    if evaluation.data is not None:
+        images = test_images_of(evaluation.data, run.data, run.config.image_size)
+    else:
+        images = run.data.val if evaluation.on == "held-out" else run.data.test
+    return images.to(run.device)
+
+
 def summarise(run: Run, evaluation: Evaluation, out: Path, git: str | None) -> dict[str, Any]:
     """Evaluate last.pt and best.pt of a finished run, once if they are equal.
 
     images_per_second is the median epoch's, so that a moment's interference does not count.
     """
     device = str(run.device)
-    images = (run.data.val if evaluation.on == "held-out" else run.data.test).to(run.device)
+    images = judges_of(run, evaluation)
     best_epoch = load_checkpoint(out / "best.pt", device)["epoch"]
     results = {}
     for name in ("last", "best"):
@@ -74,14 +96,16 @@ def train_and_evaluate(
     download: bool = False,
     after_epoch: Callable[[dict[str, Any]], None] = lambda row: None,
     sitting: Sitting | None = None,
+    file: str = "summary.json",
 ) -> dict[str, Any]:
     """Return the summary of a run, training and evaluating what of it is not yet in `out`.
 
+    file: where it is kept there, so that one run can have several evaluations.
     Of several processes the first alone evaluates; the others return {}. Raises Stopped where
     `sitting` ends before the training does, and ValueError where another process trains in `out`.
     """
     check_judges(evaluation, config.val)
-    if (summary := finished(config, evaluation, out)) is not None:
+    if (summary := finished(config, evaluation, out, file)) is not None:
         for _ in range(config.epochs):
             after_epoch({})
         return summary
@@ -91,5 +115,5 @@ def train_and_evaluate(
         if not first:
             return {}
         summary = summarise(run, evaluation, out, git)
-        write_json(out / "summary.json", summary)
+        write_json(out / file, summary)
     return summary
