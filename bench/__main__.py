@@ -576,8 +576,8 @@ def main(argv: list[str] | None = None) -> int:
     options = vars(build_parser().parse_args(argv))
     command = {"train": run_train, "compare": run_compare, "evaluate": run_evaluate,
                "recipes": run_recipes, "unpack": run_unpack, "sweep": run_sweep,
-               "study": run_study_command, "step": run_step, "report": run_report, "theory": run_theory,
-               "throughput": run_throughput, "gpu": run_gpu}  # fmt: skip
+               "study": run_study_command, "step": run_step, "report": run_report,
+               "theory": run_theory, "throughput": run_throughput, "gpu": run_gpu}  # fmt: skip
     try:
         if "TORCHELASTIC_RUN_ID" in os.environ and options["command"] != "train":
             raise ValueError(f"torchrun is for train alone; start {options['command']} without it")

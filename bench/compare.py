@@ -4,7 +4,6 @@ import multiprocessing
 import os
 import statistics
 import threading
-from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from pathlib import Path
 from typing import Any
@@ -12,12 +11,12 @@ from typing import Any
 from tqdm import tqdm
 
 from bench.attacks import eps_key
-from bench.config import Config, Evaluation, check_judges
+from bench.config import Config, Evaluation
 from bench.evaluate import NORM_NAMES
-from bench.record import alone_in, append_jsonl, write_json, write_text
-from bench.summary import finished, train_and_evaluate, trained
+from bench.record import append_jsonl, write_json, write_text
+from bench.summary import finished, train_and_evaluate
 from bench.tables import markdown
-from bench.train import refuse_early, train
+from bench.train import refuse_early
 
 _epochs_done: Any = None
 
@@ -35,68 +34,36 @@ def start_worker(epochs_done: Any) -> None:
     threading.Thread(target=follow_parent, daemon=True).start()
 
 
-def work(config: Config, evaluation: Evaluation | None, out: Path, file: str) -> dict[str, Any]:
-    """Return the summary of a run in a worker; without an evaluation train it only, and return {}.
-    """
-
+def work(config: Config, evaluation: Evaluation, out: Path) -> dict[str, Any]:
     def count(row: dict[str, Any]) -> None:
         with _epochs_done.get_lock():
             _epochs_done.value += 1
 
-    if evaluation is None:
-        with alone_in(out):
-            train(config, out, after_epoch=count)
-        return {}
-    return train_and_evaluate(config, evaluation, out, after_epoch=count, file=file)
+    return train_and_evaluate(config, evaluation, out, after_epoch=count)
 
 
 def run_all(
-    runs: dict[str, Config],
-    evaluation: Evaluation | None,
-    out: Path,
-    jobs: int,
-    download: bool = False,
-    file: str = "summary.json",
-    each: Callable[[dict[str, Any]], None] = lambda summary: None,
+    runs: dict[str, Config], evaluation: Evaluation, out: Path, jobs: int, download: bool = False
 ) -> list[dict[str, Any]]:
-    """Return every run's summary, in the runs' order; without an evaluation {}, for trained runs.
+    """Return every run's summary, in the runs' order.
 
     runs: by their directories' names in `out`. Finished ones there are not repeated, interrupted
-    ones continue. jobs: runs at a time. file: see train_and_evaluate. each: takes every summary
-    as soon as it is there. Raises ValueError for what set_up and load_state refuse, before anything
-    is written.
+    ones continue. jobs: runs at a time. Raises ValueError for what set_up and load_state refuse,
+    before anything is written.
     """
     if jobs < 1:
         raise ValueError(f"jobs must be at least 1, got {jobs}")
-    summaries = {name: found(config, evaluation, out / name, file) for name, config in runs.items()}
-    for summary in filter(None, summaries.values()):
-        each(summary)
+    summaries = {name: finished(config, evaluation, out / name) for name, config in runs.items()}
     left = {name: runs[name] for name, summary in summaries.items() if summary is None}
     for name, config in left.items():
-        if evaluation is not None:
-            check_judges(evaluation, config.val)
         refuse_early(config, out / name, download)
     if left:
-        summaries |= make(left, evaluation, out, jobs, file, each)
+        summaries |= make(left, evaluation, out, jobs)
     return list(summaries.values())
 
 
-def found(
-    config: Config, evaluation: Evaluation | None, out: Path, file: str
-) -> dict[str, Any] | None:
-    """Return the summary of what `out` holds finished, None where something is left to do."""
-    if evaluation is None:
-        return {} if trained(config, out) else None
-    return finished(config, evaluation, out, file)
-
-
 def make(
-    runs: dict[str, Config],
-    evaluation: Evaluation | None,
-    out: Path,
-    jobs: int,
-    file: str,
-    each: Callable[[dict[str, Any]], None],
+    runs: dict[str, Config], evaluation: Evaluation, out: Path, jobs: int
 ) -> dict[str, dict[str, Any]]:
     """Train and evaluate, `jobs` runs at a time; return the summaries by the runs' names."""
     context = multiprocessing.get_context("spawn")
@@ -107,8 +74,7 @@ def make(
         tqdm(total=total, unit="epoch", desc=f"{len(runs)} runs", smoothing=0.02) as bar,
     ):
         futures = {
-            pool.submit(work, config, evaluation, out / name, file): name
-            for name, config in runs.items()
+            pool.submit(work, config, evaluation, out / name): name for name, config in runs.items()
         }
         pending = set(futures)
         while pending:
@@ -118,9 +84,7 @@ def make(
                 if future.exception() is not None:
                     pool.shutdown(wait=False, cancel_futures=True)
                 summary = future.result()
-                each(summary)
-                line = one_line(summary) if summary else "trained"
-                bar.write(f"{futures[future]}: {line}")
+                bar.write(f"{futures[future]}: {one_line(summary)}")
     return {name: future.result() for future, name in futures.items()}
 
 

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from bench.claims import Claim, cost, judged
-from bench.compare import append_rows, run_all
+from bench.compare import append_rows
 from bench.config import Config, Evaluation, differences, resolve_evaluation
+from bench.grid import run_grid
 from bench.groups import MACHINE, read_runs, sections_of
 from bench.record import write_text
 from bench.sweep import by_setting, runs_of, table
@@ -72,8 +73,11 @@ def draw(study: dict[str, Any], summaries: Rows, path: Path) -> None:
 
 def of_evaluation(summaries: Rows, evaluation: Evaluation) -> Rows:
     usual = asdict(Evaluation(linf=(), l2=()))  # what an older row does not say
-    wanted = json.loads(json.dumps(asdict(evaluation)))
-    return [s for s in summaries if json.loads(json.dumps(usual)) | s["evaluation"] == wanted]
+
+    def text(values: dict[str, Any]) -> str:
+        return json.dumps(usual | values, sort_keys=True)
+
+    return [s for s in summaries if text(s["evaluation"]) == text(asdict(evaluation))]
 
 
 def place_of(summary: dict[str, Any], runs: dict[str, Config]) -> str | None:
@@ -158,24 +162,32 @@ def show(name: str, rows_path: Path, figure: Path | None) -> Rows:
 def run_study(
     name: str, out: Path, jobs: int, rows_path: Path | None, train_only: bool = False
 ) -> None:
-    """Make the study's runs that `out` does not hold finished; write its tables and figure there.
+    """Make the study's runs that neither `out` nor the rows hold; write its tables and figure.
 
-    rows_path: takes a row a run and evaluation, as soon as it is there. train_only: evaluate later.
+    rows_path: takes a row a run and evaluation as soon as a run ends; those that it holds already
+    are not made again, wherever they were made. train_only: evaluate in a later call.
     """
     study = load_study(name)
-    runs = study_runs(study)
-    print(study["question"])
+    runs, evaluations = study_runs(study), evaluations_of(study)
+    rows = read_runs([rows_path])[0] if rows_path and rows_path.exists() else []
+    by_name, _ = sorted_rows(study, rows)
+    held = {title: {place_of(row, runs) for row in by_name[title]} for title in evaluations}
+    files = {title: f"summary-{i}.json" if i else "summary.json"
+             for i, title in enumerate(evaluations)}  # fmt: skip
+    left = {}
+    for run, config in runs.items():
+        open_ones = {files[title]: evaluation for title, evaluation in evaluations.items()
+                     if run not in held[title]}  # fmt: skip
+        if open_ones:
+            left[run] = (config, {} if train_only else open_ones)
+    print(f"{study['question']}\n{len(left)} of {len(runs)} runs are not finished in rows")
+    rows += run_grid(left, out, jobs, lambda row: append_rows(rows_path, [row]))
     if train_only:
-        run_all(runs, None, out, jobs)
-        print(f"trained {len(runs)} runs in {out}; repeat without --train-only to evaluate them")
+        print(f"trained, in {out}; repeat without --train-only to evaluate")
         return
-    by_name = {}
-    for i, (title, evaluation) in enumerate(evaluations_of(study).items()):
-        file = f"summary-{i}.json" if i else "summary.json"
-        by_name[title] = run_all(runs, evaluation, out, jobs, file=file,
-                                 each=lambda row: append_rows(rows_path, [row]))  # fmt: skip
-    text = texts_of(study, by_name, [])
-    draw(study, read_runs([out / run for run in runs])[0], out / "figure.png")
+    by_name, missing = sorted_rows(study, rows)
     write_text(out / "question.txt", study["question"] + "\n")
+    text = texts_of(study, by_name, missing)
     write_text(out / "table.md", text + "\n")
+    draw(study, next(iter(by_name.values())), out / "figure.png")
     print(f"\n{text}\n\nwrote {out / 'table.md'}, {out / 'figure.png'}")

@@ -35,15 +35,6 @@ def finished(
     return summary if same and not differences(summary["config"], config) else None
 
 
-def trained(config: Config, out: Path) -> bool:
-    """Return whether `out` holds the last epoch of this config."""
-    if not ((out / "config.json").exists() and (out / "metrics.jsonl").exists()):
-        return False
-    epochs = len((out / "metrics.jsonl").read_text().splitlines())
-    same = not differences(json.loads((out / "config.json").read_text()), config)
-    return same and epochs == config.epochs
-
-
 def judges_of(run: Run, evaluation: Evaluation) -> Split | Photographs:
     """Return the images that an evaluation is on, on the run's device."""
     if evaluation.data is not None:
