@@ -14,7 +14,7 @@ from bench.__main__ import main
 from bench.config import Evaluation, resolve
 from bench.data import load_data
 from bench.evaluate import correct
-from bench.summary import train_and_evaluate
+from bench.summary import finished, train_and_evaluate
 from bench.train import set_up
 
 CLASSES = ("cat", "dog")
@@ -132,7 +132,26 @@ def test_an_evaluation_is_on_the_images_that_it_names(two, tmp_path):
         stored = json.loads((tmp_path / f"{name}.json").read_text())
         assert stored["evaluation"]["on"] == judges[name].on
         assert stored["evaluation"]["data"] == judges[name].data
-    assert not set(splits["held-out"].labels.tolist()) - {0, 1} and len(splits["held-out"]) == 6
+    assert len(splits["held-out"]) == 6
+    command = ["evaluate", str(tmp_path / "last.pt"), "--attacks", "clean", "--rows",
+               str(tmp_path / "rows.jsonl")]  # fmt: skip
+    for words in ([], ["--eval-on", "held-out"], ["--eval-data", str(png)]):
+        assert main([*command, *words]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert [r["natural"] for r in rows] == [found[name]["natural"] for name in judges]
+    assert [(r["evaluation"]["on"], r["evaluation"]["data"]) for r in rows] == [
+        ("test", None), ("held-out", None), ("test", str(png))
+    ]  # fmt: skip
+
+
+def test_a_summary_from_before_an_evaluation_named_its_images_is_finished(two, tmp_path):
+    config, evaluation = resolve("sgd", None, options(two[0])), clean()
+    summary = train_and_evaluate(config, evaluation, tmp_path)
+    for key in ("on", "data"):
+        del summary["evaluation"][key]
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    assert finished(config, evaluation, tmp_path) == json.loads(json.dumps(summary))
+    assert finished(config, clean(on="held-out"), tmp_path) is None
 
 
 def test_images_that_are_not_there_are_refused(two, tmp_path, capsys):
