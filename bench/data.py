@@ -153,13 +153,13 @@ def read_data(
 def test_images_of(name: str, data: Data, image_size: int | None) -> Split:
     """Return the test images of a directory with the same classes as `data`. Raises ValueError for
     other classes and for images that `data`'s network was not trained for."""
-    test, classes = read_data(name, "", False, image_size)[1:3]
-    if classes != data.classes or test.images.shape[1] != data.channels:
+    other = load_data(name, val=0.0, seed=0, image_size=image_size)
+    if (other.channels, other.classes) != (data.channels, data.classes):
         raise ValueError(
-            f"{name!r} has {test.images.shape[1]} channels and the classes {classes}, but the "
+            f"{name!r} has {other.channels} channels and the classes {other.classes}, but the "
             f"network was trained on {data.channels} and {data.classes}; give test images of those"
         )
-    return test
+    return other.test
 
 
 @lru_cache(maxsize=1)
