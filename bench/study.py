@@ -19,7 +19,8 @@ Rows = list[dict[str, Any]]
 
 def load_study(name: str) -> dict[str, Any]:
     """Return question, preset, methods, seeds, grid, options and evaluations of a study, its claims
-    if it has some, and its figure where that is not one of accuracies against the grid."""
+    and hours if it has some, and its figure where that is not one of accuracies against the grid.
+    """
     path = STUDIES / f"{name}.json"
     known = sorted(p.stem for p in STUDIES.glob("*.json"))
     if name not in known:
@@ -90,25 +91,40 @@ def place_of(summary: dict[str, Any], runs: dict[str, Config]) -> str | None:
     return None
 
 
-def sorted_rows(study: dict[str, Any], summaries: Rows) -> tuple[dict[str, Rows], list[str]]:
-    """Return the study's rows by evaluation, and a sentence for each run that has none in one.
+def sorted_rows(
+    study: dict[str, Any], summaries: Rows
+) -> tuple[dict[str, Rows], dict[str, list[str]]]:
+    """Return by evaluation the study's rows, and its runs that have none.
 
     Raises ValueError for rows of other settings than the study's, or twice of one.
     """
-    runs, by_name, missing, known = study_runs(study), {}, [], 0
+    runs, by_name, missing, known = study_runs(study), {}, {}, 0
     for name, evaluation in evaluations_of(study).items():
         rows = of_evaluation(summaries, evaluation)
         places = [place_of(row, runs) for row in rows]
-        if None in places or len(set(places)) < len(places):
-            raise ValueError("rows of other settings than the study's, or one of its runs twice")
+        if None in places:
+            raise ValueError(f"a row of another setting: {strange(rows[places.index(None)], runs)}")
+        if len(set(places)) < len(places):
+            raise ValueError("one run twice")
         by_name[name], known = rows, known + len(rows)
-        missing += [f"{run} under {name}" for run in runs if run not in places]
+        missing[name] = [run for run in runs if run not in places]
     if known < len(summaries):
-        raise ValueError("rows of other evaluations than the study's")
+        raise ValueError("a row of another evaluation")
     return by_name, missing
 
 
-def texts_of(study: dict[str, Any], by_name: dict[str, Rows], missing: list[str]) -> str:
+def strange(row: dict[str, Any], runs: dict[str, Config]) -> str:
+    """Return what a row is of, and in what it differs from the study's run of that method and seed,
+    if there is one."""
+    seed = row["config"]["seed"]
+    near = (c for c in runs.values() if (c.method, c.seed) == (row["method"], seed))
+    changed = [differences(row["config"], config) for config in near][:1]
+    return " ".join([row["method"], f"seed {seed}", *(f"({text})" for text in changed)])
+
+
+def texts_of(
+    study: dict[str, Any], by_name: dict[str, Rows], missing: dict[str, list[str]]
+) -> str:
     """Return the study's tables, one an evaluation, then what its claims are worth by each."""
     grid, claims, parts = list(study["grid"]), claims_of(study), []
     for name, rows in by_name.items():
@@ -119,8 +135,7 @@ def texts_of(study: dict[str, Any], by_name: dict[str, Rows], missing: list[str]
             parts += [f"The claims under {name}\n", judged(rows, claims)]
     if claims:
         parts.append(costs_of(study))
-    if missing:
-        parts.append("not run: " + "; ".join(missing))
+    parts += [f"not run under {name}: {', '.join(runs)}" for name, runs in missing.items() if runs]
     return "\n\n".join(part.strip("\n") for part in parts)
 
 
@@ -144,8 +159,8 @@ def show(name: str, rows_path: Path, figure: Path | None) -> Rows:
     runs = len(study_runs(study)) * len(study["evaluations"])
     try:
         by_name, missing = sorted_rows(study, summaries)
-        if missing and "claims" not in study:
-            raise ValueError(f"{len(missing)} are missing")
+        if any(missing.values()) and "claims" not in study:
+            raise ValueError(f"{sum(map(len, missing.values()))} are missing")
     except ValueError as e:
         raise ValueError(
             f"{str(rows_path)!r} does not hold each of the study's {runs} runs once ({e}); make "
@@ -180,7 +195,8 @@ def run_study(
                      if run not in held[title]}  # fmt: skip
         if open_ones:
             left[run] = (config, {} if train_only else open_ones)
-    print(f"{study['question']}\n{len(left)} of {len(runs)} runs are not finished in rows")
+    hours = study.get("hours", "minutes")
+    print(f"{study['question']}\n{len(left)} of {len(runs)} runs lack rows; all take {hours}")
     rows += run_grid(left, out, jobs, lambda row: append_rows(rows_path, [row]))
     if train_only:
         print(f"trained, in {out}; repeat without --train-only to evaluate")
