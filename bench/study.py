@@ -184,7 +184,8 @@ def run_study(
     """
     study = load_study(name)
     runs, evaluations = study_runs(study), evaluations_of(study)
-    rows = read_runs([rows_path])[0] if rows_path and rows_path.exists() else []
+    started = rows_path is not None and rows_path.exists() and rows_path.stat().st_size
+    rows = read_runs([rows_path])[0] if started else []
     by_name, _ = sorted_rows(study, rows)
     held = {title: {place_of(row, runs) for row in by_name[title]} for title in evaluations}
     files = {title: f"summary-{i}.json" if i else "summary.json"
@@ -202,6 +203,7 @@ def run_study(
         print(f"trained, in {out}; repeat without --train-only to evaluate")
         return
     by_name, missing = sorted_rows(study, rows)
+    out.mkdir(parents=True, exist_ok=True)  # the rows may hold every run
     write_text(out / "question.txt", study["question"] + "\n")
     text = texts_of(study, by_name, missing)
     write_text(out / "table.md", text + "\n")

@@ -122,10 +122,11 @@ def tiny(tmp_path, monkeypatch):
 
 def test_a_study_trains_then_evaluates_and_makes_only_what_its_rows_do_not_hold(tiny, capsys):
     out, path = tiny / "out", tiny / "rows.jsonl"
+    path.touch()
     command = ["study", "tiny", "--out", str(out), "--rows", str(path), "--jobs", "1"]
     assert main([*command, "--train-only"]) == 0
     weights = {p: p.stat().st_mtime_ns for p in out.rglob("last.pt")}
-    assert len(weights) == 4 and not path.exists() and not list(out.rglob("summary*"))
+    assert len(weights) == 4 and not path.read_text() and not list(out.rglob("summary*"))
     assert main(command) == 0
     assert weights == {p: p.stat().st_mtime_ns for p in weights}
     lines = path.read_text().splitlines()
@@ -147,6 +148,9 @@ def test_a_study_trains_then_evaluates_and_makes_only_what_its_rows_do_not_hold(
                    for r in map(json.loads, text)}
                   for text in (lines, path.read_text().splitlines())]  # fmt: skip
     assert accuracies[0] == accuracies[1]
+    nothing = ["study", "tiny", "--out", str(tiny / "nothing left"), "--rows", str(path)]
+    assert main(nothing) == 0 and "0 of 4 runs" in capsys.readouterr().out
+    assert not list((tiny / "nothing left").rglob("*.pt"))
 
 
 def refuse_rows_of_another_setting(path, capsys):
