@@ -1,5 +1,5 @@
-"""python -m bench train | compare | sweep | study | evaluate | recipes | step | throughput | gpu |
-report | theory: the command line, in a checkout."""
+"""python -m bench train | compare | sweep | study | evaluate | recipes | unpack | step |
+throughput | gpu | report | theory: the command line, in a checkout."""
 
 import argparse
 import os
@@ -39,7 +39,8 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     add("--label-noise", type=float, metavar="RATE", help="share of the training labels")
     add("--noise-kind", help="published (F-SAM's: redrawn, some to the right class) or true")
     add("--model", help="preactresnet18, resnet18, vgg16bn, wrn28-10, wrn28-10-fsam, "
-        "pyramidnet110, smallconv, resnet50, deit-small, torchvision:NAME, timm:NAME")  # fmt: skip
+        "pyramidnet110, airbench, airbench-relu, smallconv, resnet50, deit-small, "
+        "torchvision:NAME, timm:NAME")  # fmt: skip
     add("--width", type=int, help="64: as published; others scale all channels (smallconv: the "
         "first layer's channels)")  # fmt: skip
     add("--weights", metavar="FILE", help="weights to start from: a checkpoint of this bench or a "
@@ -49,8 +50,10 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     add("--optimizer", help=f"with an adversary, or --method standard: {OPTIMIZERS}")
     add("--base", help="the optimizer under SAM: sgd (default) or adamw")
     add("--lr", type=float, help="learning rate")
-    add("--schedule", help="piecewise (x0.1 at 75%% and 90%% of the epochs) or cosine")
+    add("--schedule", help="piecewise (x0.1 at 75%% and 90%% of the epochs), cosine or linear")
+    add("--warmup", type=float, help="share of the steps in which the learning rate grows from 0")
     add("--momentum", type=float)
+    add("--nesterov", action=argparse.BooleanOptionalAction)
     add("--weight-decay", type=float)
     add("--rho", type=float, help="SAM's radius")
     add("--sigma", type=float, help="F-SAM: how much of the gradient's average is removed")
@@ -110,6 +113,10 @@ def add_evaluation_options(parser: argparse.ArgumentParser) -> None:
     add("--n-examples", "--eval-samples", type=int, dest="eval_samples",
         help="attack this many test images, drawn once for all (default all)")  # fmt: skip
     add("--eval-batch-size", type=int, help="images attacked at a time (default 500)")
+    add("--eval-on", help="test (default), or held-out: the images that --val took from training, "
+        "by which settings are chosen")  # fmt: skip
+    add("--eval-data", metavar="DIR", help="the test images of this directory, such as another "
+        "encoding, in place of the data's own")  # fmt: skip
 
 
 def add_sitting_options(parser: argparse.ArgumentParser) -> None:
@@ -255,10 +262,11 @@ def add_sweep_command(sweep: argparse.ArgumentParser) -> None:
 def add_study_command(commands: Any) -> None:
     text = "make a study of docs/studies.md again; repeat the command to go on with it"
     add = commands.add_parser("study", help=text, description=text).add_argument
-    add("name", metavar="NAME", help="trade-off, rho, parts, noise or batch")
+    add("name", metavar="NAME", help="trade-off, rho, parts, noise, batch or cifar")
     add("--jobs", type=int, default=2, help="runs at a time, a thread each (default 2)")
-    add("--rows", type=Path, help="append a row a run to this JSONL")
+    add("--rows", type=Path, help="append a row a run and evaluation to this JSONL")
     add("--out", type=Path, help="default runs/study-NAME")
+    add("--train-only", action="store_true", help="train all runs; a later call evaluates them")
     add("--show", type=Path, metavar="ROWS", help="train nothing; print the table of these rows")
     add("--figure", type=Path, help="with --show: draw the figure there")
 
@@ -306,6 +314,10 @@ def build_parser() -> argparse.ArgumentParser:
     text = "the published settings: names, sources, published numbers"
     recipes = commands.add_parser("recipes", help=text, description=text)
     recipes.add_argument("part", nargs="?", default="", help="only names with this in them")
+    text = "unpack a tar file of train/<class>/ and test/<class>/ into a directory for --data"
+    archive = commands.add_parser("unpack", help=text, description=text)
+    archive.add_argument("archive", type=Path, help="such as cifar10-60k-jpeg.tar.xz")
+    archive.add_argument("out", type=Path, metavar="DIR", help="such as .data/cifar10-jpeg")
     evaluate = command("evaluate", "attack a trained model")
     add_evaluate_command(evaluate)
     add_step_command(commands)
@@ -329,7 +341,7 @@ def evaluation_of(data: str, options: dict[str, Any]):
         if norm in given:
             raise ValueError(f"--eval-{norm} has no effect: --norms leaves {norm} out")
         given[norm] = ()
-    for k in ("steps", "samples", "batch_size"):
+    for k in ("steps", "samples", "batch_size", "on", "data"):
         if f"eval_{k}" in options:
             given[k] = options[f"eval_{k}"]
     if "eval_attacks" in options:
@@ -447,7 +459,7 @@ def run_study_command(options: dict[str, Any]) -> None:
         raise ValueError("--figure is drawn from rows; add --show ROWS")
     else:
         out = options["out"] or Path("runs", f"study-{name}")
-        run_study(name, out, options["jobs"], options["rows"])
+        run_study(name, out, options["jobs"], options["rows"], options["train_only"])
 
 
 def data_of(checkpoint: dict[str, Any], config: dict[str, Any], options: dict[str, Any]):
@@ -486,7 +498,8 @@ def run_evaluate(options: dict[str, Any]) -> None:
     import torch
 
     from bench.checkpoint import load_checkpoint, rebuild
-    from bench.config import usable_device
+    from bench.config import check_judges, usable_device
+    from bench.data import test_images_of
     from bench.evaluate import evaluate, report
     from bench.record import append_jsonl, git_hash, refuse_unwritable, stamp, write_json
     from bench.robustbench import leaderboard, model_info
@@ -503,12 +516,16 @@ def run_evaluate(options: dict[str, Any]) -> None:
         model = model.to(memory_format=torch.channels_last)
     config = checkpoint["config"] | {k: v for k, v in options.items() if k in checkpoint["config"]}
     evaluation = evaluation_of(config["data"], options)
+    check_judges(evaluation, config["val"])
     data = data_of(checkpoint, config, options)
     board = leaderboard(config["data"], evaluation, len(data.test)) if file else ()
     git = git_hash()
-    result = evaluate(model, data.test.to(device), evaluation,
+    images = data.val if evaluation.on == "held-out" else data.test
+    if evaluation.data is not None:
+        images = test_images_of(evaluation.data, data, config["image_size"])
+    result = evaluate(model, images.to(device), evaluation,
                       say=lambda text: print(text, file=sys.stderr))  # fmt: skip
-    print(report(result))
+    print(report(result | {"evaluation": asdict(evaluation)}))
     if "rows" in options:
         row = {"checkpoint": "/".join(path.parts[-2:]), **result, "config": checkpoint["config"],
                "evaluation": asdict(evaluation), **stamp(str(device), git)}  # fmt: skip
@@ -527,6 +544,14 @@ def run_recipes(options: dict[str, Any]) -> None:
     if not names:
         raise ValueError(f"no recipe has {options['part']!r} in its name")
     print(listing(names))
+
+
+def run_unpack(options: dict[str, Any]) -> None:
+    from bench.archive import unpack
+
+    images = unpack(options["archive"], options["out"])
+    counts = ", ".join(f"{n} images in {part}/" for part, n in images.items())
+    print(f"{options['out']}: {counts}; use it with --data {options['out']}")
 
 
 def run_step(options: dict[str, Any]) -> int:
@@ -599,9 +624,9 @@ def main(argv: list[str] | None = None) -> int:
     the input that cannot be used, or 141 where nobody reads the output."""
     options = vars(build_parser().parse_args(argv))
     command = {"train": run_train, "compare": run_compare, "evaluate": run_evaluate,
-               "recipes": run_recipes, "sweep": run_sweep, "study": run_study_command,
-               "step": run_step, "report": run_report, "theory": run_theory,
-               "throughput": run_throughput, "gpu": run_gpu}  # fmt: skip
+               "recipes": run_recipes, "unpack": run_unpack, "sweep": run_sweep,
+               "study": run_study_command, "step": run_step, "report": run_report,
+               "theory": run_theory, "throughput": run_throughput, "gpu": run_gpu}  # fmt: skip
     try:
         if "TORCHELASTIC_RUN_ID" in os.environ and options["command"] != "train":
             raise ValueError(f"torchrun is for train alone; start {options['command']} without it")

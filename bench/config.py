@@ -38,7 +38,7 @@ CHOICES = {
     "padding": PADDINGS,
     "normalisation": (None, "f-sam", "imagenet"),
     "base": PLAIN,
-    "schedule": ("piecewise", "cosine"),
+    "schedule": ("piecewise", "cosine", "linear"),
     "second_bn": ("frozen", "moving"),
     "attack_bn": ("eval", "train", "moving"),
     "amp": ("off", "bf16", "fp16"),
@@ -47,6 +47,7 @@ CHOICES = {
     "projection": (None, "cosine", "orthogonal"),
     "convention": (None, "algorithm1", "official"),
 }
+JUDGES = ("test", "held-out")
 AT_LEAST = {"epochs": 1, "batch_size": 1, "pad": 0, "cutout": 0, "momentum": 0, "weight_decay": 0,
             "seed": 0, "interval": 1, "micro": 1, "awp_gamma": 0,
             "awp_warmup": 0, "ascent_batches": 1}
@@ -62,7 +63,8 @@ class Config:
     label_noise, noise_kind: see bench.noise. augment "resized-crop": for directories of photographs
     of various sizes, which are read when they are needed and become image_size pixels square
     (224 if None). padding, cutout: see bench.pipeline.Augmentation. normalisation: see
-    bench.data.constants. weights: a file with the network's weights to start from.
+    bench.data.constants. weights: a file with the network's weights to start from. schedule,
+    warmup: see bench.optimizers.lr_at.
     base: the optimizer under SAM. rho, sigma, lmbda, eta, scale, interval: as in fastsam's
     optimizers. convention: as in fastsam.FriendlySAM, None: "algorithm1". late: the share of the
     epochs before SAM's first climb. ascent_part: the share of the batch that the climb's gradient
@@ -101,7 +103,9 @@ class Config:
     base: str = "sgd"
     lr: float = 0.1
     schedule: str = "piecewise"
+    warmup: float = 0.0
     momentum: float = 0.9
+    nesterov: bool = False
     weight_decay: float = 5e-4
     rho: float | None = None
     sigma: float | None = None
@@ -175,7 +179,9 @@ class Evaluation:
     """What is measured after training; changing it never retrains.
 
     linf, l2: radii for images in [0, 1]. steps: of the attack "pgd". samples: how many test images,
-    None for all. attacks: names of bench.battery.
+    None for all. attacks: names of bench.battery. on: "test" images, or those that were "held-out"
+    of the training images, by which settings are chosen. data: another directory whose test images
+    take the place of the data's own, such as another encoding of them.
     """
 
     linf: tuple[float, ...]
@@ -184,6 +190,8 @@ class Evaluation:
     samples: int | None = None
     batch_size: int = 500
     attacks: tuple[str, ...] = ("pgd",)
+    on: str = "test"
+    data: str | None = None
 
 
 def resolve(method: str | None, recipe: str | None, options: dict[str, Any]) -> Config:
@@ -208,6 +216,8 @@ def resolve(method: str | None, recipe: str | None, options: dict[str, Any]) -> 
     fitting = settings - (USED_BY.keys() - values_of(method).keys())
     values = {k: v for k, v in values.items() if k in fitting} | {"method": method}
     values["recipe"] = file.name if file.published else None
+    if "adamw" in (split_method(method)[1], values.get("base")) and "nesterov" not in options:
+        values.pop("nesterov", None)  # a preset's, of its SGD
     norm = "l2" if method.startswith("at-l2") else "linf"
     refuse_mixed_steps({k: options[k] for k in ("eps", "alpha") if k in options and k in values})
     for k in ("eps", "alpha"):
@@ -264,6 +274,13 @@ def check(config: Config) -> None:
         raise ValueError(f"lr must be positive and finite, got {config.lr}")
     if not 0 <= config.label_noise <= 1:
         raise ValueError(f"label_noise must be in [0, 1], got {config.label_noise}")
+    if not 0 <= config.warmup < 1:
+        raise ValueError(f"warmup must be in [0, 1), a share of the steps; got {config.warmup}")
+    if config.nesterov and (config.momentum == 0 or "adamw" in (config.optimizer, config.base)):
+        raise ValueError(
+            f"nesterov has no effect on momentum {config.momentum} of {config.optimizer} with base "
+            f"{config.base}; it needs SGD with momentum"
+        )
     if not (0 <= config.late < 1 and 0 < config.ascent_part <= 1):
         raise ValueError(
             "late must be in [0, 1) and ascent_part in (0, 1], "
@@ -328,7 +345,21 @@ def resolve_evaluation(data: str, options: dict[str, Any]) -> Evaluation:
             raise ValueError(f"evaluation {name} must be at least 1, got {value}")
     for name in result.attacks:
         split_name(name)
+    if result.on not in JUDGES:
+        raise ValueError(f"cannot evaluate on {result.on!r}; choose from {', '.join(JUDGES)}")
+    if result.on == "held-out" and result.data is not None:
+        raise ValueError(
+            f"images held out of training are the training data's, not of {result.data!r}; leave "
+            "one of the two out"
+        )
     return result
+
+
+def check_judges(evaluation: Evaluation, val: float) -> None:
+    """Raise ValueError where the evaluation is on held-out images and there are none."""
+    if evaluation.on == "held-out" and val == 0:
+        raise ValueError("val 0 holds out no image to evaluate on; pass --val 0.1, or evaluate on "
+                         "the test images")  # fmt: skip
 
 
 def differences(old: dict[str, Any], new: Config) -> str:

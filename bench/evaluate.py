@@ -134,8 +134,10 @@ def report(result: dict[str, Any]) -> str:
         return f"{label:<14} {accuracy:7.2%} [{low:7.2%}, {high:7.2%}]   {text}"
 
     subset = f"{n} of {result['of']}" if result.get("of", n) != n else f"{n}"
-    lines = [line("natural", result["natural"], f"{subset} test images, model.eval(); in brackets: "
-                  "95% Clopper-Pearson interval")]  # fmt: skip
+    on = result.get("evaluation", {})
+    judges = " ".join(filter(None, [on.get("data"), on.get("on", "test")]))
+    lines = [line("natural", result["natural"], f"{subset} {judges} images, model.eval(); in "
+                  "brackets: 95% Clopper-Pearson interval")]  # fmt: skip
     for norm, by_eps in result["robust"].items():
         for eps, accuracy in by_eps.items():
             label = f"{NORM_NAMES[norm]} {eps}"

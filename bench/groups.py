@@ -162,7 +162,13 @@ class Section:
 
 def measured(row: dict[str, Any]) -> str:
     """Return what two rows must share for their accuracies to be comparable."""
-    return identity(row["config"]["data"], row["attacks"], row["test_images"])
+    return identity(row["config"]["data"], row["attacks"], row["test_images"], judged_on(row))
+
+
+def judged_on(row: dict[str, Any]) -> str:
+    """Return "test", "held-out", or "test" with the directory of other test images."""
+    on, data = row["evaluation"].get("on", "test"), row["evaluation"].get("data")
+    return f"{on} ({data})" if data else on
 
 
 def grouped(rows: Iterable[dict[str, Any]], key) -> list[list[dict[str, Any]]]:
@@ -198,7 +204,7 @@ def sections_of(rows: list[dict[str, Any]]) -> list[Section]:
         told = told_apart([group[0]["config"] for group in groups])
         pairs = sorted(zip(told, groups, strict=True), key=lambda pair: place(*pair))
         first = of_section[0]
-        title = f"{first['config']['data']}, {first['test_images']} test images"
+        title = f"{first['config']['data']}, {first['test_images']} {judged_on(first)} images"
         sections.append(Section(title, [group_of(keys, runs) for keys, runs in pairs]))
     return sections
 

@@ -41,6 +41,10 @@ ADVERSARIES: dict[str, dict[str, Any]] = {
     "trades": {"eps": 8 / 255, "alpha": 2 / 255, "attack_steps": 10, "beta": 6.0},
 }
 SINGLE_STEP = ("fgsm-rs", "n-fgsm")
+RELATIVES = {  # take a preset's values for the method they vary, where it names none of their own
+    "sam": ("sam-interval", "sam-late", "sam-part", "sam-micro", "sam-full", "sam-noise", "sam-db"),
+    "at-linf": (*SINGLE_STEP, "trades"),
+}
 FULL = ("sam-full", "sam-noise")  # need the gradient G of all training images
 OTHER_IMAGES = (*FULL, "sam-db", "sam-batches")  # climb by other images than the batch's
 PLAIN = ("sgd", "adamw")  # optimizers that make one pass
@@ -92,6 +96,15 @@ def method_of(method: str | None, optimizer: str | None) -> str:
     if adversary is None:
         return optimizer
     return adversary if optimizer == "sgd" else f"{adversary}+{optimizer}"
+
+
+def with_relatives(methods: dict[str, dict[str, Any]], name: str | None) -> dict[str, Any]:
+    """Return what a preset's "methods" say of an optimizer or adversary, its own values over those
+    of the method that it is a relative of. A single step stays as long as it is."""
+    near = next((m for m, relatives in RELATIVES.items() if name in relatives), None)
+    alike = {k: v for k, v in methods.get(near, {}).items()
+             if k != "alpha" or name not in SINGLE_STEP}  # fmt: skip
+    return alike | methods.get(name, {})
 
 
 def values_of(method: str) -> dict[str, Any]:

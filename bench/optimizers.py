@@ -19,7 +19,7 @@ def build_optimizer(config: Config, model: nn.Module, steps: int = 0) -> torch.o
     cls = torch.optim.AdamW if plain == "adamw" else torch.optim.SGD
     base: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay}
     if plain == "sgd":
-        base["momentum"] = config.momentum
+        base |= {"momentum": config.momentum, "nesterov": config.nesterov}
     w = model.parameters()
     if config.rho is None:
         return cls(w, **base)
@@ -48,11 +48,17 @@ def build_optimizer(config: Config, model: nn.Module, steps: int = 0) -> torch.o
 def lr_at(config: Config, epoch: int, step: int, steps: int) -> float:
     """Return the learning rate of one step.
 
-    piecewise: x0.1 from 75% and again from 90% of the epochs (SAM_AT 5.1). cosine: to 0, changing
-    at every step (F-SAM's code). steps: the number in an epoch.
+    piecewise: x0.1 from 75% and again from 90% of the epochs (SAM_AT 5.1). cosine, linear: to 0,
+    changing at every step (F-SAM's code; airbench's). Before that it grows in equal steps to
+    config.lr, which it reaches at the end of the first config.warmup of all steps. steps: the
+    number in an epoch.
     """
+    done, total = epoch * steps + step, config.epochs * steps
+    rising = round(config.warmup * total)
+    if done < rising:
+        return config.lr * (done + 1) / rising
     if config.schedule == "piecewise":
         drops = (epoch >= 0.75 * config.epochs) + (epoch >= 0.9 * config.epochs)
         return config.lr * 0.1**drops
-    t = (epoch * steps + step) / (config.epochs * steps)
-    return config.lr * 0.5 * (1 + math.cos(math.pi * t))
+    t = (done - rising) / (total - rising)
+    return config.lr * (1 - t if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * t)))

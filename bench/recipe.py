@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bench.methods import with_relatives
+
 RECIPES = Path(__file__).parent / "recipes"
 KEYS = {"extends", "source", "published", "note", "config", "methods"}
 
@@ -32,7 +34,7 @@ class Recipe:
 
     def values(self, adversary: str | None, optimizer: str) -> dict[str, Any]:
         """Return the recipe's values for a method, the method's own over the common ones."""
-        own = self.methods.get(optimizer, {}) | self.methods.get(adversary, {})
+        own = with_relatives(self.methods, optimizer) | with_relatives(self.methods, adversary)
         return {k: v for k, v in self.config.items() if k != "method"} | own
 
 

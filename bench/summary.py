@@ -12,8 +12,10 @@ import torch
 
 from bench import parallel
 from bench.checkpoint import changed_data, load_checkpoint, rebuild
-from bench.config import Config, Evaluation, differences
+from bench.config import Config, Evaluation, check_judges, differences
+from bench.data import Split, test_images_of
 from bench.evaluate import evaluate
+from bench.photographs import Photographs
 from bench.record import alone_in, git_hash, read_json, stamp, write_json
 from bench.sitting import Sitting
 from bench.train import Run, data_of, train
@@ -34,13 +36,17 @@ def read_summary(path: Path) -> dict[str, Any]:
     return summary
 
 
-def finished(config: Config, evaluation: Evaluation, out: Path) -> dict[str, Any] | None:
+def finished(
+    config: Config, evaluation: Evaluation, out: Path, file: str = "summary.json"
+) -> dict[str, Any] | None:
     """Return the summary in `out` if it is of this config and evaluation, else None."""
-    path = out / "summary.json"
+    path = out / file
     if not path.exists():
         return None
     summary = read_summary(path)
-    same = summary["evaluation"] == json.loads(json.dumps(asdict(evaluation)))
+    usual = asdict(Evaluation(linf=(), l2=()))  # what an older summary does not say
+    wanted = json.loads(json.dumps([usual | summary["evaluation"], asdict(evaluation)]))
+    same = wanted[0] == wanted[1]
     return summary if same and not differences(summary["config"], config) else None
 
 
@@ -55,13 +61,22 @@ def refuse_changed_data(
         )
 
 
+def judges_of(run: Run, evaluation: Evaluation) -> Split | Photographs:
+    """Return the images that an evaluation is on, on the run's device."""
+    if evaluation.data is not None:
+        images = test_images_of(evaluation.data, run.data, run.config.image_size)
+    else:
+        images = run.data.val if evaluation.on == "held-out" else run.data.test
+    return images.to(run.device)
+
+
 def summarise(run: Run, evaluation: Evaluation, out: Path, git: str | None) -> dict[str, Any]:
-    """Evaluate last.pt and best.pt of a finished run on the test set, once if they are equal.
+    """Evaluate last.pt and best.pt of a finished run, once if they are equal.
 
     images_per_second is the median epoch's, so that a moment's interference does not count.
     """
     device = str(run.device)
-    test = run.data.test.to(run.device)
+    images = judges_of(run, evaluation)
     best_epoch = load_checkpoint(out / "best.pt", device)["epoch"]
     results = {}
     for name in ("last", "best"):
@@ -72,7 +87,7 @@ def summarise(run: Run, evaluation: Evaluation, out: Path, git: str | None) -> d
         model = rebuild(load_checkpoint(path, device), path, device)
         if run.config.channels_last:
             model = model.to(memory_format=torch.channels_last)
-        results[name] = evaluate(model, test, evaluation)
+        results[name] = evaluate(model, images, evaluation)
     last = results["last"]
     return {
         "method": run.config.method,
@@ -100,14 +115,18 @@ def train_and_evaluate(
     download: bool = False,
     after_epoch: Callable[[dict[str, Any]], None] = lambda row: None,
     sitting: Sitting | None = None,
+    file: str = "summary.json",
 ) -> dict[str, Any]:
     """Return the summary of a run, training and evaluating what of it is not yet in `out`.
 
+    file: where it is kept there, so that one run can have several evaluations.
     Of several processes the first alone evaluates; the others return {}. Raises Stopped where
     `sitting` ends before the training does, and Busy where another process trains in `out`.
     """
+    check_judges(evaluation, config.val)
+
     def found() -> dict[str, Any] | None:
-        summary = finished(config, evaluation, out)
+        summary = finished(config, evaluation, out, file)
         for _ in range(config.epochs if summary else 0):
             after_epoch({})
         return summary
@@ -122,5 +141,5 @@ def train_and_evaluate(
         if not first:
             return {}
         summary = summarise(run, evaluation, out, git)
-        write_json(out / "summary.json", summary)
+        write_json(out / file, summary)
     return summary

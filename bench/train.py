@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from bench import parallel
 from bench.adversarial import attacked, watch_single_step
@@ -22,6 +23,7 @@ from bench.config import Config, differences, usable_device
 from bench.data import Data, load_data, training_images
 from bench.evaluate import correct, robust
 from bench.models import build_model
+from bench.models.airbench import Airbench
 from bench.optimizers import build_optimizer, lr_at
 from bench.passes import step
 from bench.pipeline import Augmentation
@@ -30,6 +32,8 @@ from bench.record import remove_unfinished, write_json, write_jsonl
 from bench.run import Run, forward_of
 from bench.sitting import STOP, Sitting, Stopped
 from bench.weights import start_from
+
+FITTED_TO = 5000  # images, as in airbench; evenly spread, for they may lie class by class
 
 
 def set_up(config: Config, download: bool = False) -> Run:
@@ -49,6 +53,7 @@ def set_up(config: Config, download: bool = False) -> Run:
     model = build_model(
         config.model, config.width, data.channels, len(data.classes), data.mean, data.std
     )
+    fit_to(model, data)
     if config.weights is not None:
         start_from(model, Path(config.weights))
     model = model.to(device)
@@ -68,6 +73,15 @@ def data_of(config: Config, download: bool = False) -> Data:
         config.label_noise, config.noise_kind, config.normalisation, config.reads_lazily,
         config.workers,
     )  # fmt: skip
+
+
+def fit_to(model: nn.Module, data: Data) -> None:
+    """Set what a network takes from the training images before it is trained on them."""
+    if isinstance(model[1], Airbench):
+        n = len(data.train)
+        spread = torch.linspace(0, n - 1, min(n, FITTED_TO), dtype=torch.float64).long()
+        x, _ = data.train.batch(spread.to(data.train.labels.device))
+        model[1].whitening.fit(model[0](x.cpu()))
 
 
 def refuse_empty_shares(smallest: int, held_out: int) -> None:

@@ -77,7 +77,7 @@ def test_comparison_of_combinations():
     with pytest.raises(ValueError, match="no effect"):
         combined(["sam", "at-linf+sam"], "fsam")
     shown = {m: settings(asdict(resolve(m, "cifar6k", {"awp_gamma": 0.01}))) for m in methods}
-    assert shown["fgsm-rs+fsam"] == "rho 0.2, sigma 1.0, lmbda 0.6, eps 8/255, awp_gamma 0.01"
+    assert shown["fgsm-rs+fsam"] == "rho 0.2, sigma 1.0, lmbda 0.6, eps 4/255, awp_gamma 0.01"
     assert shown["at-linf+sam"].startswith("rho 0.2, eps 4/255, alpha 1/255, attack_steps 10")
 
 

@@ -207,6 +207,46 @@ def test_presets_are_what_they_were():
         assert {k: vars(config)[k] for k in row["config"]} == row["config"]
 
 
+@pytest.mark.parametrize("preset", sorted(p.stem for p in RECIPES.glob("presets/*.json")))
+@pytest.mark.parametrize("method, relatives", [
+    ("sam", ["sam-interval", "sam-late", "sam-part", "sam-micro", "sam-full", "sam-noise",
+             "sam-db"]),
+    ("at-linf", ["trades", "fgsm-rs", "n-fgsm"]),
+])  # fmt: skip
+def test_relatives_of_a_method_differ_from_it_in_nothing_but_themselves(preset, method, relatives):
+    its, own = vars(resolve(method, preset, {})), load_recipe(preset).methods
+    for relative in relatives:
+        config = resolve(relative, preset, {})
+        single_step = relative in ("fgsm-rs", "n-fgsm")
+        theirs = {"alpha", "attack_steps"} if single_step else set()
+        values = {k: v for k, v in vars(config).items() if k != "method" and k not in theirs
+                  and k not in own.get(relative, {})}  # fmt: skip
+        changed = {k for k, v in values.items() if v != its[k]}
+        assert changed <= {"interval", "late", "ascent_part", "micro", "full_every", "projection",
+                           "beta"}, relative  # fmt: skip
+        assert not single_step or config.alpha is None
+        assert not single_step or config.attack.alpha >= config.eps  # one step, of the whole ball
+        assert config.eps == its["eps"] and config.rho == its["rho"]
+
+
+def test_a_relative_keeps_what_a_preset_or_an_option_says_of_it(tmp_path):
+    own = tmp_path / "own.json"
+    own.write_text(json.dumps({"methods": {
+        "sam": {"rho": 0.3, "weight_decay": 0.01, "epochs": 7}, "sam-late": {"rho": 0.4},
+        "at-linf": {"eps": "2/255", "alpha": "1/255", "attack_steps": 3},
+        "trades": {"eps": "6/255"},
+    }}))  # fmt: skip
+    late = resolve("sam-late", str(own), {})
+    assert (late.rho, late.weight_decay, late.epochs, late.late) == (0.4, 0.01, 7, 0.75)
+    assert resolve("sam-late", str(own), {"rho": 0.5}).rho == 0.5
+    trades = resolve("trades", str(own), {})
+    assert (trades.eps, trades.alpha, trades.attack_steps) == (6 / 255, 1 / 255, 3)
+    both = resolve("fgsm-rs+sam-micro", str(own), {})
+    assert (both.eps, both.rho, both.weight_decay, both.alpha) == (2 / 255, 0.3, 0.01, None)
+    assert resolve("asam", str(own), {}).rho == 2.0 and resolve("sgd", str(own), {}).epochs == 100
+    assert resolve("at-l2", str(own), {}).eps == 128 / 255
+
+
 def test_the_listing(capsys):
     assert main(["recipes", "sam-at/cifar10/sam"]) == 0
     lines = capsys.readouterr().out.splitlines()

@@ -128,7 +128,7 @@ def test_a_sweep_makes_what_is_left_and_nothing_again(tmp_path, capsys):
 
 def test_studies_have_at_least_three_seeds_and_configs_that_can_be_used():
     names = sorted(p.stem for p in STUDIES.glob("*.json"))
-    assert names == ["batch", "noise", "parts", "rho", "trade-off"]
+    assert names == ["batch", "cifar", "noise", "parts", "rho", "trade-off"]
     for name in names:
         study = load_study(name)
         runs = study_runs(study)
@@ -152,7 +152,8 @@ def test_committed_rows_are_the_studys(name, tmp_path, capsys):
 
 
 def test_unknown_studies_and_rows_that_are_not_the_studys_are_refused(tmp_path, capsys):
-    assert "choose from batch, noise, parts, rho, trade-off" in error(capsys, "study", "sharpness")
+    known = "choose from batch, cifar, noise, parts, rho, trade-off"
+    assert known in error(capsys, "study", "sharpness")
     assert "add --show ROWS" in error(capsys, "study", "rho", "--figure", "x.png")
     rows = STUDIES.parent / "results" / "study-rho.jsonl"
     part = tmp_path / "rows.jsonl"

@@ -142,6 +142,26 @@ def test_schedules():
     assert lr_at(cosine, 199, 0, 391) == pytest.approx(3.084e-6, rel=1e-3)  # F-SAM's log
 
 
+def test_linear_schedule_and_warm_up():
+    linear = tiny("sgd", schedule="linear", warmup=0.15, epochs=2, lr=0.3)
+    rates = [lr_at(linear, e, i, 10) for e in range(2) for i in range(10)]
+    rising, falling = [0.1, 0.2, 0.3], [0.3 * k / 17 for k in range(17, 0, -1)]
+    assert rates == pytest.approx(rising + falling)
+    torchs = torch.optim.SGD([torch.zeros(1)], lr=0.3)
+    schedule = torch.optim.lr_scheduler.LinearLR(torchs, 1.0, 0.0, total_iters=20)
+    cold = tiny("sgd", schedule="linear", epochs=2, lr=0.3)
+    for i in range(20):
+        assert lr_at(cold, *divmod(i, 10), 10) == pytest.approx(schedule.get_last_lr()[0])
+        torchs.step(), schedule.step()
+    piecewise = tiny("sgd", schedule="piecewise", warmup=0.01, epochs=100, lr=0.1)
+    rates = [lr_at(piecewise, e, 0, 10) for e in (0, 1, 74, 75, 90)]
+    assert rates == pytest.approx([0.01, 0.1, 0.1, 0.01, 0.001])
+    cosine = tiny("sgd", schedule="cosine", warmup=0.5, epochs=2, lr=0.2)
+    assert [lr_at(cosine, *place, 4) for place in ((0, 3), (1, 0), (1, 2))] == pytest.approx(
+        [0.2, 0.2, 0.1]
+    )
+
+
 @pytest.mark.parametrize("flip", [False, True])
 def test_augmentation_is_a_crop_of_the_reflected_image(flip):
     images = torch.arange(2 * 200 * 36, dtype=torch.int32).view(200, 2, 6, 6)

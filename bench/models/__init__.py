@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from bench.models.airbench import Airbench, AirbenchReLU
 from bench.models.layers import Normalize
 from bench.models.library import NAMES, library_model
 from bench.models.preactresnet import PreActResNet18
@@ -26,6 +27,8 @@ MODELS = {  # (channels, classes, width) -> network
     "wrn28-10": WRN28x10,
     "wrn28-10-fsam": FSAMWideResNet,
     "pyramidnet110": PyramidNet110,
+    "airbench": Airbench,
+    "airbench-relu": AirbenchReLU,
 }
 
 
