@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from bench.attacks import eps_key
 from bench.config import Config, Evaluation
+from bench.diverged import Diverged
 from bench.evaluate import NORM_NAMES
 from bench.record import append_jsonl, write_json, write_text
 from bench.summary import finished, train_and_evaluate
@@ -65,7 +66,10 @@ def run_all(
 def make(
     runs: dict[str, Config], evaluation: Evaluation, out: Path, jobs: int
 ) -> dict[str, dict[str, Any]]:
-    """Train and evaluate, `jobs` runs at a time; return the summaries by the runs' names."""
+    """Train and evaluate, `jobs` runs at a time; return the summaries by the runs' names.
+
+    Raises Diverged for those that do, after all the others are made.
+    """
     context = multiprocessing.get_context("spawn")
     epochs_done = context.Value("q", 0)
     total = sum(config.epochs for config in runs.values())
@@ -81,10 +85,18 @@ def make(
             done, pending = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
             bar.update(epochs_done.value - bar.n)
             for future in done:
+                if isinstance(future.exception(), Diverged):
+                    bar.write(f"{futures[future]}: {future.exception()}")
+                    continue
                 if future.exception() is not None:
                     pool.shutdown(wait=False, cancel_futures=True)
                 summary = future.result()
                 bar.write(f"{futures[future]}: {one_line(summary)}")
+    if diverged := [name for f, name in futures.items() if isinstance(f.exception(), Diverged)]:
+        raise Diverged(
+            f"{len(diverged)} of {len(runs)} runs diverged ({', '.join(diverged)}); the others are "
+            f"made and stay in {str(out)!r}: lower lr, or repeat the command without these"
+        )
     return {name: future.result() for future, name in futures.items()}
 
 

@@ -29,7 +29,9 @@ def finished(config: Config, evaluation: Evaluation, out: Path) -> dict[str, Any
     return summary if same and not differences(summary["config"], config) else None
 
 
-def summarise(run: Run, evaluation: Evaluation, out: Path, git: str | None) -> dict[str, Any]:
+def summarise(
+    run: Run, evaluation: Evaluation, out: Path, git: str | None, bar: bool = False
+) -> dict[str, Any]:
     """Evaluate last.pt and best.pt of a finished run on the test set, once if they are equal.
 
     images_per_second is the median epoch's, so that a moment's interference does not count.
@@ -46,7 +48,7 @@ def summarise(run: Run, evaluation: Evaluation, out: Path, git: str | None) -> d
         model = rebuild(load_checkpoint(path, device), path, device)
         if run.config.channels_last:
             model = model.to(memory_format=torch.channels_last)
-        results[name] = evaluate(model, test, evaluation)
+        results[name] = evaluate(model, test, evaluation, bar=bar)
     last = results["last"]
     return {
         "method": run.config.method,
@@ -72,11 +74,13 @@ def train_and_evaluate(
     download: bool = False,
     after_epoch: Callable[[dict[str, Any]], None] = lambda row: None,
     sitting: Sitting | None = None,
+    bar: bool = False,
 ) -> dict[str, Any]:
     """Return the summary of a run, training and evaluating what of it is not yet in `out`.
 
-    Of several processes the first alone evaluates; the others return {}. Raises Stopped where
-    `sitting` ends before the training does, and ValueError where another process trains in `out`.
+    bar: show the evaluation's progress on stderr. Of several processes the first alone evaluates;
+    the others return {}. Raises Stopped where `sitting` ends before the training does, Diverged,
+    and ValueError where another process trains in `out`.
     """
     if (summary := finished(config, evaluation, out)) is not None:
         for _ in range(config.epochs):
@@ -87,6 +91,6 @@ def train_and_evaluate(
         run = train(config, out, download, after_epoch, sitting)
         if not first:
             return {}
-        summary = summarise(run, evaluation, out, git)
+        summary = summarise(run, evaluation, out, git, bar)
         write_json(out / "summary.json", summary)
     return summary
