@@ -115,7 +115,7 @@ def unit(g: Tensor) -> Tensor:
 
 def into_l2_ball(delta: Tensor, eps: float) -> Tensor:
     norm = l2_norm(delta)
-    return delta * torch.where(norm > eps, eps / norm, 1.0)
+    return delta * torch.where(norm <= eps, 1.0, eps / norm)  # NaN stays NaN
 
 
 def drawn(x: Tensor, fill: Callable[..., Tensor], generator: Generators) -> Tensor:

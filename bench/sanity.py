@@ -108,13 +108,15 @@ def of_outputs(z: Tensor) -> list[str]:
             ]
     if z.min() >= 0 and z.max() <= 1:
         return [f"the outputs all lie in [0, 1], as sigmoids do: {flat.format('a sigmoid')}"]
-    total = z.logsumexp(1)
-    if constant(total, 1.0) and (total.abs() > 1e-5).all():
-        return [
-            f"the outputs look like shifted log-probabilities (their logsumexp is "
-            f"{total.mean():.3g} always): give the attacks the logits, rounding and floors in such "
-            "outputs hide small probabilities"
-        ]
+    total, at_the_floor = z.logsumexp(1), (z < z.min() + CLOSE * width).double().mean() > PILE
+    if constant(total, 1.0):
+        if at_the_floor or (total.abs() > 1e-5).any():
+            return [
+                "the outputs look like log-probabilities that were shifted or cut off (their "
+                f"logsumexp is {total.mean():.3g} always, the lowest is {z.min():.3g}): give the "
+                "attacks the logits, small probabilities are lost in these"
+            ]
+        return []
     top = z.amax(1)
     piled = (top > z.max() - CLOSE * width).sum().item()
     if piled > max(1, PILE * len(z)):

@@ -9,11 +9,12 @@ from torch import nn
 from torch.distributions import Categorical, kl_divergence
 
 from bench import adversarial, passes
-from bench.adversarial import attacked, loss_of, watch_single_step
-from bench.attacks import Attack, divergence, n_fgsm, trades
+from bench.adversarial import attacked, divergence, loss_of, watch_single_step
+from bench.attacks import Attack, n_fgsm, trades
 from bench.config import check_used, resolve
 from bench.methods import ADVERSARIES, OPTIMIZERS, method_of, split_method
 from bench.models import build_model
+from bench.objectives import SPREAD, spread
 from bench.passes import step
 from bench.run import forward_of
 from bench.train import set_up, train
@@ -53,9 +54,11 @@ def batch():
 
 
 def ascent(model, x, y):
+    """The gradient of the cross-entropy of logits whose first is SPREAD above their third."""
     x = x.clone().requires_grad_(True)
-    (g,) = torch.autograd.grad(F.cross_entropy(model(x), y), x)
-    return g
+    logits = model(x).double()
+    loss = F.cross_entropy(SPREAD * logits / spread(logits), y)
+    return torch.autograd.grad(loss, x)[0]
 
 
 # ---- names
@@ -120,14 +123,16 @@ def test_divergence_is_kullback_and_leiblers():
 
 def test_trades_images_move_the_prediction_within_the_ball(model, batch):
     model, x = model.double(), batch[0].double()  # near x the divergence is small
-    start = x + 0.001 * torch.empty_like(x).normal_(generator=rng(3))
+    start = (x + 0.001 * torch.empty_like(x).normal_(generator=rng(3))).clamp(0, 1)
     assert torch.equal(trades(model, x, Attack("linf", EPS, EPS / 4, 0), rng(3)), start)
     x_adv = trades(model, x, Attack("linf", EPS, EPS / 4, 10), rng(3))
     assert (x_adv - x).abs().max() <= EPS * (1 + 1e-5)
     assert x_adv.min() >= 0 and x_adv.max() <= 1
 
     def moved(z):
-        return kl_divergence(Categorical(logits=model(x)), Categorical(logits=model(z))).mean()
+        clean = model(x).detach()
+        p, q = (Categorical(logits=SPREAD * logits / spread(clean)) for logits in (clean, model(z)))
+        return kl_divergence(p, q).mean()
 
     with torch.no_grad():
         signs = torch.empty_like(x).uniform_(-1, 1, generator=rng(4)).sign()
