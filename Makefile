@@ -2,8 +2,9 @@
 # make test: everything CI runs (ruff, then pytest)
 # make prove: the tests that are too long for every change (marked `long`)
 # make fuzz: 32,000 drawn sequences of events beside the oracle, with fresh seeds (35 minutes)
+# make mutants: thirty faults put into a copy of the code, one at a time; a test must notice each
 # make survive: kill trainings at random moments, 30 times a method; the bits must be the same
-.PHONY: demo test prove fuzz survive lint bench clean
+.PHONY: demo test prove mutants fuzz survive lint bench clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -15,8 +16,11 @@ demo: .venv/ready
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-prove: .venv/ready
+prove: .venv/ready .venv/peers
 	$(BIN)/python -m pytest -m long
+
+mutants: .venv/ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutants
 
 fuzz: .venv/ready
 	$(BIN)/python -m tests.sequences --examples 20000
@@ -46,4 +50,9 @@ clean:
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=77"
 	$(BIN)/python -m pip install --quiet --no-compile --no-build-isolation -e ".[bench,test,recipes]"
+	touch $@
+
+# other people's attacks, for the tests that compare ours with them
+.venv/peers: .venv/ready
+	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[peers]"
 	touch $@

@@ -9,6 +9,7 @@ from torch import nn
 from torch.distributions import Categorical, kl_divergence
 
 from bench import adversarial, passes
+from bench.__main__ import main
 from bench.adversarial import attacked, divergence, loss_of, watch_single_step
 from bench.attacks import Attack, n_fgsm, trades
 from bench.config import check_used, resolve
@@ -88,6 +89,24 @@ def test_a_combination_has_the_values_of_both():
     check_used(["at-linf+sam"], {"rho": 0.1, "eps": "4"})
     with pytest.raises(ValueError, match="rho"):
         check_used(["at-linf", "trades"], {"rho": 0.1})
+
+
+def test_eps_alone_takes_the_presets_share_of_it_as_alpha(capsys, tmp_path):
+    """Not the preset's alpha, which could be four times the ball."""
+    for method, eps, alpha in (("at-linf", "2", 0.5), ("trades+sam", "16/255", 4), ("at-l2", "0.25",
+                               0.25 * 255 / 8)):  # fmt: skip
+        attack = resolve(method, "sam-at-cifar10", {"eps": eps}).attack
+        assert attack.alpha * 255 == pytest.approx(alpha, rel=1e-9)
+        given = resolve(method, "sam-at-cifar10", {"eps": eps, "alpha": "1"}).attack
+        assert (given.eps, given.alpha) == (attack.eps, 1 / 255)
+    config = resolve("at-linf", "sam-at-cifar10", {})
+    assert (config.eps, config.alpha) == (8 / 255, 2 / 255)
+    command = ["train", "--method", "at-linf", "--width", "4", "--epochs", "1", "--eval-linf", "8",
+               "--eval-l2", "0.5", "--eval-steps", "1", "--threads", "1"]  # fmt: skip
+    assert main([*command, "--eps", "8", "--out", str(tmp_path / "a")]) == 0
+    assert "at-linf: eps 8/255 = 0.03137 takes alpha 2/255 = 0.007843" in capsys.readouterr().err
+    assert main([*command, "--eps", "8", "--alpha", "3", "--out", str(tmp_path / "b")]) == 0
+    assert "takes alpha" not in capsys.readouterr().err
 
 
 # ---- adversaries
