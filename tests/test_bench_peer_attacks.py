@@ -1,5 +1,5 @@
-"""Ours beside torchattacks', foolbox's, ART's and AutoAttack's at equal budgets: no weaker, whatever
-the logits' scale."""
+"""Ours beside torchattacks, foolbox, ART and AutoAttack at equal budgets: no weaker, whatever the
+scale of the logits."""
 
 import json
 from pathlib import Path

@@ -263,6 +263,18 @@ def test_bf16_gradients_find_what_float32_ones_do_and_say_so(split):
         resolve_evaluation("digits", {"precision": "fp16"})
 
 
+def test_only_the_gradients_are_made_in_bf16(split):
+    seen, net = set(), copy.deepcopy(model())
+    for layer in net.modules():
+        if isinstance(layer, nn.Conv2d):
+            layer.register_forward_hook(
+                lambda layer, args, out: seen.add((out.dtype, torch.is_grad_enabled())))
+    evaluate(net, split, resolve_evaluation("digits", {
+        "linf": (0.1,), "l2": (), "precision": "bf16", "attacks": ("pgd-1", "fgsm")}))  # fmt: skip
+    assert (torch.bfloat16, True) in seen and (torch.bfloat16, False) not in seen
+    assert (torch.float32, False) in seen
+
+
 def test_what_bf16_finds_is_judged_by_the_model_itself(split):
     """Passes that call every answer wrong end no course early, and make no image fall."""
     x, y = held_out(60)
