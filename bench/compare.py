@@ -11,9 +11,11 @@ from typing import Any
 from tqdm import tqdm
 
 from bench.attacks import eps_key
+from bench.battery import IN_BF16
 from bench.config import Config, Evaluation
 from bench.diverged import Diverged
 from bench.evaluate import NORM_NAMES
+from bench.objectives import TEXT
 from bench.record import append_jsonl, write_json, write_text
 from bench.summary import finished, train_and_evaluate
 from bench.tables import markdown
@@ -173,13 +175,15 @@ def caption(rows: list[dict[str, Any]]) -> str:
     config, evaluation = rows[0]["config"], rows[0]["evaluation"]
     trained = "; ".join(f"{row['method']} {settings(row['config'])}".strip() for row in rows)
     radii = {norm: [eps_key(e) for e in evaluation[norm]] for norm in NORM_NAMES}
+    passes = IN_BF16 if evaluation.get("precision") == "bf16" else ""
     return (
         f"Test accuracy in % on {rows[0]['test_images']} images of {config['data']}, "
         f"{config['model']} of width {config['width']}, {config['epochs']} epochs, last "
         f"checkpoint, seeds {', '.join(map(str, rows[0]['seeds']))}; {rows[0]['device']}.\n"
         f"Methods: {trained}.\n"
-        f"Attacks: PGD-{evaluation['steps']}, random start, 1 restart, model.eval(), images in "
-        f"[0, 1]; l_inf {', '.join(radii['linf'])} with alpha eps/4, l2 {', '.join(radii['l2'])} "
+        f"Attacks: PGD-{evaluation['steps']}, random start, 1 restart, {TEXT}{passes}; "
+        "model.eval(), images in [0, 1]; "
+        f"l_inf {', '.join(radii['linf'])} with alpha eps/4, l2 {', '.join(radii['l2'])} "
         "with alpha eps/8.\nCost: training time per image, relative to the cheapest method."
     )
 

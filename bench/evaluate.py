@@ -47,13 +47,15 @@ def generator_of(seed: int, image: int) -> torch.Generator:
 def withstand(
     model: nn.Module, split: Split, perturb: Perturb, restarts: int, batch_size: int, seed: int = 0,
     forward: Forward | None = None, tell: Callable[[int], Any] = lambda n: None,
+    survivors: list[tuple[Tensor, Tensor]] | None = None,
 ) -> tuple[Tensor, int]:  # fmt: skip
     """Return which images stay right at every restart of an attack, (N,) bool, and how many do not
     because their attack or its answer was not finite.
 
     The model judges the finished images; an image that one restart fools is not tried again.
     forward: the model's passes for gradients; None: its own. tell: takes the number of images after
-    each batch.
+    each batch. survivors: gets the attacked images, up to INSPECTED, that stay right in the first
+    batch where some do, and their labels.
     """
     stands = torch.ones(len(split), dtype=torch.bool, device=split.images.device)
     lost = 0
@@ -69,6 +71,9 @@ def withstand(
             answer = judged(model, x_adv)
             stands[i + left] = answer == y[left]
             lost += (answer == -1).sum().item()
+            if survivors is not None and not survivors and (answer == y[left]).any():
+                kept = (answer == y[left]).nonzero().squeeze(1)[:INSPECTED]
+                survivors.append((x_adv[kept], y[left][kept]))
         tell(len(y))
     return stands, lost
 
@@ -160,14 +165,16 @@ def measured(
         for norm, eps, attacks in planned:
             stands, own = torch.ones(len(right), dtype=torch.bool, device=split.images.device), {}
             for a in attacks:
+                survivors: list[tuple[Tensor, Tensor]] = []
                 kept, lost = withstand(
                     model, right, a.perturb, a.restarts, evaluation.batch_size, 0, forward,
-                    done.update,
+                    done.update, survivors,
                 )  # fmt: skip
                 own[a.name] = kept.sum().item() / len(split)
                 stands &= kept
                 where = f"{NORM_NAMES[norm]} {eps} {a.name}"
                 result["warnings"] += sanity.of_attack(where, lost, len(right))
+                result["warnings"] += sanity.of_survivors(where, model, survivors)
                 with done.external_write_mode(file=sys.stderr):
                     say(f"{where}: {own[a.name]:.2%}")
             result["robust"][norm][eps] = stands.sum().item() / len(split)

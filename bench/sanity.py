@@ -1,5 +1,7 @@
 """Signs that a robust accuracy is not what it seems: what makes gradient attacks fail."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -46,23 +48,43 @@ def of_model(model: nn.Module, x: Tensor, y: Tensor, batch_size: int | None = No
     return of_gradients(model, parts) + of_randomness(z, again) + of_outputs(z)
 
 
-def of_gradients(model: nn.Module, parts: list[tuple[Tensor, Tensor]]) -> list[str]:
+Parts = list[tuple[Tensor, Tensor]]  # images and labels
+
+
+def sizes(model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], parts: Parts) -> Tensor:
+    """Return every image's largest |g|. loss: (logits, labels) -> (B,)."""
+    return torch.cat([largest(ascent(lambda x, y=y: loss(model(x), y), x)) for x, y in parts])
+
+
+def vanishing(g: Tensor) -> tuple[int, str]:
+    """Return how many gradients of these sizes are 0 or denormal, and what to say of them."""
+    still = (g < torch.finfo(g.dtype).tiny).sum().item()
+    return still, "exactly 0" if (g == 0).sum() == still else "0 or too small for float32"
+
+
+def of_survivors(where: str, model: nn.Module, parts: Parts) -> list[str]:
+    """Say where the gradient has vanished on an attack's way, at images that it did not fool."""
+    if not parts:
+        return []
+    g = sizes(model, log_odds, parts)
+    still, size = vanishing(g)
+    if still <= max(1, SHARE * len(g)):
+        return []
+    return [
+        f"{where}: where it ended, the gradient is {size} for {still} of {len(g)} images that it "
+        "did not fool: attacks by gradients get no further there"
+    ]
+
+
+def of_gradients(model: nn.Module, parts: Parts) -> list[str]:
     """Say where no attack, or none that follows cross-entropy as it stands, finds a direction."""
-
-    def cross_entropy(z: Tensor, y: Tensor) -> Tensor:
-        return F.cross_entropy(z, y, reduction="none")
-
-    def sizes(loss: Any) -> Tensor:
-        """Each image's largest |g|."""
-        return torch.cat([largest(ascent(lambda x, y=y: loss(model(x), y), x)) for x, y in parts])
-
-    ours, plain = sizes(log_odds), sizes(cross_entropy)
-    n = len(ours)
-    still = (ours < torch.finfo(ours.dtype).tiny).sum().item()  # 0, or denormal
+    ours = sizes(model, log_odds, parts)
+    plain = sizes(model, partial(F.cross_entropy, reduction="none"), parts)
+    n, (still, size) = len(ours), vanishing(ours)
     if still > SHARE * n:
-        size = "is exactly 0" if (ours == 0).sum() == still else "is 0 or too small for float32"
         return [
-            f"the gradient {size} for {still} of {n} images: attacks by gradients cannot move them"
+            f"the gradient is {size} for {still} of {n} images: attacks by gradients cannot move "
+            "them"
         ]
     faint = (plain < GUARD).sum().item()
     if faint > SHARE * n:

@@ -424,6 +424,25 @@ def test_a_model_that_hides_its_gradients_is_noticed(split, change, said):
     assert any(line.startswith("warning: ") and said in line for line in report(found).split("\n"))
 
 
+def test_a_gradient_that_vanishes_on_the_way_is_noticed(split):
+    """The network is itself at the images, and flat wherever an attack goes."""
+    x, _ = split.batch(slice(0, 60))
+
+    class Flat(nn.Module):
+        def forward(self, z):
+            clean = (z.detach()[:, None] == x).flatten(2).all(2).any(1, keepdim=True)
+            logits = model()(z)
+            return torch.where(clean, logits, logits.detach() + 0 * logits)
+
+    part = split.take(torch.arange(60))
+    found = evaluate(Flat(), part, evaluation(attacks=("pgd-4", "apgd-ce-4")))
+    for name in ("pgd-4", "apgd-ce-4"):
+        said = f"l_inf 16/255 {name}: where it ended, the gradient is exactly 0 for "
+        assert any(text.startswith(said) for text in found["warnings"]), name
+    assert not any("cannot move" in text for text in found["warnings"])
+    assert evaluate(model(), part, evaluation(attacks=("pgd-4", "apgd-ce-4")))["warnings"] == []
+
+
 def test_a_sound_model_is_not_warned_of(split):
     assert sanity.of_model(model(), *split.batch(slice(None))) == []
     for fine in (lambda z: z.log_softmax(1), lambda z: z - z.mean(1, keepdim=True),
