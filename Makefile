@@ -2,10 +2,11 @@
 # make test: everything CI runs (ruff, then pytest)
 # make prove: the tests that are too long for every change (marked `long`)
 # make fuzz: 32,000 drawn sequences of events beside the oracle, with fresh seeds (35 minutes)
+# make mutants: some forty faults put into a copy of the code, one at a time; a test must notice each
 # make newest: `make test` with the newest versions of everything that the index has
 # make oldest: the optimizer's own tests with the oldest torch that is promised (5 GB of disk)
 # make survive: kill trainings at random moments, 30 times a method; the bits must be the same
-.PHONY: demo test prove fuzz newest oldest survive lint bench clean
+.PHONY: demo test prove mutants fuzz newest oldest survive lint bench clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -22,8 +23,11 @@ demo: $(READY)
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-prove: $(READY)
+prove: $(READY) .venv/peers
 	$(BIN)/python -m pytest -m long
+
+mutants: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutants
 
 fuzz: $(READY)
 	$(BIN)/python -m tests.sequences --examples 20000
@@ -69,4 +73,9 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=77"
 	$(BIN)/python -m pip install --quiet --no-compile --no-build-isolation $(VERSIONS) \
 		-e ".[cpu,bench,test,recipes]"
+	touch $@
+
+# other people's attacks, for the tests that compare ours with them
+.venv/peers: .venv/ready
+	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[peers]"
 	touch $@

@@ -71,7 +71,8 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     add("--micro", type=int, help="sam-micro: parts of the batch, each with a climb of its own")
     add("--scale", help="ASAM: all, or weights (the authors' form)")
     add("--eps", help="training attack's radius: 8/255, 8 (the same), or 0.031")
-    add("--alpha", help="training attack's step, written like eps")
+    add("--alpha", help="training attack's step, written like eps (default: the preset's share "
+        "of eps)")  # fmt: skip
     add("--attack-steps", type=int)
     add(
         "--attack-bn",
@@ -117,6 +118,8 @@ def add_evaluation_options(parser: argparse.ArgumentParser) -> None:
         "by which settings are chosen")  # fmt: skip
     add("--eval-data", metavar="DIR", help="the test images of this directory, such as another "
         "encoding, in place of the data's own")  # fmt: skip
+    add("--eval-precision", help="of the attacks' gradients: fp32 (default) or bf16 (in "
+        "channels_last); what they find is judged in float32")  # fmt: skip
 
 
 def add_sitting_options(parser: argparse.ArgumentParser) -> None:
@@ -341,7 +344,7 @@ def evaluation_of(data: str, options: dict[str, Any]):
         if norm in given:
             raise ValueError(f"--eval-{norm} has no effect: --norms leaves {norm} out")
         given[norm] = ()
-    for k in ("steps", "samples", "batch_size", "on", "data"):
+    for k in ("steps", "samples", "batch_size", "on", "data", "precision"):
         if f"eval_{k}" in options:
             given[k] = options[f"eval_{k}"]
     if "eval_attacks" in options:
@@ -388,6 +391,7 @@ def train_in(sitting: Any, options: dict[str, Any]) -> None:
     finished(config, evaluation, out)  # what these two refuse comes before the bar is drawn
     refuse_early(config, out, options["download"])
     quiet = parallel.rank() > 0
+    say_alpha([] if quiet else [config], options)
     with tqdm(total=config.epochs, unit="epoch", desc=config.name, disable=quiet) as bar:
 
         def show(row: dict[str, Any]) -> None:
@@ -396,7 +400,7 @@ def train_in(sitting: Any, options: dict[str, Any]) -> None:
                 bar.set_postfix({k: f"{row[k]:.3f}" for k in SHOWN if k in row})
 
         summary = train_and_evaluate(
-            config, evaluation, out, options["download"], show, sitting
+            config, evaluation, out, options["download"], show, sitting, bar=True
         )
     if quiet:
         return
@@ -405,6 +409,17 @@ def train_in(sitting: Any, options: dict[str, Any]) -> None:
     if published := load_recipe(preset_of(options)).published:
         numbers = ", ".join(f"{name} {value:g}" for name, value in published.items())
         print(f"the recipe's published numbers, in %: {numbers}")
+
+
+def say_alpha(configs: list[Any], options: dict[str, Any]) -> None:
+    """Say on stderr which alpha an --eps without --alpha takes."""
+    from bench.attacks import both_forms
+    from bench.config import takes_alpha
+
+    found = {(c.method, c.attack) for c in configs if c.attack and takes_alpha(options)}
+    for method, attack in sorted(found, key=lambda pair: (pair[0], pair[1].eps)):
+        print(f"{method}: eps {both_forms(attack.eps)} takes alpha {both_forms(attack.alpha)}, the "
+              "preset's share of it; --alpha sets another", file=sys.stderr)  # fmt: skip
 
 
 def combined(methods: list[str], optimizer: str | None) -> list[str]:
@@ -433,6 +448,7 @@ def run_compare(options: dict[str, Any]) -> None:
     ]
     evaluation = evaluation_of(by_seed[0][0].data, options)
     out = options["out"] or Path("runs", preset_of(options))
+    say_alpha(by_seed[0], options)
     compare(by_seed, evaluation, out, options["jobs"], options["rows"], options["download"])
 
 
@@ -445,6 +461,7 @@ def run_sweep(options: dict[str, Any]) -> None:
     preset = preset_of(options)
     runs = runs_of(methods, options["seeds"], grid, preset, options)
     evaluation = evaluation_of(next(iter(runs.values())).data, options)
+    say_alpha(list(runs.values()), options | grid)
     out = options["out"] or Path("runs", f"sweep-{Path(preset).stem}")
     sweep(runs, list(grid), evaluation, out, options["jobs"], options["rows"], options["download"])
 
@@ -524,7 +541,7 @@ def run_evaluate(options: dict[str, Any]) -> None:
     if evaluation.data is not None:
         images = test_images_of(evaluation.data, data, config["image_size"])
     result = evaluate(model, images.to(device), evaluation,
-                      say=lambda text: print(text, file=sys.stderr))  # fmt: skip
+                      say=lambda text: print(text, file=sys.stderr), bar=True)  # fmt: skip
     print(report(result | {"evaluation": asdict(evaluation)}))
     if "rows" in options:
         row = {"checkpoint": "/".join(path.parts[-2:]), **result, "config": checkpoint["config"],
@@ -621,12 +638,15 @@ def run_gpu(options: dict[str, Any]) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Return the exit code: 0, 1 when a benchmark's parity check is red, 2 after one sentence about
-    the input that cannot be used, or 141 where nobody reads the output."""
+    the input that cannot be used, DIVERGED (3) after one about the training that did, or 141 where
+    nobody reads the output."""
     options = vars(build_parser().parse_args(argv))
     command = {"train": run_train, "compare": run_compare, "evaluate": run_evaluate,
                "recipes": run_recipes, "unpack": run_unpack, "sweep": run_sweep,
                "study": run_study_command, "step": run_step, "report": run_report,
                "theory": run_theory, "throughput": run_throughput, "gpu": run_gpu}  # fmt: skip
+    from bench.diverged import DIVERGED, Diverged
+
     try:
         if "TORCHELASTIC_RUN_ID" in os.environ and options["command"] != "train":
             raise ValueError(f"torchrun is for train alone; start {options['command']} without it")
@@ -640,6 +660,9 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
+    except Diverged as e:
+        print(f"error: {e}", file=sys.stderr)
+        return DIVERGED
 
 
 if __name__ == "__main__":

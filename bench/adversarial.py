@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastsam
-from bench.attacks import divergence, n_fgsm, pgd, trades
+from bench.attacks import n_fgsm, pgd, trades
 from bench.data import Split
-from bench.evaluate import robust
+from bench.evaluate import judged, robust
 from bench.methods import SINGLE_STEP
 from bench.run import Forward, Run, forward_of
 
@@ -42,6 +42,12 @@ def perturbed(run: Run, forward: Forward, x: Tensor, y: Tensor, rng: torch.Gener
             return trades(forward, x, run.config.attack, rng)
         case _:
             return pgd(forward, x, y, run.config.attack, rng)
+
+
+def divergence(logits: Tensor, logits_adv: Tensor) -> Tensor:
+    """Return KL(softmax(logits) || softmax(logits_adv)), the mean over the batch."""
+    log_p, log_q = (F.log_softmax(z, 1) for z in (logits, logits_adv))
+    return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
 
 
 def loss_of(run: Run, forward: Forward, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -76,8 +82,7 @@ def watch_single_step(run: Run) -> dict[str, float]:
     for i in range(0, len(split), WATCHED):
         x, y = split.batch(slice(i, i + WATCHED))
         x_adv = perturbed(run, forward, x, y, rng)
-        with torch.no_grad():
-            right += (forward(x_adv).argmax(1) == y).sum().item()
+        right += (judged(forward, x_adv) == y).sum().item()
     pgd_right = robust(run.model, split, config.validation_attack, WATCHED, seed=run.epoch)
     fgsm_acc, pgd_acc = right / len(split), pgd_right.double().mean().item()
     if pgd_acc < fgsm_acc / 2 and fgsm_acc - pgd_acc > 0.2:

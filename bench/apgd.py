@@ -2,18 +2,27 @@
 
 Croce & Hein 2020, "Reliable evaluation of adversarial robustness with an ensemble of diverse
 parameter-free attacks", Algorithm 1, with cross-entropy or the targeted DLR loss, for l_inf and l2.
-x(k) are the iterates, f the objective, eta the step size, w_j the checkpoints, all as there. Every
-image has its own course and leaves the batch when an iterate is misclassified.
+x(k) are the iterates, f the objective, eta the step size, w_j the checkpoints, all as there; for
+cross-entropy, f are the log-odds that it rises with (bench.objectives). Every image has its own
+course and leaves the batch when an iterate is misclassified.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from bench.attacks import Attack, l2_norm, random_start
+from bench.attacks import (
+    Attack,
+    Forward,
+    Generators,
+    into_l2_ball,
+    largest,
+    lost_where,
+    random_start,
+    unit,
+)
+from bench.objectives import answers, log_odds, spread, targeted_dlr
 
 RHO = 0.75  # the share of a stretch's steps that must raise f
 ALPHA = 0.75  # the new step's weight beside the momentum
@@ -29,29 +38,10 @@ def checkpoints(steps: int) -> list[int]:
     return sorted({-(-percent * steps // 100) for percent in p if 0 < percent <= 100})
 
 
-def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
-    """Return every image's cross-entropy, as log(1 + e^-margin): where float32 rounds the usual
-    form to 0, this one and its gradient still tell confident images apart."""
-    own = logits.gather(1, y[:, None]).squeeze(1)
-    others = logits.scatter(1, y[:, None], -torch.inf).logsumexp(1)
-    return F.softplus(others - own)
-
-
-def targeted_dlr(logits: Tensor, y: Tensor, t: Tensor) -> Tensor:
-    """Return the targeted difference of logits ratio of every image, for the target classes t:
-    -(z_y - z_t) / (z_1st - (z_3rd + z_4th) / 2). Needs four classes."""
-    first, _, third, fourth = logits.topk(4).values.unbind(1)
-    z_y, z_t = (logits.gather(1, c[:, None]).squeeze(1) for c in (y, t))
-    return -(z_y - z_t) / (first - (third + fourth) / 2 + 1e-12)
-
-
 def project(x_adv: Tensor, x: Tensor, norm: str, eps: float) -> Tensor:
     """Return x_adv moved into the eps ball around x, then into the box of images."""
     delta = x_adv - x
-    if norm == "linf":
-        delta = delta.clamp(-eps, eps)
-    else:
-        delta = delta * (eps / l2_norm(delta)).clamp_max(1)
+    delta = delta.clamp(-eps, eps) if norm == "linf" else into_l2_ball(delta, eps)
     return (x + delta).clamp(0, 1)
 
 
@@ -59,16 +49,17 @@ def project(x_adv: Tensor, x: Tensor, norm: str, eps: float) -> Tensor:
 class Course:
     """The images that are still right, an entry of each tensor for every one.
 
-    index: its place in the batch. now, before: x(k) and x(k-1). g, f: the gradient and objective
-    at x(k). best, g_best, f_best: x_max, its gradient and objective. eta: the step size. rises:
-    steps since the last checkpoint that raised f. f_checked, halved: f_best at the last checkpoint,
-    and whether eta was halved there.
+    index: its place in the batch. scale: the logits' spread at x(0). now, before: x(k) and x(k-1).
+    g, f: the gradient and objective at x(k). best, g_best, f_best: x_max, its gradient and
+    objective. eta: the step size. rises: steps since the last checkpoint that raised f. f_checked,
+    halved: f_best at the last checkpoint, and whether eta was halved there.
     """
 
     index: Tensor
     x: Tensor
     y: Tensor
     t: Tensor
+    scale: Tensor
     now: Tensor
     before: Tensor
     g: Tensor
@@ -111,7 +102,7 @@ class Course:
 
     def climb(self, norm: str, eps: float, alpha: float) -> None:
         """x(k+1) = P(x(k) + alpha (z - x(k)) + (1 - alpha) (x(k) - x(k-1))), z the plain step."""
-        direction = self.g.sign() if norm == "linf" else self.g / l2_norm(self.g)
+        direction = self.g.sign() if norm == "linf" else unit(self.g)
         z = project(self.now + self.eta * direction, self.x, norm, eps)
         step = alpha * (z - self.now) + (1 - alpha) * (self.now - self.before)
         self.before, self.now = self.now, project(self.now + step, self.x, norm, eps)
@@ -123,28 +114,32 @@ def start(x: Tensor, y: Tensor, t: Tensor | None, x0: Tensor, eps: float) -> Cou
     low = x.new_full((n,), -torch.inf)  # x0 is an improvement on it, and no rise
     index = torch.arange(n, device=x.device)
     return Course(
-        index=index, x=x, y=y, t=y if t is None else t, now=x0, before=x0, g=nothing, f=-low,
-        best=x0, g_best=nothing, f_best=low, eta=x.new_full((n, 1, 1, 1), 2 * eps),
-        rises=torch.zeros_like(index), f_checked=low, halved=torch.ones_like(index).bool(),
+        index=index, x=x, y=y, t=y if t is None else t, scale=low[:, None],
+        now=x0, before=x0, g=nothing, f=-low, best=x0, g_best=nothing, f_best=low,
+        eta=x.new_full((n, 1, 1, 1), 2 * eps), rises=torch.zeros_like(index), f_checked=low,
+        halved=torch.ones_like(index).bool(),
     )  # fmt: skip
 
 
 def apgd(
-    forward: Callable[[Tensor], Tensor],
+    forward: Forward,
     x: Tensor,
     y: Tensor,
     norm: str,
     eps: float,
     steps: int,
     t: Tensor | None = None,
-    generator: torch.Generator | None = None,
+    generator: Generators = None,
+    judge: Forward | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return (B, C, H, W) images in [0, 1] within eps of x, and which of them are misclassified.
 
-    The first misclassified iterate of an image, or the one of highest objective. forward: images ->
-    (B, classes) logits, without randomness. norm: "linf" or "l2". t: (B,) target classes for the
-    DLR loss, None for cross-entropy. generator: of x's device, for the random start. A step takes
-    one forward and one backward pass, the start another; x(w_j) is what a checkpoint replaces.
+    The first misclassified iterate of an image, or the one of highest objective; NaN, and counted
+    as misclassified, where the gradient is not finite. forward: images -> (B, classes) logits,
+    without randomness. norm: "linf" or "l2". t: (B,) target classes for the DLR loss, None for
+    cross-entropy. generator: for the random start, as in pgd. judge: must agree that an iterate is
+    misclassified, where forward is less exact; None: forward decides. A step takes one forward and
+    one backward pass, the start another; x(w_j) is what a checkpoint replaces.
     """
     x0 = random_start(x, Attack(norm, eps, eps, steps), generator)
     found, fooled = x0.clone(), torch.zeros_like(y, dtype=torch.bool)
@@ -154,16 +149,20 @@ def apgd(
         now = course.now.detach().requires_grad_(not ends)
         with torch.set_grad_enabled(not ends):
             logits = forward(now)
-            f = cross_entropy(logits, course.y) if t is None else targeted_dlr(
+            if k == 0:
+                course.scale = spread(logits)
+            f = log_odds(logits, course.y, course.scale) if t is None else targeted_dlr(
                 logits, course.y, course.t
             )  # fmt: skip
         g = course.g if ends else torch.autograd.grad(f.sum(), now)[0]
         course.now = now.detach()
         course.arrive(f.detach(), g)
-        right = logits.argmax(1) == course.y
-        found[course.index[~right]] = course.now[~right]
-        fooled[course.index[~right]] = True
-        course = course.keep(right)
+        right = still_right(logits.detach(), course, judge)
+        lost = right & ~largest(g).isfinite()
+        over = ~right | lost
+        found[course.index[over]] = lost_where(lost, course.now)[over]
+        fooled[course.index[over]] = True
+        course = course.keep(~over)
         if ends or not len(course.index):
             break
         if k in checks:
@@ -174,14 +173,24 @@ def apgd(
     return found, fooled
 
 
+def still_right(logits: Tensor, course: Course, judge: Forward | None) -> Tensor:
+    right = answers(logits) == course.y
+    if judge is not None and not right.all():
+        wrong = (~right).nonzero().squeeze(1)
+        with torch.no_grad():
+            right[wrong] = answers(judge(course.now[wrong])) == course.y[wrong]
+    return right
+
+
 def apgd_targeted(
-    forward: Callable[[Tensor], Tensor],
+    forward: Forward,
     x: Tensor,
     y: Tensor,
     norm: str,
     eps: float,
     steps: int,
-    generator: torch.Generator | None = None,
+    generator: Generators = None,
+    judge: Forward | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return what `apgd` does, after one run for each of the 9 other classes (or as many as there
     are) that have the highest logits at x; images that one run fools take no part in the next."""
@@ -194,6 +203,11 @@ def apgd_targeted(
         if not len(left):
             break
         found[left], fooled[left] = apgd(
-            forward, x[left], y[left], norm, eps, steps, t[left], generator
+            forward, x[left], y[left], norm, eps, steps, t[left], of_images(generator, left), judge
         )
     return found, fooled
+
+
+def of_images(generator: Generators, index: Tensor) -> Generators:
+    """Return the generators of the images at `index`; one for the whole batch stays that."""
+    return [generator[i] for i in index.tolist()] if isinstance(generator, list) else generator

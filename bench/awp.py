@@ -7,8 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from bench import parallel
-
-GUARD = 1e-20
+from bench.attacks import unit
 
 
 def climbs(model: nn.Module, loss: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -21,7 +20,7 @@ def climbs(model: nn.Module, loss: Tensor) -> list[tuple[Tensor, Tensor]]:
         if p.requires_grad and p.ndim > 1 and "weight" in name
     ]  # fmt: skip
     gs = parallel.mean(torch.autograd.grad(loss, ws))
-    return [(w, w.detach().norm() / (g.norm() + GUARD) * g) for w, g in zip(ws, gs, strict=True)]
+    return [(w, w.detach().norm() * unit(g[None])[0]) for w, g in zip(ws, gs, strict=True)]
 
 
 @contextmanager

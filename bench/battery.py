@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from bench.apgd import TARGETS, apgd, apgd_targeted
-from bench.attacks import Attack, evaluation_attack, pgd, plain_climb
+from bench.attacks import Attack, Forward, Generators, evaluation_attack, fgsm, pgd
+from bench.objectives import TEXT
 from bench.radii import both_forms
 from bench.record import package_version
 
@@ -20,15 +21,18 @@ PATTERN = re.compile(r"(clean|fgsm|autoattack|(pgd|apgd-ce|apgd-t)(-[1-9]\d*)?(-
 APGD_STEPS = 100
 AUTOATTACK = ("autoattack", "pyautoattack")  # the authors' module, from source and as a package
 
-Perturb = Callable[[nn.Module, Tensor, Tensor, torch.Generator], Tensor]
+IN_BF16 = "; gradients in bf16, judged in float32"
+
+Perturb = Callable[[Forward, Tensor, Tensor, Generators, nn.Module], Tensor]
 
 
 @dataclass(frozen=True)
 class Attempt:
     """An attack at one radius.
 
-    text: its whole configuration. perturb: (model, x, y, generator) -> images to judge, of a model
-    in eval mode. restarts: how often it is tried; an image is robust when it withstands all.
+    text: its whole configuration. perturb: (forward, x, y, generators, model) -> images to judge,
+    of a model in eval mode; forward makes its passes for gradients, perhaps less exactly. restarts:
+    how often it is tried; an image is robust when it withstands all.
     """
 
     name: str
@@ -46,23 +50,27 @@ def split_name(name: str) -> tuple[str, int | None, int]:
     return kind or whole, int(steps[1:]) if steps else None, int(restarts[1:]) if restarts else 1
 
 
-def attempt(name: str, norm: str, eps: float, steps: int, classes: int) -> Attempt:
+def attempt(
+    name: str, norm: str, eps: float, steps: int, classes: int, precision: str = "fp32"
+) -> Attempt:
     """Return the attack that a name stands for; "clean" has none.
 
     norm: "linf" or "l2". eps: for images in [0, 1]. steps: of a plain "pgd". classes: the model's.
-    Raises ValueError for an unknown name, for too few classes, and for AutoAttack that is not
-    installed.
+    precision: of the passes for gradients, which AutoAttack always makes in fp32. Raises ValueError
+    for an unknown name, for too few classes, and for AutoAttack that is not installed.
     """
     kind, own_steps, restarts = split_name(name)
+    passes = IN_BF16 if precision == "bf16" else ""
     tries = f"{restarts} restart{'s' if restarts > 1 else ''}"
     ball = f"{norm}, eps {both_forms(eps)}"
     if kind == "fgsm":
-        text = f"FGSM, {ball}, one step of eps, no random start, cross-entropy"
-        return Attempt(name, text, one_step(norm, eps))
+        text = f"FGSM, {ball}, one step of eps, no random start, {TEXT}{passes}"
+        attack = Attack(norm, eps, eps, 1)
+        return Attempt(name, text, lambda forward, x, y, rng, model: fgsm(forward, x, y, attack))
     if kind == "pgd":
         attack = evaluation_attack(norm, eps, own_steps or steps)
         text = (f"PGD-{attack.steps}, {ball}, alpha {both_forms(attack.alpha)}, random start, "
-                f"{tries}, cross-entropy")  # fmt: skip
+                f"{tries}, {TEXT}{passes}")  # fmt: skip
         return Attempt(name, text, by_pgd(attack), restarts)
     if kind == "autoattack":
         return autoattack(norm, eps, classes)
@@ -70,8 +78,10 @@ def attempt(name: str, norm: str, eps: float, steps: int, classes: int) -> Attem
     start = f"{ball}, step from 2 eps, random start, {tries}"
     if kind == "apgd-ce":
         return Attempt(
-            name, f"APGD-{own_steps}, {start}, cross-entropy",
-            lambda model, x, y, rng: apgd(model, x, y, norm, eps, own_steps, generator=rng)[0],
+            name, f"APGD-{own_steps}, {start}, {TEXT}{passes}",
+            lambda forward, x, y, rng, model: apgd(
+                forward, x, y, norm, eps, own_steps, None, rng, exact(model, forward)
+            )[0],
             restarts,
         )  # fmt: skip
     if classes < 4:
@@ -80,27 +90,22 @@ def attempt(name: str, norm: str, eps: float, steps: int, classes: int) -> Attem
             f"{classes}; use apgd-ce"
         )
     return Attempt(
-        name, f"APGD-{own_steps}, {start}, DLR at each of {min(TARGETS, classes - 1)} targets",
-        lambda model, x, y, rng: apgd_targeted(model, x, y, norm, eps, own_steps, rng)[0],
+        name,
+        f"APGD-{own_steps}, {start}, DLR at each of {min(TARGETS, classes - 1)} targets{passes}",
+        lambda forward, x, y, rng, model: apgd_targeted(
+            forward, x, y, norm, eps, own_steps, rng, exact(model, forward)
+        )[0],
         restarts,
     )  # fmt: skip
 
 
+def exact(model: nn.Module, forward: Forward) -> nn.Module | None:
+    """Return the model where its passes for gradients are less exact than its own."""
+    return None if forward is model else model
+
+
 def by_pgd(attack: Attack) -> Perturb:
-    return lambda model, x, y, generator: pgd(model, x, y, attack, generator)
-
-
-def one_step(norm: str, eps: float) -> Perturb:
-    """The fast gradient sign method (Goodfellow et al. 2015); for l2, along the gradient itself."""
-
-    def perturb(model: nn.Module, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
-        x = x.clone().requires_grad_(True)
-        loss = nn.functional.cross_entropy(model(x), y, reduction="sum")
-        (g,) = torch.autograd.grad(loss, x)
-        x = x.detach()
-        return plain_climb(x, g, x, Attack(norm, eps, eps, 1))
-
-    return perturb
+    return lambda forward, x, y, generator, model: pgd(forward, x, y, attack, generator)
 
 
 def autoattack(norm: str, eps: float, classes: int) -> Attempt:
@@ -116,7 +121,9 @@ def autoattack(norm: str, eps: float, classes: int) -> Attempt:
     text = (f"AutoAttack standard, {norm}, eps {both_forms(eps)}, seed 0, {module.__name__} "
             f"{release or '(version unknown)'}")  # fmt: skip
 
-    def perturb(model: nn.Module, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
+    def perturb(
+        forward: Forward, x: Tensor, y: Tensor, generator: Generators, model: nn.Module
+    ) -> Tensor:
         # some releases print their progress
         with redirect_stdout(sys.stderr), left_as_it_was(model, x.device):
             attack = module.AutoAttack(

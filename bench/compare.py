@@ -13,8 +13,11 @@ from typing import Any
 
 from tqdm import tqdm
 
+from bench.battery import IN_BF16
 from bench.config import Config, Evaluation
+from bench.diverged import Diverged
 from bench.evaluate import NORM_NAMES
+from bench.objectives import TEXT
 from bench.radii import eps_key, in_both_forms, labelled
 from bench.record import (
     Busy,
@@ -84,46 +87,58 @@ def make(
     """Train and evaluate, `jobs` runs at a time; return the summaries by the runs' names.
 
     Runs that another process is at work on are left for the end, and then taken from it, or up
-    where it was ended. Raises OSError where a process here is killed.
+    where it was ended. Raises OSError where a process here is killed, and Diverged for runs that
+    do, after all the others are made.
     """
     context = multiprocessing.get_context("spawn")
     epochs_done = context.Value("q", 0)
     total = sum(config.epochs for config in runs.values())
     summaries: dict[str, dict[str, Any]] = {}
+    diverged: dict[str, Diverged] = {}
     said = ""
     with (
         ProcessPoolExecutor(jobs, context, start_worker, (epochs_done,)) as pool,
         tqdm(total=total, unit="epoch", desc=f"{len(runs)} runs", smoothing=0.02) as bar,
     ):
-        while left := {name: runs[name] for name in runs if name not in summaries}:
+        while left := {name: runs[name] for name in runs if name not in {**summaries, **diverged}}:
             futures = {pool.submit(work, config, evaluation, out / name): name
                        for name, config in left.items()}  # fmt: skip
-            for name, summary in completed(futures, pool, lambda: bar.update(
+            for name, made in completed(futures, pool, lambda: bar.update(
                 epochs_done.value - bar.n
             )):  # fmt: skip
-                summaries[name] = summary
-                bar.write(f"{name}: {one_line(summary)}")
-            if elsewhere := ", ".join(name for name in runs if name not in summaries):
+                if isinstance(made, Diverged):
+                    diverged[name] = made
+                    bar.write(f"{name}: {made}")
+                    continue
+                summaries[name] = made
+                bar.write(f"{name}: {one_line(made)}")
+            if elsewhere := ", ".join(n for n in left if n not in {**summaries, **diverged}):
                 if elsewhere != said:
                     bar.write(f"at work in another process, waited for: {elsewhere}")
                 said = elsewhere
                 time.sleep(ASKED_AGAIN)
+    if diverged:
+        raise Diverged(
+            f"{len(diverged)} of {len(runs)} runs diverged ({', '.join(diverged)}); the others are "
+            f"made and stay in {str(out)!r}: lower lr, or repeat the command without these"
+        )
     return summaries
 
 
 def completed(
     futures: dict[Future, str], pool: ProcessPoolExecutor, tick: Callable[[], None]
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield name and summary of each run as it ends, but of those that others are at work on.
-    tick: called all the while. The first error ends the wait, when what is under way has ended."""
+) -> Iterator[tuple[str, dict[str, Any] | Diverged]]:
+    """Yield name and summary of each run as it ends, or its divergence, but of those that others
+    are at work on. tick: called all the while. The first other error ends the wait, when what is
+    under way has ended."""
     pending = set(futures)
     while pending:
         done, pending = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
         tick()
         for future in done:
             error = future.exception()
-            if error is None:
-                yield futures[future], future.result()
+            if error is None or isinstance(error, Diverged):
+                yield futures[future], error or future.result()
             elif isinstance(error, BrokenProcessPool):
                 raise ChildProcessError(
                     f"a process that trained was killed (of {', '.join(futures.values())}); repeat "
@@ -227,12 +242,14 @@ def caption(rows: list[dict[str, Any]]) -> str:
     network = ", ".join(text for k, text in common.items() if k not in apart)
     devices = "; ".join(dict.fromkeys(row["device"] for row in rows))
     radii = {norm: [labelled(eps_key(e)) for e in evaluation[norm]] for norm in NORM_NAMES}
+    passes = IN_BF16 if evaluation.get("precision") == "bf16" else ""
     return (
         f"Test accuracy in % on {rows[0]['test_images']} images of {config['data']}, {network}, "
         f"last checkpoint, seeds {', '.join(map(str, rows[0]['seeds']))}; {devices}.\n"
         f"Methods: {in_both_forms(methods)}.\n"
-        f"Attacks: PGD-{evaluation['steps']}, random start, 1 restart, model.eval(), images in "
-        f"[0, 1]; l_inf {', '.join(radii['linf'])} with alpha eps/4, l2 {', '.join(radii['l2'])} "
+        f"Attacks: PGD-{evaluation['steps']}, random start, 1 restart, {TEXT}{passes}; "
+        "model.eval(), images in [0, 1]; "
+        f"l_inf {', '.join(radii['linf'])} with alpha eps/4, l2 {', '.join(radii['l2'])} "
         "with alpha eps/8.\nCost: training time per image, relative to the cheapest method."
     )
 

@@ -181,7 +181,8 @@ class Evaluation:
     linf, l2: radii for images in [0, 1]. steps: of the attack "pgd". samples: how many test images,
     None for all. attacks: names of bench.battery. on: "test" images, or those that were "held-out"
     of the training images, by which settings are chosen. data: another directory whose test images
-    take the place of the data's own, such as another encoding of them.
+    take the place of the data's own, such as another encoding of them. precision: of the
+    attacks' passes for gradients, fp32 or bf16; what they found is judged in float32.
     """
 
     linf: tuple[float, ...]
@@ -192,6 +193,7 @@ class Evaluation:
     attacks: tuple[str, ...] = ("pgd",)
     on: str = "test"
     data: str | None = None
+    precision: str = "fp32"
 
 
 def resolve(method: str | None, recipe: str | None, options: dict[str, Any]) -> Config:
@@ -199,9 +201,9 @@ def resolve(method: str | None, recipe: str | None, options: dict[str, Any]) -> 
 
     method: a name of bench.methods; None: the recipe's, or sgd. recipe: a recipe or a preset; None:
     the preset that suits the data. options: the command line's explicit values by field name, eps
-    and alpha as text, and "optimizer". Values that the method does not use (rho for sgd) are left
-    out, so that one command line serves a comparison. Raises ValueError for unknown names and
-    values out of range.
+    and alpha as text, and "optimizer". An eps without an alpha takes the preset's alpha / eps.
+    Values that the method does not use (rho for sgd) are left out, so that one command line serves
+    a comparison. Raises ValueError for unknown names and values out of range.
     """
     file = load_recipe(recipe or preset_of(options))
     settings = {f.name for f in fields(Config)}
@@ -212,7 +214,8 @@ def resolve(method: str | None, recipe: str | None, options: dict[str, Any]) -> 
         adversary, own = split_method(file.config.get("method", "sgd"))
         method, optimizer = adversary or "standard", optimizer or own
     method = method_of(method, optimizer)
-    values = values_of(method) | file.values(*split_method(method)) | options
+    preset = values_of(method) | file.values(*split_method(method))
+    values = preset | options
     fitting = settings - (USED_BY.keys() - values_of(method).keys())
     values = {k: v for k, v in values.items() if k in fitting} | {"method": method}
     values["recipe"] = file.name if file.published else None
@@ -220,9 +223,12 @@ def resolve(method: str | None, recipe: str | None, options: dict[str, Any]) -> 
         values.pop("nesterov", None)  # a preset's, of its SGD
     norm = "l2" if method.startswith("at-l2") else "linf"
     refuse_mixed_steps({k: options[k] for k in ("eps", "alpha") if k in options and k in values})
-    for k in ("eps", "alpha"):
-        if isinstance(values.get(k), str):
-            values[k] = parse_eps(values[k], norm, options.get("force", False))
+    for given in (values, preset):
+        for k in ("eps", "alpha"):
+            if isinstance(given.get(k), str):
+                given[k] = parse_eps(given[k], norm, options.get("force", False))
+    if takes_alpha(options) and values.get("alpha") is not None:
+        values["alpha"] *= values["eps"] / preset["eps"]
     config = Config(**values)
     check(config)
     return config
@@ -234,6 +240,11 @@ def refuse_mixed_steps(given: dict[str, Any]) -> None:
     texts = [text for text in given.values() if isinstance(text, str)]
     where = " ".join(f"--{k} {text}" for k, text in given.items())
     refuse_mixed([text for text in texts if form_of(text) != "fraction"], where)
+
+
+def takes_alpha(options: dict[str, Any]) -> bool:
+    """Whether the command line gives the training attack's radius and leaves its step to follow."""
+    return "eps" in options and "alpha" not in options
 
 
 def check_used(methods: list[str], options: dict[str, Any]) -> None:
@@ -352,6 +363,8 @@ def resolve_evaluation(data: str, options: dict[str, Any]) -> Evaluation:
             f"images held out of training are the training data's, not of {result.data!r}; leave "
             "one of the two out"
         )
+    if result.precision not in ("fp32", "bf16"):
+        raise ValueError(f"unknown precision {result.precision!r} of attacks; choose fp32 or bf16")
     return result
 
 

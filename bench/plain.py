@@ -18,6 +18,7 @@ from torchvision import transforms
 
 from bench.attacks import Attack, random_start
 from bench.config import Config
+from bench.objectives import log_odds
 from bench.peers import PerParameterFriendlySAM, PerParameterSAM
 from bench.pipeline import Augmentation
 from fastsam import freeze_bn_stats
@@ -127,7 +128,7 @@ def attacked(
     with nullcontext() if in_eval else freeze_bn_stats(model):
         for _ in range(config.attack.steps):
             x_adv = x_adv.detach().requires_grad_()
-            F.cross_entropy(model(x_adv), y).backward()
+            log_odds(model(x_adv), y).sum().backward()
             x_adv = climb(x_adv.detach(), x_adv.grad, x, config.attack)
     model.zero_grad()
     model.train()

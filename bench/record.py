@@ -3,6 +3,7 @@
 import errno
 import glob
 import json
+import math
 import os
 import platform
 import secrets
@@ -144,14 +145,31 @@ def write_text(path: Path, text: str) -> None:
         tmp.write_text(text)
 
 
+def finite(value: Any) -> Any:
+    """Return `value` with null in the place of every number that is not finite."""
+    match value:
+        case float():
+            return value if math.isfinite(value) else None
+        case dict():
+            return {k: finite(v) for k, v in value.items()}
+        case list() | tuple():
+            return [finite(v) for v in value]
+    return value
+
+
+def strict_json(value: Any, indent: int | None = None) -> str:
+    """Return JSON that every parser reads: NaN and inf, which it does not know, are null."""
+    return json.dumps(finite(value), indent=indent, allow_nan=False)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON, atomically."""
-    write_text(path, json.dumps(value, indent=2) + "\n")
+    write_text(path, strict_json(value, indent=2) + "\n")
 
 
 def write_jsonl(path: Path, rows: list[dict]) -> None:
     """Write one JSON object a line, atomically."""
-    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+    write_text(path, "".join(strict_json(row) + "\n" for row in rows))
 
 
 def append_jsonl(path: Path, rows: list[dict]) -> None:
@@ -165,7 +183,7 @@ def append_jsonl(path: Path, rows: list[dict]) -> None:
         except UnicodeDecodeError as e:
             raise ValueError(f"{str(path)!r} is no JSONL ({e}); give another file") from e
         old = [line for line in old if line.strip()]
-        new = [line for line in map(json.dumps, rows) if line not in old]
+        new = [line for line in map(strict_json, rows) if line not in old]
         write_text(path, "".join(line + "\n" for line in old + new))
 
 

@@ -70,7 +70,9 @@ def judges_of(run: Run, evaluation: Evaluation) -> Split | Photographs:
     return images.to(run.device)
 
 
-def summarise(run: Run, evaluation: Evaluation, out: Path, git: str | None) -> dict[str, Any]:
+def summarise(
+    run: Run, evaluation: Evaluation, out: Path, git: str | None, bar: bool = False
+) -> dict[str, Any]:
     """Evaluate last.pt and best.pt of a finished run, once if they are equal.
 
     images_per_second is the median epoch's, so that a moment's interference does not count.
@@ -87,7 +89,7 @@ def summarise(run: Run, evaluation: Evaluation, out: Path, git: str | None) -> d
         model = rebuild(load_checkpoint(path, device), path, device)
         if run.config.channels_last:
             model = model.to(memory_format=torch.channels_last)
-        results[name] = evaluate(model, images, evaluation)
+        results[name] = evaluate(model, images, evaluation, bar=bar)
     last = results["last"]
     return {
         "method": run.config.method,
@@ -116,12 +118,15 @@ def train_and_evaluate(
     after_epoch: Callable[[dict[str, Any]], None] = lambda row: None,
     sitting: Sitting | None = None,
     file: str = "summary.json",
+    bar: bool = False,
 ) -> dict[str, Any]:
     """Return the summary of a run, training and evaluating what of it is not yet in `out`.
 
     file: where it is kept there, so that one run can have several evaluations.
+    bar: show the evaluation's progress on stderr.
     Of several processes the first alone evaluates; the others return {}. Raises Stopped where
-    `sitting` ends before the training does, and Busy where another process trains in `out`.
+    `sitting` ends before the training does, Diverged, and Busy where another process trains in
+    `out`.
     """
     check_judges(evaluation, config.val)
 
@@ -140,6 +145,6 @@ def train_and_evaluate(
         run = train(config, out, download, after_epoch, sitting)
         if not first:
             return {}
-        summary = summarise(run, evaluation, out, git)
+        summary = summarise(run, evaluation, out, git, bar)
         write_json(out / file, summary)
     return summary

@@ -7,13 +7,14 @@ the same weights; the first alone writes.
 
 import math
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bench import parallel
 from bench.adversarial import attacked, watch_single_step
@@ -21,9 +22,11 @@ from bench.board import open_board, write_row
 from bench.checkpoint import changed_data, load_checkpoint, load_weights, save_checkpoint
 from bench.config import Config, differences, usable_device
 from bench.data import Data, load_data, training_images
+from bench.diverged import Diverged
 from bench.evaluate import correct, robust
 from bench.models import build_model
 from bench.models.airbench import Airbench
+from bench.objectives import answers
 from bench.optimizers import build_optimizer, lr_at
 from bench.passes import step
 from bench.pipeline import Augmentation
@@ -154,7 +157,8 @@ def save(run: Run, out: Path, position: dict[str, Any] | None = None) -> None:
 def train_epoch(run: Run, epoch: int, out: Path, sitting: Sitting) -> dict[str, Any]:
     """Train one epoch, or the rest of it; return its row of metrics.
 
-    Sums stay on the device until its end. Writes last.pt when it is due. Raises Stopped.
+    Sums stay on the device until its end. Writes last.pt when it is due. Raises Stopped and
+    Diverged.
     """
     config, n = run.config, len(run.data.train)
     here = Position(run, epoch)
@@ -176,7 +180,7 @@ def train_epoch(run: Run, epoch: int, out: Path, sitting: Sitting) -> dict[str, 
         x = x.clone(memory_format=torch.contiguous_format)
         x = attacked(run, to_attack, x, y, here.attack)
         loss, logits = step(run, to_train, x, y)
-        here.sums += torch.stack([loss * len(y), (logits.argmax(1) == y).sum()])
+        here.sums += torch.stack([loss * len(y), (answers(logits) == y).sum()])
         here.done = i + 1
         if here.done < steps and (demand := sitting.demand(run.device, here.done)):
             here.seconds += time.perf_counter() - start
@@ -186,7 +190,7 @@ def train_epoch(run: Run, epoch: int, out: Path, sitting: Sitting) -> dict[str, 
             sitting.saved, start = time.monotonic(), time.perf_counter()
     loss_sum, right = parallel.total(here.sums).tolist()
     seconds = here.seconds + time.perf_counter() - start
-    return {
+    row = {
         "epoch": epoch,
         "lr": run.opt.param_groups[0]["lr"],
         "train_loss": loss_sum / n,
@@ -194,6 +198,8 @@ def train_epoch(run: Run, epoch: int, out: Path, sitting: Sitting) -> dict[str, 
         "seconds": seconds,
         "images_per_second": n / seconds,
     }
+    refuse_divergence(run, row, loss, out)
+    return row
 
 
 def validate(run: Run) -> dict[str, Any]:
@@ -224,7 +230,8 @@ def train(
     Writes config.json, metrics.jsonl, last.pt, and best.pt, the first epoch of the highest
     validation accuracy, the last where nothing is held out. after_epoch: called with every
     finished epoch's row, those of earlier sittings included. Raises ValueError, before anything is
-    written, for what set_up and load_state refuse, and Stopped where `sitting` ends before.
+    written, for what set_up and load_state refuse, Stopped where `sitting` ends before, and
+    Diverged.
     """
     sitting = sitting or Sitting()
     run = set_up(config, download)
@@ -250,6 +257,28 @@ def train(
     if first:
         write_jsonl(out / "metrics.jsonl", run.history)
     return run
+
+
+def refuse_divergence(run: Run, row: dict[str, Any], loss: Tensor, out: Path) -> None:
+    """Raise Diverged after an epoch that ended with weights or a loss that are not finite, with its
+    row in metrics.jsonl; last.pt stays what it was. Warn where a loss on the way was not.
+
+    loss: the last step's.
+    """
+    tensors = [t for t in run.model.state_dict().values() if t.is_floating_point()]
+    lost = sum(not t.isfinite().all() for t in tensors)
+    where = f"epoch {row['epoch'] + 1} of {run.config.name}"
+    if not parallel.highest(int(lost > 0 or not loss.isfinite()), run.device):
+        if not math.isfinite(row["train_loss"]):
+            warnings.warn(f"in {where} the loss of some batches was NaN or inf", stacklevel=2)
+        return
+    if parallel.rank() == 0:
+        write_jsonl(out / "metrics.jsonl", [*run.history, row])
+    raise Diverged(
+        f"the training diverged in {where}: the loss is {loss:g} and {lost} of {len(tensors)} "
+        f"tensors of weights are not finite; lower lr ({run.config.lr:g}) or what else drives it, "
+        f"and choose another --out than {str(out)!r}"
+    )
 
 
 def finish_epoch(run: Run, row: dict[str, Any], out: Path, board: Any) -> None:

@@ -5,13 +5,13 @@ from fractions import Fraction
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bench import apgd as subject
-from bench.apgd import apgd, apgd_targeted, checkpoints, cross_entropy, targeted_dlr
+from bench.apgd import Course, apgd, apgd_targeted, checkpoints
 from bench.attacks import Attack, pgd
+from bench.objectives import log_odds, spread, targeted_dlr
 
 from .trained import held_out, model
 
@@ -53,30 +53,28 @@ def test_checkpoints_follow_the_recursion(steps):
     assert checkpoints(steps) == sorted({math.ceil(q * steps) for q in p[1:-1]})
 
 
-# ---- the objectives
-
-
-def test_cross_entropy_is_itself_and_never_saturates():
-    z, y = torch.randn(20, 7, generator=rng()).double() * 5, torch.arange(20) % 7
-    torch.testing.assert_close(cross_entropy(z, y), F.cross_entropy(z, y, reduction="none"))
-    sure = torch.tensor([[60.0, 0.0, -1.0]], requires_grad=True)
-    loss = cross_entropy(sure, torch.tensor([0]))
-    assert loss.item() == pytest.approx(math.exp(-60) * (1 + math.exp(-1)), rel=1e-5)
-    loss.backward()
-    assert (sure.grad != 0).all()
-    assert F.cross_entropy(sure, torch.tensor([0])).item() == 0, "what float32 does otherwise"
-
-
-def test_targeted_dlr_by_hand():
-    z = torch.tensor([[5.0, 3.0, 2.0, 1.0, -7.0], [5.0, 3.0, 2.0, 1.0, -7.0]])
-    loss = targeted_dlr(z, torch.tensor([0, 2]), torch.tensor([1, 4]))
-    torch.testing.assert_close(loss, torch.tensor([-2 / 3.5, -9 / 3.5]))
-
-
-@given(st.floats(0.01, 100), st.floats(-50, 50))
-def test_targeted_dlr_ignores_scale_and_shift(scale, shift):
-    z, y, t = torch.randn(6, 5, generator=rng()).double(), torch.arange(6) % 5, torch.arange(6) % 3
-    torch.testing.assert_close(targeted_dlr(scale * z + shift, y, t), targeted_dlr(z, y, t))
+@pytest.mark.parametrize("length", [1, 4, 7, 16, 22, 100])
+def test_a_checkpoint_halves_where_progress_ended(length):
+    """Algorithm 1's conditions: fewer rises than 0.75 of the steps; or the same eta and the same
+    best as at the checkpoint before."""
+    rows = [(rises, before, improved) for rises in range(length + 1)
+            for before in (False, True) for improved in (False, True)]  # fmt: skip
+    n = len(rows)
+    rises, before, improved = (torch.tensor(column) for column in zip(*rows, strict=True))
+    x, zero, eta = torch.zeros(n, 1, 1, 1), torch.zeros(n), torch.full((n, 1, 1, 1), 0.5)
+    checked = torch.where(improved, -1.0, 2.0)
+    course = Course(
+        index=rises, x=x, y=rises, t=rises, scale=x, now=x + 1, before=x, g=x + 1, f=zero + 1,
+        best=x + 3, g_best=x + 3, f_best=zero + 2, eta=eta, rises=rises, f_checked=checked,
+        halved=before,
+    )  # fmt: skip
+    course.check(length)
+    halve = (4 * rises < 3 * length) | (~before & ~improved)
+    assert torch.equal(course.halved, halve) and 0 < halve.sum() < n
+    for found, kept, back in ((course.eta, 0.5, 0.25), (course.now, 1, 3), (course.g, 1, 3)):
+        assert torch.equal(found.flatten(), torch.where(halve, float(back), float(kept)))
+    assert torch.equal(course.f, torch.where(halve, 2.0, 1.0))
+    assert not course.rises.any() and (course.f_checked == 2).all()
 
 
 # ---- the algorithm
@@ -154,8 +152,9 @@ def test_every_image_goes_as_the_transcription(norm, eps, steps, targeted):
         def f(z, i=i):
             logits = forward(z[None])
             own = t[i : i + 1]
+            scale = spread(forward(record.seen[0][i : i + 1]))
             return (targeted_dlr(logits, y[:1], own) if targeted
-                    else cross_entropy(logits, y[:1]))[0]  # fmt: skip
+                    else log_odds(logits, y[:1], scale))[0]  # fmt: skip
 
         seen, x_max, eta = transcription(f, x[i], record.seen[0][i], norm, eps, steps)
         halved += eta < 2 * eps
@@ -196,7 +195,7 @@ def test_it_returns_the_first_misclassified_iterate_or_the_best_one(norm):
             logits = torch.cat([model()(s[None]) for s in seen])
         wrong = logits.argmax(1) != y[i]
         assert wrong.any() == fooled.item() and not wrong[:-1].any(), "it went on after that"
-        f = cross_entropy(logits, y[i].expand(len(seen)))
+        f = log_odds(logits, y[i].expand(len(seen)), spread(logits[:1]))
         expected = -1 if fooled else int(f.argmax())
         assert torch.equal(found[0], seen[expected])
         assert fooled or f[expected] >= f[0]
@@ -287,7 +286,7 @@ def test_it_touches_no_gradients():
 def test_targets_are_the_likeliest_other_classes_and_fallen_images_rest(monkeypatch):
     asked = []
 
-    def none_but_image_2(forward, x, y, norm, eps, steps, t, generator):
+    def none_but_image_2(forward, x, y, norm, eps, steps, t, generator, judge):
         asked.append(t.tolist())
         return x, x.flatten(1)[:, 0] == 2
 

@@ -20,8 +20,9 @@ from bench.battery import attempt, split_name
 from bench.checkpoint import load_model, save_checkpoint
 from bench.config import resolve, resolve_evaluation
 from bench.data import Data, Split, load_data
-from bench.evaluate import evaluate, interval, report, robust, withstand
+from bench.evaluate import evaluate, generator_of, interval, report, robust, withstand
 from bench.models import build_model
+from bench.objectives import SPREAD, spread
 from bench.robustbench import model_info
 
 from .trained import digits, model
@@ -53,7 +54,7 @@ def test_default_is_pgd_on_what_is_right_clean(split):
     x, y = split.batch(slice(None))
     clean = right(model(), x, y)
     x_adv = pgd(model(), x[clean], y[clean], evaluation_attack("linf", EPS, 10),
-                torch.Generator().manual_seed(0))  # fmt: skip
+                [generator_of(0, i) for i in range(int(clean.sum()))])  # fmt: skip
     kept = right(model(), x_adv, y[clean]).sum().item()
     assert found["natural"] == clean.double().mean().item()
     assert found["robust"] == {"linf": {"16/255": kept / len(x)}}
@@ -64,19 +65,20 @@ def test_default_is_pgd_on_what_is_right_clean(split):
 
 def test_worst_case_is_image_by_image_and_each_attack_its_own(split):
     names = ("fgsm", "pgd-5-2", "apgd-ce-20", "apgd-t-10")
-    found = evaluate(model(), split, evaluation(attacks=("clean", *names), batch_size=100))
+    options = {"linf": (20 / 255,), "attacks": ("clean", *names), "batch_size": 100}
+    found = evaluate(model(), split, evaluation(**options))
     clean = right(model(), *split.batch(slice(None)))
     part = split.take(clean.nonzero().squeeze(1))
     stands = {}
     for name in names:
-        a = attempt(name, "linf", EPS, 10, 10)
-        stands[name] = withstand(model(), part, a.perturb, a.restarts, 100)
+        a = attempt(name, "linf", 20 / 255, 10, 10)
+        stands[name] = withstand(model(), part, a.perturb, a.restarts, 100)[0]
     each = {name: kept.sum().item() / 297 for name, kept in stands.items()}
     worst = torch.stack(list(stands.values())).all(0).sum().item() / 297
-    assert found["each"] == {"linf": {"16/255": each}}
-    assert found["robust"]["linf"]["16/255"] == worst <= min(each.values())
+    assert found["each"] == {"linf": {"20/255": each}}
+    assert found["robust"]["linf"]["20/255"] == worst <= min(each.values())
     assert len(set(each.values())) >= 3, "attacks that cannot be told apart show nothing"
-    said = found["attacks"]["linf"]["16/255"]
+    said = found["attacks"]["linf"]["20/255"]
     assert said == "worst case over fgsm, pgd-5-2, apgd-ce-20, apgd-t-10"
 
 
@@ -88,13 +90,14 @@ def test_an_image_withstands_when_no_restart_fools_it_and_the_fallen_are_not_tri
     def net(x):
         return F.one_hot((x.flatten(1)[:, 0] * 10).round().long(), 11).float()
 
-    def perturb(net, x, y, generator):
+    def perturb(forward, x, y, generators, net):
         calls.append((x.flatten() * 10).round().int().tolist())
         x = x.clone()
         x[(len(calls) - 1) % len(x)] = 1.0
         return x
 
-    stands = withstand(net, split, perturb, 3, batch_size=6)
+    stands, lost = withstand(net, split, perturb, 3, batch_size=6)
+    assert lost == 0
     assert calls == [[0, 1, 2, 3, 4, 5], [1, 2, 3, 4, 5], [1, 3, 4, 5],
                      [6, 7, 8, 9], [6, 7, 8], [6, 8]]  # fmt: skip
     assert stands.nonzero().flatten().tolist() == [1, 3, 5, 6]
@@ -103,10 +106,11 @@ def test_an_image_withstands_when_no_restart_fools_it_and_the_fallen_are_not_tri
 def test_fgsm_is_one_step_of_eps_without_random_start(split):
     x, y = split.batch(slice(0, 50))
     z = x.clone().requires_grad_(True)
-    (g,) = torch.autograd.grad(F.cross_entropy(model()(z), y), z)
-    x_adv = attempt("fgsm", "linf", EPS, 10, 10).perturb(model(), x, y, None)
+    logits = model()(z).double()
+    (g,) = torch.autograd.grad(F.cross_entropy(SPREAD * logits / spread(logits), y), z)
+    x_adv = attempt("fgsm", "linf", EPS, 10, 10).perturb(model(), x, y, None, model())
     torch.testing.assert_close(x_adv, (x + EPS * g.sign()).clamp(0, 1))
-    x_adv = attempt("fgsm", "l2", 0.5, 10, 10).perturb(model(), x, y, None)
+    x_adv = attempt("fgsm", "l2", 0.5, 10, 10).perturb(model(), x, y, None, model())
     norms = g.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
     torch.testing.assert_close(x_adv, (x + 0.5 * g / norms).clamp(0, 1))
 
@@ -396,12 +400,22 @@ class Behind(nn.Module):
     "change, said",
     [
         (lambda z: 1e4 * z, "the gradient is exactly 0 for"),
+        (lambda z: 6 * z, "cross-entropy's gradient is below 1e-10 for"),
         (lambda z: z + 0.01 * torch.randn_like(z), "the model is random"),
         (lambda z: z.softmax(1), "look like probabilities"),
+        (lambda z: 10 * (6 * z).softmax(1) - 3, "look like scaled or shifted probabilities"),
+        (lambda z: z.sigmoid(), "all lie in [0, 1], as sigmoids do"),
+        (lambda z: 5 * (3 * z).tanh(), "as if it had a bound"),
+        (lambda z: z.clamp(max=2), "as if it had a bound"),
+        (lambda z: z.log_softmax(1) + 5, "log-probabilities that were shifted or cut off"),
+        (lambda z: (z.softmax(1) + 1e-3).log(), "log-probabilities that were shifted or cut off"),
+        (lambda z: (3 * z).softmax(1).clamp(1e-6).log(), "that were shifted or cut off"),
         (lambda z: z.round() + 0 * z, "the gradient is exactly 0 for 128 of 128 images"),
+        (lambda z: z.detach() + 1e-41 * z, "the gradient is 0 or too small for float32 for 128"),
     ],
-    ids=["saturated", "random", "softmax", "rounded"],
-)
+    ids=["saturated", "sure", "random", "softmax", "affine", "sigmoid", "tanh", "clamped",
+         "shifted", "raised", "floored", "rounded", "denormal"],
+)  # fmt: skip
 def test_a_model_that_hides_its_gradients_is_noticed(split, change, said):
     torch.manual_seed(0)
     x, y = split.batch(slice(0, 128))
@@ -410,9 +424,31 @@ def test_a_model_that_hides_its_gradients_is_noticed(split, change, said):
     assert any(line.startswith("warning: ") and said in line for line in report(found).split("\n"))
 
 
+def test_a_gradient_that_vanishes_on_the_way_is_noticed(split):
+    """The network is itself at the images, and flat wherever an attack goes."""
+    x, _ = split.batch(slice(0, 60))
+
+    class Flat(nn.Module):
+        def forward(self, z):
+            clean = (z.detach()[:, None] == x).flatten(2).all(2).any(1, keepdim=True)
+            logits = model()(z)
+            return torch.where(clean, logits, logits.detach() + 0 * logits)
+
+    part = split.take(torch.arange(60))
+    found = evaluate(Flat(), part, evaluation(attacks=("pgd-4", "apgd-ce-4")))
+    for name in ("pgd-4", "apgd-ce-4"):
+        said = f"l_inf 16/255 {name}: where it ended, the gradient is exactly 0 for "
+        assert any(text.startswith(said) for text in found["warnings"]), name
+    assert not any("cannot move" in text for text in found["warnings"])
+    assert evaluate(model(), part, evaluation(attacks=("pgd-4", "apgd-ce-4")))["warnings"] == []
+
+
 def test_a_sound_model_is_not_warned_of(split):
     assert sanity.of_model(model(), *split.batch(slice(None))) == []
-    assert sanity.of_model(Behind(lambda z: z.log_softmax(1)), *split.batch(slice(None))) == []
+    for fine in (lambda z: z.log_softmax(1), lambda z: z - z.mean(1, keepdim=True),
+                 lambda z: z / 50, lambda z: z + 7, lambda z: z[:, :3], lambda z: z - 1e3):
+        x, y = split.batch(slice(None))
+        assert sanity.of_model(Behind(fine), x, y.clamp(max=2)) == [], fine
 
 
 def numbers(each=(), by_eps=(), images=1000):
@@ -452,6 +488,7 @@ def test_the_command(checkpoint, tmp_path, capsys):
     printed, progress = capsys.readouterr()
     assert "50 of 360 test images" in printed and "\nl2" not in printed
     assert progress.count("fgsm") == printed.count("  fgsm ") == 2
+    assert "attacks: " in progress and "image/s" in progress
     (row,) = [json.loads(line) for line in rows.read_text().splitlines()]
     assert printed.strip() == report(row)
     assert row["checkpoint"].endswith("/last.pt") and not row["checkpoint"].startswith("/")

@@ -10,11 +10,13 @@ from torch.distributions import Categorical, kl_divergence
 
 import fastsam
 from bench import adversarial, passes
-from bench.adversarial import attacked, loss_of, watch_single_step
-from bench.attacks import Attack, divergence, n_fgsm, trades
+from bench.__main__ import main
+from bench.adversarial import attacked, divergence, loss_of, watch_single_step
+from bench.attacks import Attack, n_fgsm, trades
 from bench.config import check_used, resolve
 from bench.methods import ADVERSARIES, OPTIMIZERS, method_of, split_method
 from bench.models import build_model
+from bench.objectives import SPREAD, spread
 from bench.passes import step
 from bench.run import forward_of
 from bench.train import set_up, train
@@ -54,9 +56,11 @@ def batch():
 
 
 def ascent(model, x, y):
+    """The gradient of the cross-entropy of logits whose first is SPREAD above their third."""
     x = x.clone().requires_grad_(True)
-    (g,) = torch.autograd.grad(F.cross_entropy(model(x), y), x)
-    return g
+    logits = model(x).double()
+    loss = F.cross_entropy(SPREAD * logits / spread(logits), y)
+    return torch.autograd.grad(loss, x)[0]
 
 
 # ---- names
@@ -86,6 +90,24 @@ def test_a_combination_has_the_values_of_both():
     check_used(["at-linf+sam"], {"rho": 0.1, "eps": "4"})
     with pytest.raises(ValueError, match="rho"):
         check_used(["at-linf", "trades"], {"rho": 0.1})
+
+
+def test_eps_alone_takes_the_presets_share_of_it_as_alpha(capsys, tmp_path):
+    """Not the preset's alpha, which could be four times the ball."""
+    for method, eps, alpha in (("at-linf", "2", 0.5), ("trades+sam", "16/255", 4), ("at-l2", "0.25",
+                               0.25 * 255 / 8)):  # fmt: skip
+        attack = resolve(method, "sam-at-cifar10", {"eps": eps}).attack
+        assert attack.alpha * 255 == pytest.approx(alpha, rel=1e-9)
+        given = resolve(method, "sam-at-cifar10", {"eps": eps, "alpha": "1"}).attack
+        assert (given.eps, given.alpha) == (attack.eps, 1 / 255)
+    config = resolve("at-linf", "sam-at-cifar10", {})
+    assert (config.eps, config.alpha) == (8 / 255, 2 / 255)
+    command = ["train", "--method", "at-linf", "--width", "4", "--epochs", "1", "--eval-linf", "8",
+               "--eval-l2", "0.5", "--eval-steps", "1", "--threads", "1"]  # fmt: skip
+    assert main([*command, "--eps", "8", "--out", str(tmp_path / "a")]) == 0
+    assert "at-linf: eps 8/255 = 0.03137 takes alpha 2/255 = 0.007843" in capsys.readouterr().err
+    assert main([*command, "--eps", "8", "--alpha", "3", "--out", str(tmp_path / "b")]) == 0
+    assert "takes alpha" not in capsys.readouterr().err
 
 
 # ---- adversaries
@@ -121,14 +143,16 @@ def test_divergence_is_kullback_and_leiblers():
 
 def test_trades_images_move_the_prediction_within_the_ball(model, batch):
     model, x = model.double(), batch[0].double()  # near x the divergence is small
-    start = x + 0.001 * torch.empty_like(x).normal_(generator=rng(3))
+    start = (x + 0.001 * torch.empty_like(x).normal_(generator=rng(3))).clamp(0, 1)
     assert torch.equal(trades(model, x, Attack("linf", EPS, EPS / 4, 0), rng(3)), start)
     x_adv = trades(model, x, Attack("linf", EPS, EPS / 4, 10), rng(3))
     assert (x_adv - x).abs().max() <= EPS * (1 + 1e-5)
     assert x_adv.min() >= 0 and x_adv.max() <= 1
 
     def moved(z):
-        return kl_divergence(Categorical(logits=model(x)), Categorical(logits=model(z))).mean()
+        clean = model(x).detach()
+        p, q = (Categorical(logits=SPREAD * logits / spread(clean)) for logits in (clean, model(z)))
+        return kl_divergence(p, q).mean()
 
     with torch.no_grad():
         signs = torch.empty_like(x).uniform_(-1, 1, generator=rng(4)).sign()

@@ -16,6 +16,7 @@ from bench.__main__ import main
 from bench.attacks import Attack, pgd
 from bench.config import resolve
 from bench.models import build_model
+from bench.objectives import SPREAD, spread
 from bench.pipeline import Augmentation, Decisions, Pipeline, decide, gather
 
 TINY = ["--model", "smallconv", "--width", "4", "--batch-size", "8", "--images", "40",
@@ -207,7 +208,9 @@ def slow_training(config, data, steps):
             model.eval()
             for _ in range(config.attack_steps):
                 x_adv.requires_grad_()
-                (g,) = torch.autograd.grad(F.cross_entropy(model(x_adv), y), x_adv)
+                z = model(x_adv)
+                loss = F.cross_entropy(SPREAD * z / spread(z), y)
+                (g,) = torch.autograd.grad(loss, x_adv)
                 x_adv = x_adv.detach() + config.alpha * g.sign()
                 x_adv = x_adv.clamp(x - config.eps, x + config.eps).clamp(0, 1)
             x = x_adv

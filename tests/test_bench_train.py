@@ -71,6 +71,15 @@ def test_another_config_is_refused_and_nothing_changes(tmp_path):
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
 
 
+def test_a_run_on_images_that_changed_is_refused(tmp_path):
+    config = tiny("sgd")
+    train(config, tmp_path)
+    checkpoint = torch.load(tmp_path / "last.pt", weights_only=True)
+    torch.save(checkpoint | {"fingerprint": "of other images"}, tmp_path / "last.pt")
+    with pytest.raises(ValueError, match="the images of 'digits' changed since"):
+        train(config, tmp_path)
+
+
 def test_checkpoint_of_another_model_is_refused(tmp_path):
     config = tiny("sgd")
     run = set_up(replace(config, width=8))

@@ -108,42 +108,50 @@ def linf_step(x_adv: Tensor, g: Tensor, x: Tensor, eps: float, alpha: float) -> 
 
 
 @triton.jit
-def norm_of(squares):
-    """The root of the sum, at least 1e-12; NaN stays NaN."""
-    return tl.maximum(tl.sqrt_rn(tl.sum(squares)), 1e-12, propagate_nan=tl.PropagateNan.ALL)
+def not_zero(value):
+    """The value, or 1 for 0: what a zero gradient or perturbation may be divided by."""
+    return tl.where(value == 0, 1.0, value)
 
 
 @triton.jit
-def moved_delta(x_adv, g, x, alpha, norm, mask):
-    """x_adv - x + alpha g / norm of one block, before the projections."""
+def moved_delta(x_adv, g, x, alpha, largest, norm, mask):
+    """x_adv - x + alpha (g / largest) / norm of one block, before the projections."""
     delta = read(x_adv, mask).to(tl.float32) - read(x, mask).to(tl.float32)
-    return delta + tl.div_rn(alpha * read(g, mask).to(tl.float32), norm)
+    return delta + alpha * tl.div_rn(tl.div_rn(read(g, mask).to(tl.float32), largest), norm)
 
 
 @triton.jit
 def l2_kernel(x_adv, g, x, eps, alpha, length, BLOCK: tl.constexpr):
     """d = x_adv - x + alpha g / ||g||;  x_adv -> clamp(x + d min(1, eps / ||d||), 0, 1).
 
-    Per sample, one program each: a sweep over g, and two over x_adv, g and x. The reductions lie
-    between the sweeps, so nothing is written before every thread has read.
+    Per sample, one program each: two sweeps over g, for its largest |g| and for the norm of g
+    divided by that, and two over x_adv, g and x. The reductions lie between the sweeps, so nothing
+    is written before every thread has read.
     """
     first = tl.program_id(0).to(tl.int64) * length
     x_adv, g, x = x_adv + first, g + first, x + first
     offs = tl.arange(0, BLOCK)
-    squares = tl.zeros((BLOCK,), tl.float32)
+    highest = tl.zeros((BLOCK,), tl.float32)
     for i in range(0, length, BLOCK):
         value = read(g + i + offs, offs < length - i).to(tl.float32)
-        squares += value * value
-    g_norm = norm_of(squares)
+        highest = tl.maximum(highest, tl.abs(value))
+    largest = not_zero(tl.max(highest))
     squares = tl.zeros((BLOCK,), tl.float32)
     for i in range(0, length, BLOCK):
-        delta = moved_delta(x_adv + i + offs, g + i + offs, x + i + offs, alpha, g_norm,
+        value = tl.div_rn(read(g + i + offs, offs < length - i).to(tl.float32), largest)
+        squares += value * value
+    g_norm = not_zero(tl.sqrt_rn(tl.sum(squares)))
+    squares = tl.zeros((BLOCK,), tl.float32)
+    for i in range(0, length, BLOCK):
+        delta = moved_delta(x_adv + i + offs, g + i + offs, x + i + offs, alpha, largest, g_norm,
                             offs < length - i)
         squares += delta * delta
-    shrink = tl.minimum(tl.div_rn(eps, norm_of(squares)), 1.0, propagate_nan=tl.PropagateNan.ALL)
+    norm = tl.sqrt_rn(tl.sum(squares))
+    shrink = tl.where(norm <= eps, 1.0, tl.div_rn(eps, not_zero(norm)))  # NaN stays NaN
     for i in range(0, length, BLOCK):
         mask = offs < length - i
-        delta = moved_delta(x_adv + i + offs, g + i + offs, x + i + offs, alpha, g_norm, mask)
+        delta = moved_delta(x_adv + i + offs, g + i + offs, x + i + offs, alpha, largest, g_norm,
+                            mask)
         moved = clamp(read(x + i + offs, mask).to(tl.float32) + shrink * delta, 0.0, 1.0)
         tl.store(x_adv + i + offs, moved.to(x_adv.dtype.element_ty), mask)
 
@@ -151,14 +159,15 @@ def l2_kernel(x_adv, g, x, eps, alpha, length, BLOCK: tl.constexpr):
 def l2_step(x_adv: Tensor, g: Tensor, x: Tensor, eps: float, alpha: float) -> None:
     """d = x_adv - x + alpha g / ||g||; x_adv <- clamp(x + d min(1, eps / ||d||), 0, 1), in place.
 
-    One launch; the norms are per sample, over all dimensions but the first, and at least 1e-12, so
-    a zero gradient moves nothing. Arguments and errors as for linf_step; eps is the l2 radius.
+    One launch; the norms are per sample, over all dimensions but the first. g's scale does not
+    matter, down to the smallest number of its dtype; a zero gradient moves nothing. Arguments and
+    errors as for linf_step; eps is the l2 radius.
 
     Computed in float32 and rounded once more at the store. The sums have a fixed order, which only
     the layout and the tensors' alignment to 16 bytes change: the same sample gives the same bits,
-    whatever else is in the batch. Squares are summed in float32: a gradient norm above 1e19 counts
-    as infinite, and its sample only gets the projections. A NaN anywhere in a sample, or an inf in
-    its g, makes the whole sample NaN, as in PyTorch.
+    whatever else is in the batch. Squares of g are of numbers up to 1, the largest |g| among them,
+    so that they neither overflow nor vanish. A NaN anywhere in a sample, or an inf in its g, makes
+    the whole sample NaN, as in PyTorch.
     """
     check(x_adv, g, x, eps, alpha)
     with torch.cuda.device_of(x):
