@@ -413,8 +413,8 @@ def train_in(sitting: Any, options: dict[str, Any]) -> None:
 
 def say_alpha(configs: list[Any], options: dict[str, Any]) -> None:
     """Say on stderr which alpha an --eps without --alpha takes."""
-    from bench.attacks import both_forms
     from bench.config import takes_alpha
+    from bench.radii import both_forms
 
     found = {(c.method, c.attack) for c in configs if c.attack and takes_alpha(options)}
     for method, attack in sorted(found, key=lambda pair: (pair[0], pair[1].eps)):

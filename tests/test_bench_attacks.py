@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.attacks import Attack, eps_key, l2_norm, parse_eps, pgd
+from bench.attacks import Attack, l2_norm, pgd
 from bench.models import build_model
 from bench.objectives import SPREAD, spread
+from bench.radii import eps_key, parse_eps
 
 LINF = Attack("linf", 8 / 255, 2 / 255, 10)
 L2 = Attack("l2", 128 / 255, 32 / 255, 10)

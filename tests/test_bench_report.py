@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 
 from bench import plots, report_runs
 from bench.__main__ import build_parser, evaluation_of, main
-from bench.attacks import parse_eps
 from bench.config import resolve, resolve_evaluation
 from bench.groups import command, deviations, published, read_runs, recipe_of, sections_of, text_of
+from bench.radii import parse_eps
 from bench.recipe import load_recipe
 from bench.report_runs import by_rho, csv_of, draw, latex_of, lines_of, notes, titles
 from bench.report_steps import plot_steps, read_rows
