@@ -3,12 +3,15 @@
 # make prove: the tests that are too long for every change (marked `long`)
 # make fuzz: 32,000 drawn sequences of events beside the oracle, with fresh seeds (35 minutes)
 # make survive: kill trainings at random moments, 30 times a method; the bits must be the same
-.PHONY: demo test prove fuzz survive lint bench clean
+# make docs: the documentation with the API reference, in .site
+.PHONY: demo test prove fuzz survive lint bench docs clean
 
 PYTHON ?= python3
 BIN := .venv/bin
+comma := ,
 
-demo: .venv/ready
+demo: .venv/demo
+	@echo "training 4 methods with 2 seeds and attacking them: 4 minutes on two cores"
 	$(BIN)/python -m bench compare --demo
 
 # a thread for each of the two processes: more only wait for each other
@@ -39,11 +42,30 @@ bench: .venv/ready
 		--benchmark-compare-fail=min:100%,--benchmark-autosave)
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv .site runs
 
-# torch and torchvision come from one index in one call: their builds must match
+docs: .venv/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "the documentation is in .site/index.html"
+
+# torch and torchvision come from one index in one call: their builds must match. What pip says is
+# in .venv/pip.log, and on the screen where it fails.
+define install
+	@test -e $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "installing $(1) into .venv (torch with its CUDA libraries takes 5.2 GB, all else below 1 GB;"
+	@echo "without a GPU see README.md, Install, first); minutes, depending on the network"
+	@$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=77" > .venv/pip.log 2>&1 && \
+	$(BIN)/python -m pip install --quiet --no-compile --no-build-isolation -e ".[$(1)]" \
+		>> .venv/pip.log 2>&1 || { cat .venv/pip.log; exit 1; }
+	@touch $@
+endef
+
+.venv/demo: pyproject.toml
+	$(call install,cpu$(comma)demo)
+
 .venv/ready: pyproject.toml
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=77"
-	$(BIN)/python -m pip install --quiet --no-compile --no-build-isolation -e ".[bench,test,recipes]"
-	touch $@
+	$(call install,bench$(comma)test$(comma)recipes)
+	@touch .venv/demo
+
+.venv/docs: pyproject.toml
+	$(call install,docs)

@@ -84,7 +84,8 @@ def test_every_page_is_listed_and_tested():
     assert pages == {line.split("](")[1].split(".md)")[0] for line in index.splitlines()
                      if line.startswith("- [")}
     tests = Path(__file__).read_text(encoding="utf-8")
-    assert all(f'run("{page}")' in tests for page in pages)
+    assert all(f'run("{page}")' in tests for page in pages - {"ray-train"})
+    assert "ray-train.md" in tests                 # in processes of its own
     assert all("```python\n" in (PAGES / f"{page}.md").read_text("utf-8") for page in pages)
 
 
@@ -497,3 +498,77 @@ def test_timm(run, replay):
     page.train(other, page.optimizer(other), replay=not replay)
     with pytest.raises(AssertionError):
         assert_same(other, twin, tolerance=1e-4)
+
+
+def test_peft(run):
+    pytest.importorskip("peft", reason="needs peft: pip install .[recipes]")
+    page = run("peft")
+    assert page.backwards == 2 * 10 * 4
+    twin = page.adapted()
+    base = AdamW([p for p in twin.parameters() if p.requires_grad], lr=3e-2)
+    before = page.adapted().state_dict()
+    for ids, y in page.batches * 10:
+        trained = [p for p in twin.parameters() if p.requires_grad]
+
+        def gradient(trained=trained, ids=ids, y=y):
+            return torch.autograd.grad(twin(input_ids=ids, labels=y).loss, trained)
+
+        g, w = gradient(), [p.detach().clone() for p in trained]
+        norm = sum(x.square().sum() for x in g).sqrt()
+        with torch.no_grad():
+            for p, x in zip(trained, g, strict=True):
+                p.add_(0.05 * x / norm)
+        sharp = gradient()
+        with torch.no_grad():
+            for p, x, s in zip(trained, w, sharp, strict=True):
+                p.copy_(x)
+                p.grad = s
+        base.step()
+    assert_same(page.model, twin, tolerance=1e-6)  # Adam divides gradients near 0 by themselves
+    changed = [not torch.equal(x, before[name]) for name, x in page.model.state_dict().items()]
+    assert 0 < sum(changed) < len(changed)         # the frozen ones are as they were
+    page.model.eval(), page.merged.eval()
+    with torch.no_grad():
+        logits = page.model(input_ids=page.tokens).logits
+        torch.testing.assert_close(page.merged(input_ids=page.tokens).logits, logits)
+    assert fell(page.losses, to=0.8)
+
+
+def test_fsdp2(run):
+    page = run("fsdp2")
+    assert page.backwards == 2 * (4 * 8 + 2 * 4 * 4)
+    assert all(map(torch.equal, page.whole, page.whole_resumed))
+    torch.manual_seed(1)
+    twin = page.Model()
+    base = AdamW(twin.parameters(), lr=1e-2, weight_decay=0.01)
+    schedule = CosineAnnealingLR(base, T_max=32)
+    for ids, y in page.batches * 8:
+        descend(twin, base, clipped_to(1.0, sam_gradient(
+            twin, lambda ids=ids, y=y: cross_entropy(twin(ids), y), rho=0.05)))
+        schedule.step()
+    torch.testing.assert_close(page.whole, list(twin.parameters()), rtol=1e-9, atol=1e-9)
+    assert fell(page.losses)
+
+
+@pytest.mark.long
+def test_ray_train(monkeypatch, tmp_path):
+    pytest.importorskip("ray.train", reason="needs Ray Train: pip install 'ray[train]'")
+    page = Run("recipe_ray_train")
+    monkeypatch.chdir(tmp_path)
+    execute(PAGES / "ray-train.md", page)
+    first, second = page.states
+    assert first["epoch"] == second["epoch"] == 4
+    for name, value in first["model"].items():
+        assert torch.equal(value, second["model"][name]), name
+    twin = page.network()
+    torch.manual_seed(0)
+    inputs = torch.randn(256, 10)
+    labels = inputs[:, :3].argmax(1)
+    base = SGD(twin.parameters(), lr=0.1, momentum=0.9)
+    halves = [list(zip(inputs[r::2].split(32), labels[r::2].split(32), strict=True))
+              for r in range(2)]
+    for both in list(zip(*halves, strict=True)) * 4:  # BatchNorm sees each process's batch alone
+        sam_step(twin, base, lambda both=both: sum(
+            cross_entropy(twin(x), y) for x, y in both) / 2, rho=0.05)
+    for name, value in twin.named_parameters():
+        torch.testing.assert_close(value.detach(), first["model"][name], rtol=1e-4, atol=1e-5)

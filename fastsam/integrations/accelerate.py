@@ -71,8 +71,8 @@ def sam_of(optimizer: Any) -> SAM:
 
 def check_processes(kind: DistributedType, accumulates: bool) -> None:
     if kind == DistributedType.DEEPSPEED:
-        raise ValueError("DeepSpeed's engine owns the gradients and the update, so no optimizer "
-                         "of one's own can climb: use FSDP2 (torch.distributed.fsdp.fully_shard)")
+        raise ValueError("DeepSpeed keeps weights and gradients in buffers of its own, where no "
+                         "climb reaches them: use FSDP2 (torch.distributed.fsdp.fully_shard)")
     if accumulates and kind not in SINGLE + REPLICATED:
         raise ValueError(f"gradient accumulation with distributed_type={kind.value} adds up "
                          "gradients before they are reduced, so a micro-batch cannot climb by "
