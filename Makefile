@@ -6,7 +6,8 @@
 # make newest: `make test` with the newest versions of everything that the index has
 # make oldest: the optimizer's own tests with the oldest torch that is promised (5 GB of disk)
 # make survive: kill trainings at random moments, 30 times a method; the bits must be the same
-.PHONY: demo test prove mutants fuzz newest oldest survive lint bench clean
+# make docs: the documentation with the API reference, in .site
+.PHONY: demo test prove mutants fuzz newest oldest survive lint bench docs clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -16,7 +17,10 @@ OLDEST := 2.9.1
 CORE := $(addprefix tests/test_,$(addsuffix .py,checkpoints invariants optimizer reference \
 	sequences state wrappers))
 
-demo: $(READY)
+comma := ,
+
+demo: .venv/demo
+	@echo "training 4 methods with 2 seeds and attacking them: 4 minutes on two cores"
 	$(BIN)/python -m bench compare --demo
 
 # a thread for each of the two processes: more only wait for each other
@@ -65,17 +69,35 @@ bench: $(READY)
 		--benchmark-compare-fail=min:100%,--benchmark-autosave)
 
 clean:
-	rm -rf .venv .venv-newest .venv-oldest runs
+	rm -rf .venv .venv-newest .venv-oldest .site runs
 
-# torch and torchvision come from one index in one call: their builds must match
+docs: .venv/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "the documentation is in .site/index.html"
+
+# torch and torchvision come from one index in one call: their builds must match. What pip says is
+# in pip.log of the venv, and on the screen where it fails.
+define install
+	@test -e $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	@echo "installing $(1) into $(@D) (torch with its CUDA libraries takes 5.2 GB, all else below 1 GB;"
+	@echo "without a GPU see README.md, Install, first); minutes, depending on the network"
+	@$(@D)/bin/python -m pip install --quiet --upgrade pip "setuptools>=77" > $(@D)/pip.log 2>&1 && \
+	$(@D)/bin/python -m pip install --quiet --no-compile --no-build-isolation $(VERSIONS) \
+		-e ".[$(1)]" >> $(@D)/pip.log 2>&1 || { cat $(@D)/pip.log; exit 1; }
+	@touch $@
+endef
+
+.venv/demo: pyproject.toml constraints.txt
+	$(call install,cpu$(comma)demo)
+
 $(READY): pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(@D)
-	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=77"
-	$(BIN)/python -m pip install --quiet --no-compile --no-build-isolation $(VERSIONS) \
-		-e ".[cpu,bench,test,recipes]"
-	touch $@
+	$(call install,cpu$(comma)bench$(comma)test$(comma)recipes)
+	@touch $(@D)/demo
 
-# other people's attacks, for the tests that compare ours with them
+.venv/docs: pyproject.toml
+	$(call install,docs)
+
+# other people's attacks, for the tests that compare ours with them; they name versions of their own
 .venv/peers: .venv/ready
 	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[peers]"
 	touch $@

@@ -1,50 +1,89 @@
-"""BatchNorm statistics that the second pass must not touch."""
+"""BatchNorm statistics, and other buffers, that the second pass must not touch."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import cast
+import warnings
+from collections.abc import Callable
+from contextlib import ContextDecorator
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
+from typing_extensions import Self
+
+F = TypeVar("F", bound=Callable[..., Any])
+Own = tuple[nn.Module, str, Tensor]  # a layer, the name of a buffer of its own, and the buffer
 
 
-@contextmanager
-def freeze_bn_stats(model: nn.Module) -> Iterator[nn.Module]:
+class freeze_bn_stats(ContextDecorator):
     """Keep every BatchNorm's running statistics as they are inside the `with` block.
 
     Put it around the second pass: the statistics then come from the first pass alone, and rho=0
-    equals the base optimizer, buffers (`num_batches_tracked` too) included. The layers go on
-    normalising with the batch's own statistics. Covers every subclass of torch's BatchNorm,
-    SyncBatchNorm and the lazy ones included, and any other layer with buffers of its own named
-    `running_...`, such as InstanceNorm with track_running_stats: inside the block it works on
-    copies of its buffers. Blocks may nest.
+    equals the base optimizer, buffers (`num_batches_tracked` too) included. Where the backward
+    computes parts of the forward again (gradient checkpointing), the backward belongs inside the
+    block too. The layers go on normalising with the batch's own statistics. Covers every subclass
+    of torch's BatchNorm, SyncBatchNorm and the lazy ones included, and any other layer with
+    buffers of its own named `running_...`, such as InstanceNorm with track_running_stats: inside
+    the block it works on copies of its buffers. Blocks may nest.
 
     Args:
         model: the module whose BatchNorm layers are frozen; also what `as` gives.
+        all_buffers: every other buffer of the model works on a copy inside the block too, and is
+            afterwards as it was: spectral norm's vectors, the observers of quantization-aware
+            training, averages of layers of someone's own. Costs a copy of them for the block's
+            time. Default False.
+
+    A call without `with` freezes nothing and warns.
     """
-    frozen, others = [], []
-    for layer in model.modules():
-        if not isinstance(layer, _BatchNorm):
-            others += [(layer, name, buffer) for name, buffer in own_statistics(layer)]
-        elif layer.track_running_stats and not is_lazy(cast(Tensor, layer.running_mean)):
-            frozen.append(layer)
-    for layer in frozen:
-        layer.track_running_stats = False  # no update at all: 0 * inf cannot reach the buffers
-    for layer, name, buffer in others:
-        setattr(layer, name, buffer.clone())
-    try:
-        yield model
-    finally:
+
+    def __init__(self, model: nn.Module, *, all_buffers: bool = False):
+        self.used = False
+        self.model, self.all_buffers = model, all_buffers
+        self.blocks: list[tuple[list[_BatchNorm], list[Own]]] = []
+
+    def __enter__(self) -> nn.Module:
+        self.used = True
+        frozen, others = chosen(self.model, self.all_buffers)
+        self.blocks.append((frozen, others))
+        for layer in frozen:
+            layer.track_running_stats = False  # no update at all: 0 * inf cannot reach the buffers
+        copies = dict[Tensor, Tensor]()  # one for a buffer that several layers share
+        for layer, name, buffer in others:
+            if buffer not in copies:
+                copies[buffer] = buffer.clone()
+            setattr(layer, name, copies[buffer])
+        return self.model
+
+    def __exit__(self, *_: object) -> None:
+        frozen, others = self.blocks.pop()
         for layer in frozen:
             layer.track_running_stats = True
         for layer, name, buffer in others:  # itself, uncopied: a backward may still need the other
             setattr(layer, name, buffer)
 
+    def _recreate_cm(self) -> Self:
+        """What a call of a decorated function enters."""
+        return type(self)(self.model, all_buffers=self.all_buffers)
 
-def own_statistics(layer: nn.Module) -> list[tuple[str, Tensor]]:
-    """The buffers, by name, of a layer that keeps running statistics; none of any other."""
-    buffers = layer._buffers
-    if not buffers or not any(name.startswith("running_") for name, _ in buffers.items()):
-        return []
-    return [(name, b) for name, b in buffers.items() if b is not None and not is_lazy(b)]
+    def __call__(self, func: F) -> F:
+        self.used = True
+        return super().__call__(func)
+
+    def __del__(self) -> None:
+        if not getattr(self, "used", True):
+            warnings.warn("freeze_bn_stats(model) was called and never entered, so it froze "
+                          "nothing: write `with freeze_bn_stats(model):` around the second pass",
+                          stacklevel=2)
+
+
+def chosen(model: nn.Module, all_buffers: bool) -> tuple[list[_BatchNorm], list[Own]]:
+    """The BatchNorm layers to freeze, and the buffers that work on copies."""
+    frozen, others = list[_BatchNorm](), list[Own]()
+    for layer in model.modules():
+        batchnorm = isinstance(layer, _BatchNorm)
+        if batchnorm and layer.track_running_stats and not is_lazy(layer.running_mean):
+            frozen.append(layer)
+        own = list(layer._buffers)
+        if all_buffers or (not batchnorm and any(name.startswith("running_") for name in own)):
+            others += [(layer, name, b) for name, b in layer._buffers.items()
+                       if b is not None and not is_lazy(b)]
+    return frozen, others

@@ -1,0 +1,94 @@
+"""A loop with Accelerate."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+
+from fastsam import SAM, freeze_bn_stats
+
+SINGLE = (DistributedType.NO,)
+REPLICATED = (DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+
+
+def both_passes(accelerator: Accelerator, model: nn.Module, optimizer: Any,
+                backward: Callable[[], Tensor], micro_batches: int | None = None) -> Tensor:
+    """The gradients of a SAM step, on one batch or micro-batch: the pass at w, the climb, and the
+    pass at w + e with BatchNorm's statistics frozen. Clip and call `optimizer.step()` afterwards,
+    as without SAM. A step that does not climb (`interval`, `start`) is one pass.
+
+    With gradient accumulation each micro-batch climbs by itself (m-sharpness), under
+    DistributedDataParallel by the gradient of this process alone, and the sum of the second
+    gradients is averaged over the processes before the update.
+
+    Args:
+        accelerator: whose scaler is used, if it has one.
+        model: as `accelerator.prepare` gave it.
+        optimizer: a fastsam optimizer, as `accelerator.prepare` gave it.
+        backward: computes the loss, calls `accelerator.backward` and returns the loss; called once
+            for each pass.
+        micro_batches: in one update; by default `accelerator.gradient_accumulation_steps`.
+
+    Returns:
+        The loss of the first pass.
+
+    Raises:
+        TypeError: another optimizer.
+        ValueError: gradient accumulation over processes that hold no replicas (FSDP), or DeepSpeed.
+    """
+    sam = sam_of(optimizer)
+    accumulates = (micro_batches or accelerator.gradient_accumulation_steps) > 1
+    check_processes(accelerator.distributed_type, accumulates)
+    ddp = model if isinstance(model, nn.parallel.DistributedDataParallel) else None
+    if not sam.climbs_next:
+        return backward()
+    with first_pass(sam, ddp if accumulates else None):
+        loss = backward()
+    sam.first_step(zero_grad=True, scaler=accelerator.scaler)
+    with freeze_bn_stats(model):
+        backward()
+    if accumulates:
+        sam.stash_grad()
+        if accelerator.sync_gradients:
+            sam.unstash_grad()
+            if ddp is not None:
+                average(sam, ddp)
+    return loss
+
+
+def sam_of(optimizer: Any) -> SAM:
+    """The fastsam optimizer inside Accelerate's wrapper."""
+    sam = getattr(optimizer, "optimizer", optimizer)
+    if not isinstance(sam, SAM):
+        raise TypeError(f"the optimizer is a {type(sam).__name__}, which has no second pass: give "
+                        "a fastsam optimizer, such as fastsam.SAM")
+    return sam
+
+
+def check_processes(kind: DistributedType, accumulates: bool) -> None:
+    if kind == DistributedType.DEEPSPEED:
+        raise ValueError("DeepSpeed keeps weights and gradients in buffers of its own, where no "
+                         "climb reaches them: use FSDP2 (torch.distributed.fsdp.fully_shard)")
+    if accumulates and kind not in SINGLE + REPLICATED:
+        raise ValueError(f"gradient accumulation with distributed_type={kind.value} adds up "
+                         "gradients before they are reduced, so a micro-batch cannot climb by "
+                         "itself: use gradient_accumulation_steps=1 and a larger batch")
+
+
+def first_pass(sam: SAM, ddp: nn.parallel.DistributedDataParallel | None,
+               ) -> AbstractContextManager[None]:
+    return nullcontext() if ddp is None else sam.local_first_pass(ddp)
+
+
+@torch.no_grad()
+def average(sam: SAM, ddp: nn.parallel.DistributedDataParallel) -> None:
+    """Average `.grad` over the processes. What was averaged already stays as it is."""
+    for group in sam.param_groups:
+        for p in group["params"]:
+            if p.grad is not None:
+                torch.distributed.all_reduce(p.grad, group=ddp.process_group)
+                p.grad /= ddp.process_group.size()

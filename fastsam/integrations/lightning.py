@@ -1,0 +1,51 @@
+"""Lightning's automatic optimisation."""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import lightning
+
+from fastsam import SAM, freeze_bn_stats
+
+
+class SAMModule(lightning.LightningModule):
+    """A LightningModule whose second passes leave BatchNorm's statistics alone.
+
+    Return a fastsam optimizer from `configure_optimizers`. `training_step` runs twice per batch,
+    the second time where `self.second_pass` is true: log only where it is not.
+
+    Raises:
+        ValueError: at the start of fit, what would train something else without a word:
+            `accumulate_grad_batches` above 1, and float16 with a GradScaler.
+    """
+
+    second_pass = False
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any,
+                       optimizer_closure: Callable[[], Any] | None = None) -> None:
+        sam = getattr(optimizer, "optimizer", optimizer)
+
+        def closure() -> Any:
+            self.second_pass = isinstance(sam, SAM) and sam.is_perturbed
+            try:
+                with freeze_bn_stats(self) if self.second_pass else nullcontext():
+                    return optimizer_closure()  # the backward too, which may recompute
+            finally:
+                self.second_pass = False
+
+        super().optimizer_step(epoch, batch_idx, optimizer, closure)
+
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        if not self.automatic_optimization:
+            return
+        if self.trainer.accumulate_grad_batches > 1:
+            raise ValueError(
+                f"accumulate_grad_batches={self.trainer.accumulate_grad_batches} would update with "
+                "the last micro-batch alone, since a closure's step starts from cleared gradients: "
+                "use manual optimisation with one closure over all micro-batches")
+        if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
+            raise ValueError(
+                f"precision={self.trainer.precision!r} calls the closure once, before the "
+                "optimizer, which would train with the base optimizer alone: use 'bf16-mixed'")
