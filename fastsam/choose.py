@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
+from subprocess import CalledProcessError
 from types import ModuleType
 from typing import Any
 
@@ -21,10 +22,10 @@ GAPS = "a parameter's elements do not fill one stretch of memory"
 def why_not_triton(device: torch.device, dtype: torch.dtype = torch.float32) -> str | None:
     """Why the Triton kernels cannot serve tensors of this device and dtype; None when they can."""
     try:
-        from fastsam.kernels.triton import INTERPRETED
-    except ImportError as error:
+        from fastsam.kernels.triton import INTERPRETED, takes
+    except Exception as error:  # a Triton that does not fit its torch raises what it likes
         return f"Triton cannot be imported ({first_line(error)})"
-    if device.type != "cuda" and not INTERPRETED:
+    if not takes(device):
         return f"parameters are on {device.type!r}: Triton needs a GPU (or TRITON_INTERPRET=1)"
     if dtype not in TRITON_DTYPES:
         return f"parameters are {dtype}: Triton takes float32, bfloat16 and float16"
@@ -34,18 +35,28 @@ def why_not_triton(device: torch.device, dtype: torch.dtype = torch.float32) -> 
 @cache
 def trial(device: torch.device) -> str | None:
     """How Triton fails on this GPU, if it does: tried with a small kernel, once a process."""
-    if not torch.version.hip and torch.cuda.get_device_capability(device) < (7, 0):
-        return f"{torch.cuda.get_device_name(device)} has a compute capability below 7.0"
+    cuda = device.type == "cuda"
+    name = torch.cuda.get_device_name(device) if cuda else str(device)
+    if cuda and not torch.version.hip and torch.cuda.get_device_capability(device) < (7, 0):
+        return f"{name} has a compute capability below 7.0"
     from fastsam.kernels.triton import linf_step
 
     try:
         x = torch.zeros(1, device=device)
         linf_step(x.clone(), x, x, 0.0, 0.0)
-        torch.cuda.synchronize(device)
+        if cuda:
+            torch.cuda.synchronize(device)
     except Exception as error:
-        return (f"Triton fails on {torch.cuda.get_device_name(device)} ({first_line(error)}): it "
-                "needs a C compiler and Python's headers, such as gcc and python3-dev")
+        return f"Triton fails on {name} ({first_line(error)}){remedy(error)}"
     return None
+
+
+def remedy(error: Exception) -> str:
+    """What helps where Triton could not compile what it talks to the driver by."""
+    if not (isinstance(error, CalledProcessError) or "C compiler" in str(error)):
+        return ""
+    return ("; it needs a C compiler, Python's headers and the driver's libcuda, such as gcc and "
+            "python3-dev have them")
 
 
 def why_not_numba(device: torch.device, dtype: torch.dtype) -> str | None:

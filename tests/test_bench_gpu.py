@@ -398,7 +398,6 @@ def test_the_counted_optimizers_are_the_kernels_alone(monkeypatch, device):
     monkeypatch.setattr(watched.Runner, "step", lambda self: ())
     monkeypatch.setattr(watched.Runner, "__init__", lambda self, *args: (
         built.append(self), init(self, *args))[0])
-    monkeypatch.setattr("fastsam.dispatch.failure", None)
     assert watched.counted(device.type) == 0
     assert [(runner.contender.method, len(runner.phases)) for runner in built] == [
         (method, 1 if method == "sgd" else 2) for _, method in watched.COUNTED]

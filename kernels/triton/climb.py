@@ -45,7 +45,7 @@ NOISE_SHARE = (32 * torch.finfo(torch.float32).eps) ** 2
 
 @triton.jit
 def move(w, g, saved, m, flat, offs, mask, a, b, inv_scale, sigma, lmbda, share, scale, ok, moves,
-         count, MODE: tl.constexpr, SCALING: tl.constexpr, MASTERS: tl.constexpr,
+         MODE: tl.constexpr, SCALING: tl.constexpr, MASTERS: tl.constexpr,
          CAN_ROUND_AWAY: tl.constexpr):
     """Save w, store w' = w + e with e = scale T^2 d, and the new m, of one block, which lies at w,
     g and flat; (w' - w)^2 as stored, and e^2 where rounding can make it another."""
@@ -55,8 +55,6 @@ def move(w, g, saved, m, flat, offs, mask, a, b, inv_scale, sigma, lmbda, share,
     if MODE != PLAIN:
         old_m = read(m + flat + offs, mask)
     d, new_m = direction(g, old_m, sigma, lmbda, share, MODE)
-    if MODE == OFFICIAL:
-        new_m = tl.where(count == 0, g, new_m)
     if SCALING != UNSCALED:
         T = scaling(w32, g, a, b, SCALING)
         d = T * (T * d)
@@ -81,9 +79,9 @@ def sum_of(parts, n_spaces, PARTIALS: tl.constexpr):
     return tl.sum(total)
 
 
-def block_of(mode: str | None, scaling: str | None, dtype: torch.dtype) -> int:
+def block_of(mode: str | None, scaling: str | None, dtype: torch.dtype, masters: bool) -> int:
     """Elements of K2's blocks: twice as many where there is least to read."""
-    return BLOCK if mode or scaling or dtype.itemsize == 4 else 2 * BLOCK
+    return BLOCK if mode or scaling or masters or dtype.itemsize == 4 else 2 * BLOCK
 
 
 @jit
@@ -123,19 +121,21 @@ def climb_kernel(w_table, g_table, sums, saved, m, radii, blocks, layout, scalin
             scale = tl.div_rn(tl.load(row + RHO), norm + guard)
             sigma = tl.load(row + SIGMA)
             lmbda, share = tl.load(row + LMBDA), tl.load(row + EMA_SHARE)
-            count = tl.load(m_steps + slot)
+            if MODE == OFFICIAL:  # the first m, after one that is 0, is g itself
+                first = tl.load(m_steps + slot) == 0
+                lmbda, share = tl.where(first, 0.0, lmbda), tl.where(first, 1.0, share)
             fours = in_fours(size, w | g)
             for i in range(0, fours, BLOCK):
                 x, y = move(wide_pointer(w, TYPE) + i, wide_pointer(g, G_TYPE) + i, saved, m,
                             flat + i, offs, offs < fours - i, a, b, inv_scale, sigma, lmbda, share,
-                            scale, ok, moves, count, MODE, SCALING, MASTERS, CAN_ROUND_AWAY)
+                            scale, ok, moves, MODE, SCALING, MASTERS, CAN_ROUND_AWAY)
                 realised += folded(x, SUMS)
                 if CAN_ROUND_AWAY:
                     wanted += folded(y, SUMS)
             for i in range(fours, size, BLOCK):
                 x, y = move(pointer(w, TYPE) + i, pointer(g, G_TYPE) + i, saved, m,
                             flat + i, offs, offs < size - i, a, b, inv_scale, sigma, lmbda, share,
-                            scale, ok, moves, count, MODE, SCALING, MASTERS, CAN_ROUND_AWAY)
+                            scale, ok, moves, MODE, SCALING, MASTERS, CAN_ROUND_AWAY)
                 realised += folded(x, SUMS)
                 if CAN_ROUND_AWAY:
                     wanted += folded(y, SUMS)
@@ -166,4 +166,5 @@ def climb_arguments(p: Pass, n_spaces: int, _: int) -> dict:
                 n_spaces=n_spaces, guard=GUARD, noise_share=NOISE_SHARE,
                 MODE=MODES[space.kind.mode], SCALING=SCALINGS[p.scaling],
                 MASTERS=space.kind.masters, PARTIALS=PARTIALS,
-                BLOCK=block_of(space.kind.mode, p.scaling, space.kind.dtype))
+                BLOCK=block_of(space.kind.mode, p.scaling, space.kind.dtype,
+                               space.kind.masters))

@@ -10,6 +10,7 @@ table of addresses (0: none); the flat buffers (saved w, m, v, u) by its offset.
 import torch
 import triton
 import triton.language as tl
+from triton.runtime import driver
 
 from ...hyper import COLUMN, COLUMNS
 from ...space import CONTROL, COUNTERS
@@ -162,3 +163,14 @@ def _probe():
 
 
 INTERPRETED = not isinstance(_probe, triton.runtime.jit.JITFunction)
+
+
+def takes(device: torch.device) -> bool:
+    """Whether the kernels run on this device's tensors: on a GPU's, in the interpreter on any, and
+    on what Triton's driver calls its own."""
+    if INTERPRETED or device.type == "cuda":
+        return True
+    try:
+        return device.type == driver.active.get_active_torch_device().type
+    except Exception:  # there is no driver, or it cannot start
+        return False

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import BLOCK, INTERPRETED, OPTIONS, TYPES, read
+from .common import BLOCK, OPTIONS, TYPES, read, takes
 
 # One program walks a whole sample: it is wide, to keep enough loads under way on its own.
 SAMPLE_BLOCK = 4096
@@ -29,7 +29,7 @@ def check(x_adv: Tensor, g: Tensor, x: Tensor, eps: float, alpha: float) -> None
         raise ValueError("x has no dimension; the samples lie along the first: use x[None]")
     if x.dtype not in TYPES:
         raise ValueError(f"x is {x.dtype}; use float32, bfloat16 or float16")
-    if x.device.type != "cuda" and not INTERPRETED:
+    if not takes(x.device):
         raise ValueError(f"x is on {str(x.device)!r}; the kernels need a GPU (TRITON_INTERPRET=1 "
                          "runs them anywhere, slowly)")
     if not (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)):

@@ -3,8 +3,8 @@
 One JSON object per line and variant: the bytes that one thread loads and stores in vector
 instructions, registers, stack, shared-memory loads and atomics. Runs without TRITON_INTERPRET.
 
-    python tests/backends/aot_compile.py                  every variant for TARGETS, and a FEW more
-    python tests/backends/aot_compile.py --all            every variant for MORE_TARGETS too
+    python tests/backends/aot_compile.py                  every variant for sm_90, a FEW for all
+    python tests/backends/aot_compile.py --all            every variant for all targets, fp16 too
     python tests/backends/aot_compile.py --without-hints  a few, with the alignment hints taken out
 """
 
@@ -55,14 +55,12 @@ TYPES = {"fp32": tl.float32, "bf16": tl.bfloat16, "fp16": tl.float16}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_89": GPUTarget("cuda", 89, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
     "sm_100": GPUTarget("cuda", 100, 32),
+    "sm_120": GPUTarget("cuda", 120, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-TYPES_OF = {"sm_80": ("fp32", "bf16"), "sm_90": ("fp32", "bf16", "fp16"),
-            "sm_100": ("fp32", "bf16"), "gfx942": ("fp32", "bf16")}
-MORE_TARGETS = {"sm_89": GPUTarget("cuda", 89, 32), "sm_120": GPUTarget("cuda", 120, 32)}
-ALL_TARGETS = TARGETS | MORE_TARGETS
 MIXED = ("bf16/fp32", "fp32/bf16")  # weights and gradients
 INTEGERS = {"blocks": "*i32", "counters": "*i32", "m_steps": "*i32", "v_steps": "*i32",
             "layout": "*i64", "guard": "fp32", "noise_share": "fp32"}
@@ -74,7 +72,7 @@ def block_of(name: str, constants: dict, element: str) -> int:
     if name == "norm":
         return norm.block_of(mode, scaling)
     if name == "climb":
-        return climb.block_of(mode, scaling, DTYPES[element])
+        return climb.block_of(mode, scaling, DTYPES[element], constants["MASTERS"])
     return common.BLOCK
 
 
@@ -112,7 +110,7 @@ def compile_variant(name: str, constants: dict, elements: str, target: str):
     aligned = {index[p.name]: [["tt.divisibility", 16]] for p in kernel.params
                if types[p.name][0] == "*" and not p.do_not_specialize_on_alignment}
     source = ASTSource(kernel, types, {index[k]: x for k, x in constants.items()}, aligned)
-    target = ALL_TARGETS[target]
+    target = TARGETS[target]
     options = common.options(DTYPES[element], target.arch)
     return triton.compile(source, target=target, options=options_for(target.backend, options))
 
@@ -160,7 +158,7 @@ def row(job: tuple) -> dict:
     name, constants, elements, target = job
     compiled = compile_variant(name, constants, elements, target)
     measure = amd if target.startswith("gfx") else nvidia
-    threads = ALL_TARGETS[target].warp_size * common.WARPS
+    threads = TARGETS[target].warp_size * common.WARPS
     return dict(kernel=name, constants=constants, type=elements, target=target,
                 elements=block_of(name, constants, elements.split("/")[0]) // threads,
                 partials=PARTIALS // threads, programs=common.PROGRAMS, threads=threads,
@@ -176,13 +174,11 @@ def main() -> None:
         jobs = [(name, plain(name)[-1], "fp32", "sm_90") for name in CONSTANTS]
         rows = map(row, jobs)
     else:
-        jobs = [(name, constants, element, target) for name, variants in CONSTANTS.items()
-                for constants in variants for target in TARGETS for element in TYPES_OF[target]
-                if element != "fp32" or not constants.get("MASTERS")]
-        jobs += [(name, constants, element, target) for name in CONSTANTS
-                 for constants in (CONSTANTS if "--all" in sys.argv else FEW)[name]
-                 for target in MORE_TARGETS for element in ("fp32", "bf16")
-                 if element != "fp32" or not constants.get("MASTERS")]
+        everything = "--all" in sys.argv
+        elements = ("fp32", "bf16", "fp16")[:3 if everything else 2]
+        jobs = [(name, constants, element, target) for target in TARGETS for name in CONSTANTS
+                for constants in (CONSTANTS if everything or target == "sm_90" else FEW)[name]
+                for element in elements if element != "fp32" or not constants.get("MASTERS")]
         jobs += [(name, plain(name)[i], elements, "sm_90") for name in CONSTANTS for i in (0, -1)
                  for elements in MIXED]
         rows = ProcessPoolExecutor(2).map(row, jobs, chunksize=4)

@@ -4,7 +4,6 @@
 """
 
 import os
-from importlib import import_module
 
 os.environ["TRITON_INTERPRET"] = "0"  # before any decorator runs
 
@@ -24,17 +23,10 @@ def pytest_configure(config) -> None:
     driver = Driver(config.getoption("target"), together=not config.getoption("alone"))
     config.ptx, config.ptx_active = driver, driver.active()
     config.ptx_active.__enter__()
-    accept_cpu_tensors()
 
 
 def pytest_unconfigure(config) -> None:
     config.ptx_active.__exit__(None, None, None)
-
-
-def accept_cpu_tensors() -> None:
-    """fastsam asks whether kernels are interpreted before it launches them on a CPU's tensors."""
-    for name in ("fastsam.kernels.triton", "fastsam.kernels.triton.pgd"):
-        import_module(name).INTERPRETED = True
 
 
 @pytest.fixture
