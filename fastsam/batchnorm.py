@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable
 from contextlib import ContextDecorator
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -44,8 +44,8 @@ class freeze_bn_stats(ContextDecorator):
         self.used = True
         frozen, others = chosen(self.model, self.all_buffers)
         self.blocks.append((frozen, others))
-        for layer in frozen:
-            layer.track_running_stats = False  # no update at all: 0 * inf cannot reach the buffers
+        for norm in frozen:
+            norm.track_running_stats = False  # no update at all: 0 * inf cannot reach the buffers
         copies = dict[Tensor, Tensor]()  # one for a buffer that several layers share
         for layer, name, buffer in others:
             if buffer not in copies:
@@ -55,8 +55,8 @@ class freeze_bn_stats(ContextDecorator):
 
     def __exit__(self, *_: object) -> None:
         frozen, others = self.blocks.pop()
-        for layer in frozen:
-            layer.track_running_stats = True
+        for norm in frozen:
+            norm.track_running_stats = True
         for layer, name, buffer in others:  # itself, uncopied: a backward may still need the other
             setattr(layer, name, buffer)
 
@@ -80,7 +80,8 @@ def chosen(model: nn.Module, all_buffers: bool) -> tuple[list[_BatchNorm], list[
     frozen, others = list[_BatchNorm](), list[Own]()
     for layer in model.modules():
         batchnorm = isinstance(layer, _BatchNorm)
-        if batchnorm and layer.track_running_stats and not is_lazy(layer.running_mean):
+        if isinstance(layer, _BatchNorm) and layer.track_running_stats and not is_lazy(
+                cast(Tensor, layer.running_mean)):
             frozen.append(layer)
         own = list(layer._buffers)
         if all_buffers or (not batchnorm and any(name.startswith("running_") for name in own)):

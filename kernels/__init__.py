@@ -3,4 +3,4 @@ functions of `fastsam.reference`. Who chooses a backend imports it; nothing is i
 
 if __name__ != "fastsam.kernels":
     # a checkout on sys.path makes this `import kernels`, others' name too: offer nothing
-    __all__, __path__, __file__ = [], [], None
+    __all__, __path__, __file__ = [], [], None  # type: ignore[assignment]

@@ -126,17 +126,16 @@ def climb(p: Pass, sums: Tensor) -> Climb:
         sums: (2, k), what `norm` left of every space of the optimizer, so the norm is global.
     """
     s, kind, f = p.space, p.space.kind, frame_of(p.space)
-    sums = sums.sum(1)
-    f.control[NORM] = total = float(sums[0].sqrt())
+    d, g = sums.sum(1).numpy()
+    f.control[NORM] = total = np.sqrt(d)
     f.control[OK] = math.isfinite(total)
     if not math.isfinite(total):
         return stay(p)
-    d, g = sums.tolist()
-    moves = kind.mode is None or d > (32 * torch.finfo(sums.dtype).eps) ** 2 * g
+    moves = bool(kind.mode is None or d > (32 * torch.finfo(sums.dtype).eps) ** 2 * g)
     loop = cpu_loops.climb(kind.mode, p.scaling, kind.masters, *dtypes(p))
     steps = s.steps.numpy()[0]
     try:
-        run(loop, p, f, steps, address(s.saved), address(s.m), total, moves, f.sums)
+        run(loop, p, f, steps, address(s.saved), address(s.m), float(total), moves, f.sums)
     except BaseException:
         go_back(p, Climb.of(p).moved)
         raise

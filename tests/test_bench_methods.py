@@ -98,7 +98,7 @@ def test_eps_alone_takes_the_presets_share_of_it_as_alpha(capsys, tmp_path):
                                0.25 * 255 / 8)):  # fmt: skip
         attack = resolve(method, "sam-at-cifar10", {"eps": eps}).attack
         assert attack.alpha * 255 == pytest.approx(alpha, rel=1e-9)
-        given = resolve(method, "sam-at-cifar10", {"eps": eps, "alpha": "1"}).attack
+        given = resolve(method, "sam-at-cifar10", {"eps": eps, "alpha": "1/255"}).attack
         assert (given.eps, given.alpha) == (attack.eps, 1 / 255)
     config = resolve("at-linf", "sam-at-cifar10", {})
     assert (config.eps, config.alpha) == (8 / 255, 2 / 255)

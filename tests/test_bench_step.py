@@ -112,20 +112,20 @@ def test_the_peers_do_what_the_oracle_does(method):
 def norm_too_small(monkeypatch):
     norm = reference.norm
 
-    def broken(space):
-        norm(space)
-        space.partials.mul_(0.98)
+    def broken(p):
+        norm(p)
+        p.space.partials.mul_(0.98)
 
     monkeypatch.setattr(reference, "norm", broken)
 
 
 def norm_of_nothing(monkeypatch):
-    monkeypatch.setattr(reference, "norm", lambda space: space.partials.fill_(float("nan")))
+    monkeypatch.setattr(reference, "norm", lambda p: p.space.partials.fill_(float("nan")))
 
 
 def no_return(monkeypatch):
     step = reference.step
-    monkeypatch.setattr(reference, "step", lambda space, perturbed: step(space, False))
+    monkeypatch.setattr(reference, "step", lambda p, climb: step(p, None))
 
 
 def lose(key):

@@ -61,7 +61,7 @@ def test_mypy_takes_right_code_and_refuses_wrong(tmp_path):
     (tmp_path / "right.py").write_text(RIGHT)
     (tmp_path / "wrong.py").write_text(WRONG)
     done = subprocess.run(
-        [sys.executable, "-m", "mypy", "--strict", "--config-file", ROOT / "pyproject.toml",
+        [sys.executable, "-m", "mypy", "--config-file", ROOT / "pyproject.toml",
          tmp_path / "right.py", tmp_path / "wrong.py"],
         cwd=ROOT, capture_output=True, text=True)
     lines = [line for line in done.stdout.splitlines() if ": error:" in line]

@@ -30,7 +30,8 @@ class SAMModule(lightning.LightningModule):
             self.second_pass = isinstance(sam, SAM) and sam.is_perturbed
             try:
                 with freeze_bn_stats(self) if self.second_pass else nullcontext():
-                    return optimizer_closure()  # the backward too, which may recompute
+                    # the backward too, which may recompute
+                    return optimizer_closure() if optimizer_closure else None
             finally:
                 self.second_pass = False
 

@@ -35,7 +35,8 @@ int cuLaunchKernelEx() { return launch_result; }
 def pretended_libcuda() -> ctypes.CDLL:
     """bench.host's, whose module loading and launches may fail; for Triton to find."""
     library, source = Path(FOLDER.name, "libcuda.so.1"), LIBCUDA.replace(
-        "ONE(cuModuleLoadData) ", "").replace("int cuLaunchKernelEx() { launches++; return 0; }", "")
+        "ONE(cuModuleLoadData) ", "").replace(
+        "int cuLaunchKernelEx() { launches++; return 0; }", "")
     command = ["cc", "-shared", "-fPIC", "-w", "-Wl,-soname,libcuda.so.1", "-x", "c", "-", "-o",
                str(library)]
     subprocess.run(command, input=source + RESULTS, text=True, check=True)
@@ -111,7 +112,8 @@ def no_compiler(monkeypatch, tmp_path):
 
 def failing_compiler(monkeypatch, tmp_path):
     """As gcc does without python3-dev."""
-    (tmp_path / "cc").write_text("#!/bin/sh\necho 'fatal error: Python.h: No such file' >&2; exit 1")
+    (tmp_path / "cc").write_text(
+        "#!/bin/sh\necho 'fatal error: Python.h: No such file' >&2; exit 1")
     (tmp_path / "cc").chmod(0o755)
     monkeypatch.setenv("CC", str(tmp_path / "cc"))
     return "CalledProcessError", "python3-dev"
@@ -128,7 +130,8 @@ def old_gpu(monkeypatch, tmp_path):
 
 
 def ptxas_fails(monkeypatch, tmp_path):
-    (tmp_path / "ptxas").write_text("#!/bin/sh\ncase $* in *--version*) echo 'Cuda compilation tools"
+    (tmp_path / "ptxas").write_text(
+        "#!/bin/sh\ncase $* in *--version*) echo 'Cuda compilation tools"
                                     ", release 12.8, V12.8.1';; *) exit 255;; esac")
     (tmp_path / "ptxas").chmod(0o755)
     for name in ("TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH"):
