@@ -76,7 +76,7 @@ def test_a_run_on_images_that_changed_is_refused(tmp_path):
     train(config, tmp_path)
     checkpoint = torch.load(tmp_path / "last.pt", weights_only=True)
     torch.save(checkpoint | {"fingerprint": "of other images"}, tmp_path / "last.pt")
-    with pytest.raises(ValueError, match="the images of 'digits' changed since"):
+    with pytest.raises(ValueError, match="the training images of 'digits' changed since"):
         train(config, tmp_path)
 
 
