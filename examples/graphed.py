@@ -26,7 +26,8 @@ def main():
     torch.manual_seed(0)
     x = torch.randn(128, 32, device=device)
     y = (x[:, :4] + 0.5 * torch.randn(128, 4, device=device)).argmax(1)
-    model = nn.Sequential(nn.Linear(32, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, 4)).to(device)
+    model = nn.Sequential(nn.Linear(32, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, 4))
+    model.to(device)
     opt = FriendlySAM(model.parameters(), torch.optim.SGD, rho=0.05, lr=0.05, momentum=0.9)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(opt, steps)   # data of the graph
     step = GraphedStep(model, cross_entropy, opt, (x, y))

@@ -53,7 +53,8 @@ def load(folder, download):
 
 def network(channels, classes=10, width=32):
     def block(a, b, stride):
-        return nn.Sequential(nn.Conv2d(a, b, 3, stride, 1, bias=False), nn.BatchNorm2d(b), nn.ReLU())
+        conv = nn.Conv2d(a, b, 3, stride, 1, bias=False)
+        return nn.Sequential(conv, nn.BatchNorm2d(b), nn.ReLU())
 
     return nn.Sequential(
         block(channels, width, 1), block(width, 2 * width, 2), block(2 * width, 2 * width, 2),
@@ -91,9 +92,10 @@ def step(model, opt, x, y):
 @torch.no_grad()
 def accuracy(model, x, y):
     model.eval()
-    right = [(model(a).argmax(1) == b).sum() for a, b in zip(x.split(500), y.split(500), strict=True)]
+    right = sum((model(a).argmax(1) == b).sum()
+                for a, b in zip(x.split(500), y.split(500), strict=True))
     model.train()
-    return 100 * torch.stack(right).sum().item() / len(y)
+    return 100 * right.item() / len(y)
 
 
 def main():

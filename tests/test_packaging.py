@@ -108,7 +108,7 @@ def test_the_wheel_holds_fastsam_and_nothing_else_at_top_level(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert {n.split("/")[0].split("-")[0] for n in names} == {"fastsam"}
     held = {n for n in names if n.endswith(".py")}
-    assert held == {f"fastsam/{p.name}" for p in (ROOT / "fastsam").glob("*.py")} | {
+    assert held == {f"{p.relative_to(ROOT)}" for p in (ROOT / "fastsam").rglob("*.py")} | {
         f"fastsam/kernels/{p.name}" for p in (ROOT / "kernels").glob("*.py")}
     assert "fastsam/py.typed" in names
     assert any(n.endswith("licenses/LICENSE") for n in names)
