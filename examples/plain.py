@@ -92,10 +92,10 @@ def step(model, opt, x, y):
 @torch.no_grad()
 def accuracy(model, x, y):
     model.eval()
-    parts = zip(x.split(500), y.split(500), strict=True)
-    right = [(model(a).argmax(1) == b).sum() for a, b in parts]
+    right = sum((model(a).argmax(1) == b).sum()
+                for a, b in zip(x.split(500), y.split(500), strict=True))
     model.train()
-    return 100 * torch.stack(right).sum().item() / len(y)
+    return 100 * right.item() / len(y)
 
 
 def main():

@@ -146,7 +146,7 @@ def test_the_wheel_holds_fastsam_and_nothing_else_at_top_level(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert {n.split("/")[0].split("-")[0] for n in names} == {"fastsam"}
     held = {n for n in names if n.endswith(".py")}
-    assert held == {f"fastsam/{p.name}" for p in (ROOT / "fastsam").glob("*.py")} | {
+    assert held == {f"{p.relative_to(ROOT)}" for p in (ROOT / "fastsam").rglob("*.py")} | {
         f"fastsam/kernels/{p.relative_to(ROOT / 'kernels')}"
         for p in (ROOT / "kernels").rglob("*.py")}
     assert {"fastsam/kernels/cpu.py", "fastsam/kernels/cpu_loops.py",

@@ -1,0 +1,250 @@
+"""fastsam.integrations: what the recipes do not show, and several processes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from fastsam import SAM
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def run(folder: Path, program: str, processes: int = 1) -> str:
+    (folder / "program.py").write_text(program)
+    launcher = [] if processes == 1 else [
+        "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    done = subprocess.run([sys.executable, *launcher, "program.py"], cwd=folder, timeout=300,
+                          capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_each_framework_is_imported_only_when_it_is_used(tmp_path):
+    run(tmp_path, """
+import sys
+import fastsam, fastsam.integrations
+frameworks = {"transformers", "lightning", "accelerate", "peft"}
+assert not frameworks & set(sys.modules)
+sys.modules["transformers"] = sys.modules["lightning"] = None     # as if not installed
+for name, framework in (("SAMTrainer", "transformers"), ("SAMModule", "lightning")):
+    try:
+        getattr(fastsam.integrations, name)
+    except ImportError as error:
+        assert framework in str(error)
+    else:
+        raise SystemExit(name)
+try:
+    fastsam.integrations.SamTrainer
+except AttributeError as error:
+    assert "SamTrainer" in str(error)
+""")
+
+
+@pytest.fixture
+def accelerator():
+    accelerate = pytest.importorskip(
+        "accelerate", reason="needs Accelerate: pip install .[recipes]")
+    return accelerate.Accelerator(cpu=True)
+
+
+def test_an_optimizer_that_cannot_climb_is_refused(accelerator):
+    from fastsam.integrations import both_passes
+
+    model = nn.Linear(3, 2)
+    opt = accelerator.prepare(torch.optim.SGD(model.parameters(), lr=0.1))
+    with pytest.raises(TypeError, match="the optimizer is a SGD, which has no second pass"):
+        both_passes(accelerator, model, opt, lambda: None)
+
+
+@pytest.mark.parametrize("kind, micro_batches, message", [
+    ("DEEPSPEED", 1, "DeepSpeed keeps weights and gradients in buffers of its own"),
+    ("FSDP", 2, "gradient accumulation with distributed_type=FSDP"),
+])
+def test_processes_in_which_a_climb_would_be_wrong_are_refused(
+        accelerator, kind, micro_batches, message, monkeypatch):
+    from accelerate.utils import DistributedType
+
+    from fastsam.integrations.accelerate import check_processes
+
+    with pytest.raises(ValueError, match=message):
+        check_processes(DistributedType[kind], micro_batches > 1)
+    check_processes(DistributedType.FSDP, accumulates=False)
+
+
+def test_a_step_that_does_not_climb_is_one_pass(accelerator):
+    from fastsam.integrations import both_passes
+
+    model = nn.Linear(3, 2)
+    opt = accelerator.prepare(SAM(model.parameters(), torch.optim.SGD, lr=0.1, interval=3))
+    calls = []
+
+    def backward():
+        loss = model(torch.ones(4, 3)).square().mean()
+        accelerator.backward(loss)
+        calls.append(opt.optimizer.is_perturbed)
+        return loss
+
+    for _ in range(4):
+        both_passes(accelerator, model, opt, backward)
+        opt.step()
+        opt.zero_grad()
+    assert calls == [False, True, False, False, False, True]
+
+
+def test_lightning_s_second_pass_is_frozen_with_its_recomputation():
+    lightning = pytest.importorskip("lightning", reason="needs Lightning: pip install .[recipes]")
+    from fastsam.integrations import SAMModule
+
+    passes = []
+
+    class Net(SAMModule):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 1))
+
+        def training_step(self, batch, batch_idx):
+            x = batch.requires_grad_()  # recomputed in the backward, which must be frozen too
+            passes.append(self.second_pass)
+            return torch.utils.checkpoint.checkpoint(
+                self.net, x, use_reentrant=True).square().mean()
+
+        def configure_optimizers(self):
+            return SAM(self.parameters(), torch.optim.SGD, rho=0.05, lr=0.01)
+
+    def after(rows):
+        torch.manual_seed(0)
+        model = Net()
+        lightning.Trainer(max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False,
+                          enable_progress_bar=False, enable_model_summary=False,
+                          ).fit(model, torch.utils.data.DataLoader(rows, batch_size=8))
+        return model
+
+    model = after(torch.randn(24, 4))
+    assert passes == [False, True] * 3 and not model.second_pass
+    assert model.net[1].num_batches_tracked == 2 * 3  # both forwards of the first pass, no others
+
+
+TWO_PROCESSES = """
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from torch import nn
+from torch.nn.functional import cross_entropy
+from fastsam import SAM
+from fastsam.integrations import both_passes
+
+torch.set_default_dtype(torch.float64)
+accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+rank = accelerator.process_index
+assert accelerator.num_processes == 2
+torch.manual_seed(0)
+x, y = torch.randn(6, 2, 2, 8, 5), torch.randint(3, (6, 2, 2, 8))  # update, micro-batch, rank
+
+
+def network():
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(5, 16), nn.Tanh(), nn.Linear(16, 3))
+
+
+model = network()
+sam = SAM(model.parameters(), torch.optim.SGD, rho=0.1, lr=0.2, momentum=0.9)
+model, opt = accelerator.prepare(model, sam)
+twin = network()
+base = torch.optim.SGD(twin.parameters(), lr=0.2, momentum=0.9)
+params = list(twin.parameters())
+
+
+def sharp(a, b):
+    g = torch.autograd.grad(cross_entropy(twin(a), b), params)
+    norm = sum(t.square().sum() for t in g).sqrt()
+    saved = [p.detach().clone() for p in params]
+    with torch.no_grad():
+        for p, t in zip(params, g):
+            p.add_(0.1 * t / norm)
+    g = torch.autograd.grad(cross_entropy(twin(a), b), params)
+    with torch.no_grad():
+        for p, w in zip(params, saved):
+            p.copy_(w)
+    return g
+
+
+for i in range(6):
+    for j in range(2):
+        with accelerator.accumulate(model):
+            def backward():
+                loss = cross_entropy(model(x[i, j, rank]), y[i, j, rank])
+                accelerator.backward(loss)
+                if i == 3 and j == 0 and rank == 1 and not sam.is_perturbed:
+                    next(model.parameters()).grad.view(-1)[0] = torch.inf
+                return loss
+
+            both_passes(accelerator, model, opt, backward)
+            opt.step()
+            opt.zero_grad()
+    if i != 3:  # an overflow on one process is a skip on all
+        parts = [sharp(x[i, j, r], y[i, j, r]) for j in range(2) for r in range(2)]
+        for p, *g in zip(params, *parts):
+            p.grad = sum(g) / 4
+        base.step()
+assert sam.skipped_steps == 1
+for p, q in zip(model.parameters(), params):
+    torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-12)
+    both = [torch.empty_like(p) for _ in range(2)]
+    dist.all_gather(both, p.detach())
+    assert torch.equal(*both)
+dist.destroy_process_group()
+"""
+
+TRAINER = """
+import sys
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.functional import cross_entropy
+from transformers import TrainingArguments
+from fastsam import SAM
+from fastsam.integrations import SAMTrainer
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Linear(5, 3)
+
+    def forward(self, x, labels):
+        logits = self.net(x)
+        return {"loss": cross_entropy(logits, labels), "logits": logits}
+
+
+torch.manual_seed(0)
+data = [{"x": torch.randn(5), "labels": torch.randint(3, ())} for _ in range(64)]
+model = Net()
+before = model.net.weight.detach().clone()
+trainer = SAMTrainer(
+    model=model, train_dataset=data,
+    optimizer_cls_and_kwargs=(SAM, dict(base_optimizer=torch.optim.AdamW, lr=1e-2, rho=0.05)),
+    args=TrainingArguments(output_dir="out", max_steps=6, per_device_train_batch_size=4,
+                           gradient_accumulation_steps=2, save_strategy="no", report_to="none",
+                           disable_tqdm=True, use_cpu=True))
+trainer.train()
+assert trainer.args.world_size == 2 and not trainer.optimizer.optimizer.is_perturbed
+weight = model.net.weight.detach()
+both = [torch.empty_like(weight) for _ in range(2)]
+dist.all_gather(both, weight)
+assert torch.equal(*both) and not torch.equal(weight, before)
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("program, needs", [
+    (TWO_PROCESSES, "accelerate"), (TRAINER, "transformers")], ids=["accelerate", "transformers"])
+def test_accumulation_in_two_processes_keeps_the_replicas_equal(program, needs, tmp_path):
+    pytest.importorskip(needs, reason=f"needs {needs}: pip install .[recipes]")
+    run(tmp_path, program, processes=2)
