@@ -246,6 +246,11 @@ def add_gpu_command(commands: Any) -> None:
     add("--only", nargs="+", metavar="NAME", help="these pieces, done or not")
     add("--out", type=Path, default=Path("runs/gpu"),
         help="for state.json, log.txt and the rows (default runs/gpu)")  # fmt: skip
+    add("--predict", action="store_true",
+        help="print what a model of the compiled kernels says of GPUs that are not here")
+    add("--gpu", nargs="+", metavar="GPU", default=["H200"],
+        help="for --predict: A100, H100, H200, B200 or RTX4090 (default H200)")
+    add("--rows", type=Path, help="for --predict: append a row per step to this JSONL file")
 
 
 def add_sweep_command(sweep: argparse.ArgumentParser) -> None:
@@ -631,6 +636,12 @@ def run_throughput(options: dict[str, Any]) -> int:
 
 
 def run_gpu(options: dict[str, Any]) -> int:
+    if options["predict"]:
+        from bench.predict import predict
+
+        return predict(options["gpu"], options["rows"])
+    if options["rows"]:
+        raise ValueError("--rows belongs to --predict; what is measured goes to --out")
     from bench.gpu import gpu
 
     return gpu(options["out"], options["minutes"], options["only"], options["list"])

@@ -111,11 +111,14 @@ METRICS = {
 }  # fmt: skip
 
 
-def kernel_bytes(method: str, base: str) -> dict[str, int]:
-    """Return the bytes per parameter that each kernel of a float32 step must move."""
-    ema, w = 4 * (method in FRIENDLY), 4 * (method in ADAPTIVE)
-    step = {"step": 12 + 8 * BASE_STATES[base]}
-    return step if method == "sgd" else {"norm": 4 + w + ema, "climb": 16 + 2 * ema} | step
+def kernel_bytes(method: str, base: str, weight: int = 4) -> dict[str, int]:
+    """Return the bytes per parameter that each kernel of a step must move, where weights and
+    gradients have `weight` bytes and states four."""
+    ema, w = 4 * (method in FRIENDLY), weight * (method in ADAPTIVE)
+    step = {"step": 3 * weight + 8 * BASE_STATES[base]}
+    if method == "sgd":
+        return step
+    return {"norm": weight + w + ema, "climb": 4 * weight + 2 * ema} | step
 
 
 def counted(kind: str = "cuda") -> int:

@@ -5,6 +5,7 @@ test_day_one.py runs this in a process of its own, without the interpreter.
 """
 
 import ctypes
+import gc
 import subprocess
 import sys
 import tempfile
@@ -86,6 +87,7 @@ def gpu(monkeypatch, tmp_path):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     # what is dropped is unloaded, by a driver
     kernels.linf_step.__globals__["linf_kernel"].device_caches.clear()
+    gc.collect()
     monkeypatch.setattr(triton.runtime.driver, "_default", None)
     monkeypatch.setattr(triton.runtime.driver, "_active", None)
     for remembered in (build._find_compiler, nvidia.libcuda_dirs, nvidia.library_dirs,
