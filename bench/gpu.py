@@ -1,15 +1,15 @@
 """What wants a CUDA device, as one command that can be interrupted: `python -m bench gpu`.
 
-Parity comes first (the tests that run kernels, on the device; compute-sanitizer over a step of
-every variant), then the optimizer's step, the kernels' hardware counters, and training throughput.
-Each piece is a process of its own with a time limit; what ended is noted in state.json, so that the
-command, given again, goes on with the rest.
+The FIRST pieces take less than ten minutes (`--minutes 9.5`): parity (the tests that take longest
+to doubt, compute-sanitizer over Friendly-SAM's step), then the optimizer's step, the kernels'
+hardware counters, and training throughput. The command, given again, goes on with the rest: more
+of each, and the whole tests. Each piece is a process of its own with a time limit, which appends
+its rows as it ends; what ended is noted in state.json.
 """
 
 import hashlib
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -32,13 +32,23 @@ TIMED_OUT = 124  # the exit code of coreutils' timeout
 RED = "parity is red"  # what `bench step` and `bench throughput` print then
 PARITY_NEEDS = ("triton", "pytest", "pytest_benchmark", "hypothesis")
 LONG = {"test_kernels": 240, "test_sequences": 180, "test_launches": 120}  # seconds
-# What the rest waits for: a session may not reach all of it.
+# of the kernels' own tests, those that meet every kernel, type and path
+PARITY = "every_method or adam_and_adamw or masters_of_16 or misaligned_gradients or several_blocks"
+# The most valuable: what one command of ten minutes gets through, at the estimates below.
 FIRST = (
-    "step-preactresnet18-sgd", "step-preactresnet18-sgd-graph", "step-wrn28-10-sgd-graph",
-    "step-100m-sgd-graph", "counters",
+    "parity-kernels", "parity-sequences", "memcheck-fsam", "racecheck-fsam",
+    "step-preactresnet18-sgd-graph", "step-100m-sgd-graph", "step-wrn28-10-sgd-graph",
+    "counters", "step-preactresnet18-sgd", "step-1b-fsam-sgd-graph",
     *(f"throughput-preactresnet18-{form}-{method}" for form in ("eager", "graph")
-      for method in ("sgd", "fsam", "at-linf")),
-    "step-preactresnet18-adamw-graph", "step-1b-fsam-sgd-graph",
+      for method in ("fsam", "sgd")),
+)  # fmt: skip
+# Of the rest, what is worth most.
+NEXT = (
+    "step-preactresnet18-peers-compiled", "step-preactresnet18-adamw-graph",
+    "step-100m-adamw-graph", "step-100m-sgd", "step-1b-sam-sgd-graph",
+    *(f"throughput-preactresnet18-{form}-{method}" for form in ("graph", "eager")
+      for method in ("sam", "at-linf")),
+    "memcheck", "racecheck",
 )  # fmt: skip
 
 
@@ -59,19 +69,29 @@ class Piece:
 
 
 def test_pieces() -> list[Piece]:
-    """Return a piece per test file. The optimizer's tests that take the `device` fixture run
-    kernels, and are gates."""
+    """Return a piece per test file."""
     pieces = []
     for path in sorted((ROOT / "tests").rglob("test_*.py"), key=lambda path: path.name):
-        on_device = re.search(r"def test_\w+\([^)]*\bdevice\b", path.read_text()) is not None
         name = "tests-" + path.stem.removeprefix("test_").replace("_", "-")
         arguments = ("-m", "pytest", "-q", "-p", "no:cacheprovider",
                      path.relative_to(ROOT).as_posix())
         if path.stem == "test_sequences":  # the other backends' are many, and no slower on a CPU
             arguments = (*arguments[:-1], "-k", "triton", arguments[-1])
-        gate = on_device and not name.startswith("tests-bench")
-        pieces.append(Piece(name, arguments, LONG.get(path.stem, 60), gate=gate))
+        pieces.append(Piece(name, arguments, LONG.get(path.stem, 60)))
     return pieces
+
+
+def parity_pieces() -> list[Piece]:
+    """Return the gates: the tests that take longest to doubt, on the device."""
+    pytest = ("-m", "pytest", "-q", "-p", "no:cacheprovider")
+    return [
+        Piece("parity-kernels", (*pytest, "-k", PARITY, "tests/backends/test_kernels.py"), 60,
+              gate=True),
+        Piece("parity-sequences", (*pytest, "-k", "any_sequence and triton",
+                                   "tests/test_sequences.py"), 60, gate=True),
+        *(Piece(f"{check}-fsam", ("-m", "bench.watched", check, "friendly"), 30, 120, gate=True)
+          for check in ("memcheck", "racecheck")),
+    ]  # fmt: skip
 
 
 def step_pieces(rows: Path) -> list[Piece]:
@@ -79,7 +99,6 @@ def step_pieces(rows: Path) -> list[Piece]:
     billion = ("--params", "1000000000", "--methods")  # they fit for one method at a time
     workloads = {
         "preactresnet18": ("--model", "preactresnet18"),
-        "resnet18": ("--model", "resnet18"),
         "wrn28-10": ("--model", "wrn28-10"),
         "100m": ("--params", "100000000"),
         "1b-plain": (*billion, "sgd"), "1b-sam": (*billion, "sam"), "1b-fsam": (*billion, "fsam"),
@@ -92,7 +111,7 @@ def step_pieces(rows: Path) -> list[Piece]:
 
     for base, (name, size), graph in product(BASES, workloads.items(), ((), ("--graph",))):
         full_name = "-".join(("step", name, base, *(g.strip("-") for g in graph)))
-        add(full_name, 150, *size, "--base", base, "--no-compile", *graph)
+        add(full_name, 30, *size, "--base", base, "--no-compile", *graph)
     add("step-preactresnet18-peers-compiled", 400, "--methods", "sam", "fsam", "--compile")
     return pieces
 
@@ -111,30 +130,28 @@ def throughput_pieces(rows: Path) -> list[Piece]:
     for model, (form, options), method in product(models, forms.items(), methods):
         arguments = ("-m", "bench", "throughput", "--device", "cuda", "--model", model,
                      "--methods", method, *options, "--rows", str(rows))  # fmt: skip
-        estimate = 300 if "--compile" in options else 150
+        estimate = 200 if "--compile" in options else 40
         pieces.append(Piece(f"throughput-{model}-{form}-{method}", arguments, estimate, rows=rows))
     return pieces
 
 
 def agenda(out: Path) -> list[Piece]:
     """Return every piece in its order; rows go to files in `out`."""
-    tests, counted = test_pieces(), out / "counters.jsonl"
+    counted = out / "counters.jsonl"
 
-    def program(name: str, *arguments: str, **how: Any) -> Piece:
-        return Piece(name, ("-m", "bench.watched", name, *arguments), 240, **how)
+    def program(*arguments: str, estimate: float, **how: Any) -> Piece:
+        return Piece(arguments[0], ("-m", "bench.watched", *arguments), estimate, **how)
 
     measured = [
         *step_pieces(out / "step.jsonl"),
-        program("counters", str(counted), rows=counted),
+        program("counters", str(counted), estimate=50, rows=counted),
         *throughput_pieces(out / "throughput.jsonl"),
-    ]
+        program("memcheck", estimate=240), program("racecheck", estimate=240),
+    ]  # fmt: skip
+    order = (*FIRST, *NEXT, *(p.name for p in measured))
     return [
-        *(p for p in tests if p.gate),
-        program("memcheck", gate=True),
-        program("racecheck", gate=True),
-        *sorted(measured, key=lambda p: (*FIRST, p.name).index(p.name)),
-        *(p for p in tests if not p.gate),
-    ]
+        *parity_pieces(), *sorted(measured, key=lambda p: order.index(p.name)), *test_pieces(),
+    ]  # fmt: skip
 
 
 # ---- running it
@@ -273,7 +290,20 @@ def run(pieces: list[Piece], out: Path, here: dict[str, str], minutes: float | N
             print(f"{piece.name} is not green; a speed without parity is worth nothing: stopped")
             break
     print(f"\n{table(pieces, state, here)}\nnotes, rows and output are in {out}")
+    print_beside_predicted(out, here["device"])
     return int(failed)
+
+
+def print_beside_predicted(out: Path, device: str) -> None:
+    """Print what was measured of the step in a graph beside what was predicted for the device."""
+    from bench.predict import beside_measured
+
+    try:
+        text = beside_measured(read_rows(out / "step.jsonl"), device)
+    except ValueError as e:  # no Triton to compile with
+        text = f"no prediction: {e}"
+    if text:
+        print(f"\nmeasured beside predicted, in a graph:\n{text}")
 
 
 def gpu(out: Path, minutes: float | None = None, only: list[str] | None = None,

@@ -11,7 +11,6 @@ bandwidths are their makers'; what a copy reaches of that, latencies and clocks 
 assumptions, round numbers, and no measurement of ours.
 """
 
-import json
 import os
 import re
 import subprocess
@@ -337,7 +336,3 @@ def beside_measured(measured: list[dict[str, Any]], device: str) -> str:
                       f"{us:.0f} us, {of_floor:.0%}", cell(own), f"{us / own['us']:.2f}"])
     head = ["method", "over", "type", "parameters", "measured", "predicted", "ratio"]
     return markdown(head, lines, left=3) if lines else ""
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []

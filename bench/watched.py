@@ -71,6 +71,13 @@ def variants() -> int:
     return 0
 
 
+def friendly() -> int:
+    """Take Friendly-SAM's steps over SGD with momentum in float32, alone."""
+    take_steps(VARIANTS[4], OVER[0], TYPES[0], torch.device("cuda"))
+    torch.cuda.synchronize()
+    return 0
+
+
 def find_tool(name: str) -> str | None:
     """Return the path of one of CUDA's tools; None, after a line that says so, without it."""
     tool = shutil.which(name) or shutil.which(name, path="/usr/local/cuda/bin")
@@ -79,8 +86,8 @@ def find_tool(name: str) -> str | None:
     return tool
 
 
-def sanitize(check: str) -> int:
-    """Run `variants` under compute-sanitizer: 0 when it finds nothing, LEFT_OUT when it is not
+def sanitize(check: str, program: str = "variants") -> int:
+    """Run a program under compute-sanitizer: 0 when it finds nothing, LEFT_OUT when it is not
     here or cannot work on this device."""
     tool = find_tool("compute-sanitizer")
     if tool is None:
@@ -93,7 +100,7 @@ def sanitize(check: str) -> int:
     if subprocess.run([*command, "-c", trivial], env=env).returncode:
         print("compute-sanitizer cannot watch even a trivial program on this device", flush=True)
         return LEFT_OUT
-    return subprocess.run([*command, "-m", "bench.watched", "variants"], env=env).returncode
+    return subprocess.run([*command, "-m", "bench.watched", program], env=env).returncode
 
 
 PARAMETERS = 2**26  # every float32 buffer is several times the L2 cache
@@ -198,8 +205,9 @@ def counters(rows_path: Path) -> int:
 
 PROGRAMS = {
     "variants": variants,
-    "memcheck": lambda: sanitize("memcheck"),
-    "racecheck": lambda: sanitize("racecheck"),
+    "friendly": friendly,
+    "memcheck": partial(sanitize, "memcheck"),
+    "racecheck": partial(sanitize, "racecheck"),
     "counted": counted,
     "counters": lambda path: counters(Path(path)),
 }

@@ -3,6 +3,7 @@ The measurements themselves need a GPU."""
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -276,12 +277,8 @@ def test_the_agenda_is_whole_and_every_command_of_it_can_be_parsed(tmp_path):
     names = [p.name for p in pieces]
     assert len(set(names)) == len(names)
     assert all(p.limit < 600 and p.estimate <= p.limit for p in pieces)
-    gates = [p.name for p in pieces if p.gate]
-    assert gates == names[:len(gates)]
-    assert {"memcheck", "racecheck", "tests-kernels", "tests-pgd-kernels", "tests-launches",
-            "tests-invariants", "tests-optimizer", "tests-state"} <= set(gates)
-    measured = [p.name for p in pieces if not p.gate and not p.name.startswith("tests-")]
-    assert tuple(measured[:len(gpu.FIRST)]) == gpu.FIRST
+    assert tuple(names[:len(gpu.FIRST) + len(gpu.NEXT)]) == gpu.FIRST + gpu.NEXT
+    assert [p.gate for p in pieces] == [i < 4 for i in range(len(pieces))]
     files = [p.arguments[-1] for p in pieces if p.name.startswith("tests-")]
     assert sorted(files) == sorted(p.relative_to(ROOT).as_posix()
                                    for p in (ROOT / "tests").rglob("test_*.py"))
@@ -291,10 +288,46 @@ def test_the_agenda_is_whole_and_every_command_of_it_can_be_parsed(tmp_path):
         assert options["device"] == "cuda" and options["rows"] == p.rows
     steps = [p for p in benches if p.arguments[2] == "step"]
     for base in ("sgd", "adamw"):
-        for size in ("preactresnet18", "resnet18", "wrn28-10", "100000000", "1000000000"):
+        for size in ("preactresnet18", "wrn28-10", "100000000", "1000000000"):
             forms = {"--graph" in p.arguments for p in steps
                      if size in p.arguments and base in p.arguments}
             assert forms == {True, False}, (base, size)
+
+
+def test_the_tests_and_programs_that_parity_names_are_there(tmp_path):
+    """A pytest that selects nothing fails, and would end the session as red."""
+    text = (ROOT / "tests/backends/test_kernels.py").read_text()
+    tests = re.findall(r"def (test_\w+)", text)
+    for name in gpu.PARITY.split(" or "):
+        assert any(name in test for test in tests), name
+    sequences = (ROOT / "tests/test_sequences.py").read_text()
+    assert "def test_any_sequence_of_events_is_right(backend" in sequences
+    for p in agenda(tmp_path):
+        if p.arguments[1] == "bench.watched":
+            assert set(p.arguments[2:]) - {str(p.rows)} <= set(watched.PROGRAMS)
+
+
+def test_nine_and_a_half_minutes_hold_the_first_pieces_and_the_next_call_the_next(
+        tmp_path, monkeypatch, capsys):
+    """Dry: every piece takes as long as it is thought to, on a clock that is pretended."""
+    clock, ran = [0.0], []
+
+    def take_its_time(piece, log, limit):
+        clock[0] += piece.estimate
+        ran.append(piece.name)
+        assert limit >= piece.estimate
+        return 0, ""
+
+    monkeypatch.setattr(gpu, "run_piece", take_its_time)
+    monkeypatch.setattr(gpu.time, "monotonic", lambda: clock[0])
+    pieces = agenda(tmp_path)
+    assert run(pieces, tmp_path, HERE, minutes=9.5) == 0
+    assert tuple(ran[:len(gpu.FIRST)]) == gpu.FIRST and clock[0] <= 570
+    ran.clear()
+    clock[0] = 0.0
+    assert run(pieces, tmp_path, HERE, minutes=4) == 0
+    assert ran[0] in gpu.NEXT and clock[0] <= 240
+    assert not set(ran) & set(gpu.FIRST)
 
 
 # ---- what the pieces run

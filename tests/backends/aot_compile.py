@@ -38,7 +38,8 @@ ASCENTS = [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (2, 0), (2, 1), (3, 0), (4, 0
 CONSTANTS = {
     "dots": [dict(MODE=mode) for mode in (1, 2)],
     "norm": [dict(MODE=mode, SCALING=scaling, MASTERS=masters)
-             for (mode, scaling), masters in product(ASCENTS, (False, True))],
+             for (mode, scaling), masters in product(ASCENTS, (False, True))
+             if scaling == 1 or not masters],  # else it reads no weights
     "climb": [dict(MODE=mode, SCALING=scaling, MASTERS=masters)
               for (mode, scaling), masters in product(ASCENTS, (False, True))],
     "step": [dict(BASE=base, PERTURBED=perturbed, MASTERS=masters)
@@ -46,8 +47,9 @@ CONSTANTS = {
 }
 FEW = {  # SAM, FisherSAM and Friendly-SAM in both conventions; SGD with momentum, and Adam
     "dots": [dict(MODE=1)],
-    **{name: [dict(MODE=mode, SCALING=scaling, MASTERS=False)
-              for mode, scaling in ((0, 0), (0, 2), (1, 0), (2, 1))] for name in ("norm", "climb")},
+    "norm": [dict(MODE=mode, SCALING=0, MASTERS=False) for mode in (0, 1)],
+    "climb": [dict(MODE=mode, SCALING=scaling, MASTERS=False)
+              for mode, scaling in ((0, 0), (0, 2), (1, 0), (2, 1))],
     "step": [dict(BASE=base, PERTURBED=True, MASTERS=base == 2) for base in (1, 2)]
             + [dict(BASE=2, PERTURBED=True, MASTERS=False)],
 }
