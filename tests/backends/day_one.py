@@ -35,9 +35,9 @@ int cuLaunchKernelEx() { return launch_result; }
 
 def pretended_libcuda() -> ctypes.CDLL:
     """bench.host's, whose module loading and launches may fail; for Triton to find."""
-    library, source = Path(FOLDER.name, "libcuda.so.1"), LIBCUDA.replace(
-        "ONE(cuModuleLoadData) ", "").replace(
-        "int cuLaunchKernelEx() { launches++; return 0; }", "")
+    library, source = Path(FOLDER.name, "libcuda.so.1"), LIBCUDA
+    for own in ("ONE(cuModuleLoadData) ", "int cuLaunchKernelEx() { launches++; return 0; }"):
+        source = source.replace(own, "")
     command = ["cc", "-shared", "-fPIC", "-w", "-Wl,-soname,libcuda.so.1", "-x", "c", "-", "-o",
                str(library)]
     subprocess.run(command, input=source + RESULTS, text=True, check=True)
@@ -85,15 +85,16 @@ def gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(nvidia.CudaDriver, "is_active", staticmethod(lambda: True))
     monkeypatch.setenv("TRITON_LIBCUDA_PATH", FOLDER.name)
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
-    # what is dropped is unloaded, by a driver
-    kernels.linf_step.__globals__["linf_kernel"].device_caches.clear()
-    gc.collect()
     monkeypatch.setattr(triton.runtime.driver, "_default", None)
     monkeypatch.setattr(triton.runtime.driver, "_active", None)
     for remembered in (build._find_compiler, nvidia.libcuda_dirs, nvidia.library_dirs,
                        choose.trial):
         remembered.cache_clear()
     set_results()
+    yield
+    # what is dropped is unloaded, by the driver that it was loaded with
+    kernels.linf_step.__globals__["linf_kernel"].device_caches.clear()
+    gc.collect()
 
 
 def chosen(backend=None, **kwargs) -> tuple:
@@ -106,6 +107,12 @@ def test_a_gpu_on_which_triton_works_gets_it():
     assert chosen("triton") == (kernels, "triton", "asked for")
 
 
+def script(path: Path, text: str) -> str:
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
 def no_compiler(monkeypatch, tmp_path):
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -114,10 +121,7 @@ def no_compiler(monkeypatch, tmp_path):
 
 def failing_compiler(monkeypatch, tmp_path):
     """As gcc does without python3-dev."""
-    (tmp_path / "cc").write_text(
-        "#!/bin/sh\necho 'fatal error: Python.h: No such file' >&2; exit 1")
-    (tmp_path / "cc").chmod(0o755)
-    monkeypatch.setenv("CC", str(tmp_path / "cc"))
+    monkeypatch.setenv("CC", script(tmp_path / "cc", "echo 'fatal error: Python.h' >&2; exit 1"))
     return "CalledProcessError", "python3-dev"
 
 
@@ -132,12 +136,11 @@ def old_gpu(monkeypatch, tmp_path):
 
 
 def ptxas_fails(monkeypatch, tmp_path):
-    (tmp_path / "ptxas").write_text(
-        "#!/bin/sh\ncase $* in *--version*) echo 'Cuda compilation tools"
-                                    ", release 12.8, V12.8.1';; *) exit 255;; esac")
-    (tmp_path / "ptxas").chmod(0o755)
+    version = "Cuda compilation tools, release 12.8, V12.8.1"
+    ptxas = script(tmp_path / "ptxas",
+                   f"case $* in *--version*) echo '{version}';; *) exit 255;; esac")
     for name in ("TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH"):
-        monkeypatch.setenv(name, str(tmp_path / "ptxas"))
+        monkeypatch.setenv(name, ptxas)
     return "PTXAS error",
 
 
