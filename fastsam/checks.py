@@ -233,6 +233,14 @@ def refuse_unfused(groups: Sequence[dict[str, Any]]) -> None:
             refuse_no_betas(group["betas"])
 
 
+def refuse_hooks(base: Optimizer) -> None:
+    """Refuse step hooks of a base optimizer whose step the kernels take: nobody would call them."""
+    if base._optimizer_step_pre_hooks or base._optimizer_step_post_hooks:
+        raise ValueError(f"the base {type(base).__name__} has step hooks, which a fused step does "
+                         "not call: register them on the optimizer around it, or pass a subclass "
+                         "of the base to run its own step")
+
+
 def refuse_no_number(name: str, x: object) -> None:
     """Refuse what is no number, and tensors where the kernels branch on the value or of more than
     one element."""

@@ -139,7 +139,8 @@ class Layout:
         self._state: tuple = (None, [])
         self.containers: tuple = (groups, None)  # of groups and state, as they were last seen
         self._buffers = [t for space in self.spaces for slot in space.slots
-                         for t in (slot.m, slot.v, slot.u) if t is not None]
+                         for t in (slot.m, slot.v, slot.u, slot.saved if space.kind.masters
+                                   else None) if t is not None]
         self._addresses = [t.data_ptr() for t in self._buffers]
         self._plain = [PLAIN.issuperset(map(type, space.params))
                        for space in self.spaces]
@@ -244,14 +245,15 @@ class Layout:
         return not self._is_as_seen(state) and bool(self.shown.missing(state))
 
     def has_its_memory(self) -> bool:
-        """Whether the averages and momenta are still in the buffers: `.data = ...` moves them."""
+        """Whether averages, momenta and masters are still in the buffers: `.data = ...` moves
+        them."""
         return [t.data_ptr() for t in self._buffers] == self._addresses
 
     def show(self, state: dict[Tensor, Any], stepped: Collection[Tensor] = ()) -> None:
         """Put the slots' tensors into the state (see `Shown.put`), and remember it."""
         self.shown.put(state, stepped)
         try:
-            self._state = (state, [*chain.from_iterable(map(dict.values, state.values()))])
+            self._state = (state, [*state, *chain.from_iterable(map(dict.values, state.values()))])
         except TypeError:  # an entry that is no dict: look closely every time
             self._state = (None, [])
 
@@ -260,7 +262,7 @@ class Layout:
         if state is not seen:
             return False
         try:
-            now = [*chain.from_iterable(map(dict.values, state.values()))]
+            now = [*state, *chain.from_iterable(map(dict.values, state.values()))]
         except TypeError:
             return False
         return len(now) == len(values) and all(map(is_, now, values))

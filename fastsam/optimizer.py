@@ -17,6 +17,7 @@ from .checks import (
     check_containers,
     check_group,
     check_options,
+    refuse_hooks,
     refuse_unfused,
 )
 from .grad_scaler import inverse_scale, report_overflow
@@ -109,13 +110,9 @@ class SAM(Optimizer):
             "base_" + key: self.base_optimizer.defaults[key] for key in self._shared}}
         if fused:
             refuse_unfused(self.param_groups)
-            self.state.update(self.base_optimizer.state)
-        else:
-            self.state = self.base_optimizer.state
+        self.state = self.base_optimizer.state
         self._built = True
         self._follow()
-        if fused and wrapped:
-            self.base_optimizer.state.clear()
 
     @classmethod
     def wrap(cls, base_optimizer: Optimizer, *args: Any, **kwargs: Any) -> Self:
@@ -168,6 +165,8 @@ class SAM(Optimizer):
             ValueError: what has changed is refused; nothing else has changed then.
         """
         phase = self._phase
+        if self._traits.base:
+            refuse_hooks(self.base_optimizer)
         self._join_containers()
         check_containers(self.param_groups)
         layout = phase.layout
@@ -202,14 +201,14 @@ class SAM(Optimizer):
 
     def _join_containers(self) -> None:
         """Someone may have replaced the groups or the state of one of the two optimizers, who
-        share them; a fused base has no state."""
+        share them."""
         base, layout = self.base_optimizer, self._phase.layout
         groups, state = layout.containers if layout is not None else (None, None)
         if base.param_groups is not self.param_groups:
             if self.param_groups is groups:
                 self.param_groups = base.param_groups
             foreign.share(base, "param_groups", self.param_groups)
-        if not self._traits.base and base.state is not self.state:
+        if base.state is not self.state:
             if self.state is state:
                 self.state = base.state
             foreign.share(base, "state", self.state)

@@ -225,6 +225,14 @@ def test_popped_momentum_begins_anew(backend):
     pair.step(2)
 
 
+def test_momentum_that_was_given_to_a_stranger_begins_anew(backend):
+    pair = Beside("sgd", backend)
+    pair.step(2)
+    pair.both(lambda opt, params: opt.state.update(
+        stranger=opt.state.pop(list(opt.state)[-1])))
+    pair.step(2)
+
+
 @pytest.mark.parametrize("edit", [clear, another_dict, pop_an_entry])
 def test_the_average_begins_anew_with_the_state(edit, backend):
     pair = Beside("sgd", backend, make=FriendlySAM, lmbda=0.5)

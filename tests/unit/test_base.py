@@ -1,0 +1,127 @@
+"""The base optimizer itself, which users save, load and step, and on which they put hooks."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from fastsam import SAM
+from fastsam.choose import BACKENDS
+
+BASES = {"sgd": (torch.optim.SGD, dict(lr=0.1, momentum=0.9, weight_decay=0.01)),
+         "adamw": (torch.optim.AdamW, dict(lr=0.01, weight_decay=0.1)),
+         "rmsprop": (torch.optim.RMSprop, dict(lr=0.01))}
+FUSED = ["sgd", "adamw"]
+
+
+def build(base):
+    kind, hyper = BASES[base]
+    net = nn.Linear(3, 2)
+    with torch.no_grad():
+        net.weight.copy_(torch.arange(6.0).reshape(2, 3).sin())
+        net.bias.fill_(0.3)
+    return net, SAM(net.parameters(), kind, rho=0.1, backend="reference", **hyper)
+
+
+def backward(net, i):
+    net.zero_grad()
+    (net(torch.arange(12.0).reshape(4, 3).add(i).cos()) - 1).square().mean().backward()
+
+
+def step(net, opt, i):
+    backward(net, i)
+    opt.first_step(zero_grad=True)
+    backward(net, i)
+    opt.second_step()
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_the_base_saved_and_loaded_by_itself_continues(base):
+    net, opt = build(base)
+    for i in range(3):
+        step(net, opt, i)
+    saved = copy.deepcopy(opt.base_optimizer.state_dict())
+    other, resumed = build(base)
+    other.load_state_dict(net.state_dict())
+    resumed.base_optimizer.load_state_dict(saved)
+    for i in range(3, 6):
+        step(net, opt, i)
+        step(other, resumed, i)
+    for p, q in zip(net.parameters(), other.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_a_step_of_the_base_itself_is_a_plain_step(base):
+    net, opt = build(base)
+    other, beside = build(base)
+    for i in range(6):
+        if i % 3 == 1:
+            backward(net, i)
+            opt.step()
+            backward(other, i)
+            beside.base_optimizer.step()
+        else:
+            step(net, opt, i)
+            step(other, beside, i)
+        for p, q in zip(net.parameters(), other.parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("register", ["register_step_pre_hook", "register_step_post_hook"])
+@pytest.mark.parametrize("base", FUSED)
+def test_step_hooks_of_a_fused_base_are_refused_by_name(base, register):
+    kind, hyper = BASES[base]
+    params = [nn.Parameter(torch.ones(2))]
+    hooked = kind(params, **hyper)
+    getattr(hooked, register)(lambda *_: None)
+    with pytest.raises(ValueError, match="has step hooks"):
+        SAM.wrap(hooked, rho=0.1)
+
+    net, opt = build(base)
+    before = copy.deepcopy(net.state_dict())
+    handle = getattr(opt.base_optimizer, register)(lambda *_: None)
+    backward(net, 0)
+    with pytest.raises(ValueError, match="has step hooks"):
+        opt.first_step()
+    assert all(torch.equal(before[name], x) for name, x in net.state_dict().items())
+    handle.remove()
+    step(net, opt, 0)
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_step_hooks_run_where_a_base_takes_its_own_step(base):
+    kind, hyper = BASES[base]
+    own = kind if base == "rmsprop" else type("Own", (kind,), {})
+    net, _ = build(base)
+    inner = own(net.parameters(), **hyper)
+    seen = []
+    inner.register_step_pre_hook(lambda *_: seen.append("before"))
+    inner.register_step_post_hook(lambda *_: seen.append("after"))
+    opt = SAM.wrap(inner, rho=0.1)
+    for i in range(2):
+        step(net, opt, i)
+    assert seen == ["before", "after"] * 2
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_masters_whose_memory_was_moved_are_followed(backend, device):
+    net = nn.Linear(3, 2).to(device, torch.bfloat16)
+    opt = SAM(net.parameters(), torch.optim.SGD, rho=0.1, lr=0.5, master_weights=True,
+              backend=backend)
+
+    def train(i):
+        for half in (opt.first_step, opt.second_step):
+            net.zero_grad()
+            x = torch.arange(12.0).reshape(4, 3).add(i).cos().to(net.weight)
+            (net(x) - 1).square().mean().backward()
+            half()
+
+    train(0)
+    for state in opt.state.values():
+        for x in state.values():
+            x.data = x.data.clone()
+    train(1)
+    for p, state in opt.state.items():
+        assert torch.equal(state["master"].to(p.dtype), p)
