@@ -17,8 +17,8 @@ from .graph import GraphedStep  # noqa: E402
 from .optimizer import SAM  # noqa: E402
 from .phase import PhaseError  # noqa: E402
 from .schedule import RhoScheduler  # noqa: E402
-from .variants import ASAM, FisherSAM, FriendlySAM, FullGradientSAM  # noqa: E402
+from .variants import ASAM, FisherSAM, FriendlySAM, FullGradientSAM, MomentumSAM  # noqa: E402
 from .version import __version__  # noqa: E402
 
 __all__ = ["ASAM", "SAM", "FisherSAM", "FriendlySAM", "FullGradientSAM", "GraphedStep",
-           "PhaseError", "RhoScheduler", "__version__", "freeze_bn_stats"]
+           "MomentumSAM", "PhaseError", "RhoScheduler", "__version__", "freeze_bn_stats"]

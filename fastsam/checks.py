@@ -33,6 +33,24 @@ def check_group(group: dict[str, Any]) -> None:
         raise ValueError(f"scale={group['scale']!r} is unknown: use 'all' or 'weights'")
 
 
+def check_groups(groups: Sequence[dict[str, Any]], base: str | None, along_v: bool) -> None:
+    """Refuse values of SAM's, of a fused base, and of one whose momentum is to be climbed along."""
+    for group in groups:
+        check_group(group)
+    if base:
+        refuse_unfused(groups)
+    if along_v:
+        refuse_no_momentum(groups)
+
+
+def refuse_no_momentum(groups: Sequence[dict[str, Any]]) -> None:
+    """Refuse SGD without momentum where the climb is along its momentum."""
+    for group in groups:
+        if group.get("perturb", True) and group.get("momentum", 1) == 0:
+            raise ValueError("momentum=0 leaves nothing to climb along: give momentum, such as "
+                             "0.9, or perturb=False to the group")
+
+
 def check_number(group: dict[str, Any], name: str, low: float, high: float, wanted: str) -> None:
     """Refuse a number below `low`, one that is not below `high`, and what is no number."""
     x = group.get(name, low if low > -INF else 1)

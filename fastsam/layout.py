@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import distributed, state_dict
-from .checks import check_group, refuse_shared, refuse_twice, refuse_unfused, refuse_unusable
+from .checks import check_groups, refuse_shared, refuse_twice, refuse_unusable
 from .choose import choose
 from .hyper import Hyper, hyper_row, scaling_of
 from .passes import Climb, Pass
@@ -40,6 +40,7 @@ class Traits(NamedTuple):
         masters: whether 16-bit parameters get float32 masters.
         scales_with: what an adaptive group's T depends on, "weights" or "gradient".
         backend: the one that was asked for, or None.
+        along_v: the climb is along -v, the base's momentum, and comes before the pass.
     """
 
     mode: str | None
@@ -48,6 +49,7 @@ class Traits(NamedTuple):
     masters: bool
     scales_with: str
     backend: str | None
+    along_v: bool = False
 
 
 class Values(NamedTuple):
@@ -103,6 +105,9 @@ class Layout:
         self.backend, self.report = choose(traits.backend, self.spaces)
         self.shown = state_dict.Shown(self.spaces)
         self.tables = [Tables(space) for space in self.spaces]
+        if traits.along_v:
+            for space in self.spaces:
+                space.cells.inv_scale1.fill_(-1)
         self.keys = itemgetter(*(key for key in OWN_KEYS if key in groups[0]),
                                *BASE_KEYS[traits.base])
         self.values: Values | None = None
@@ -156,10 +161,7 @@ class Layout:
         return True
 
     def _look_at(self, groups: Sequence[Group]) -> None:
-        for group in groups:
-            check_group(group)
-        if self.traits.base:
-            refuse_unfused(groups)
+        check_groups(groups, self.traits.base, self.traits.along_v)
 
     def _read_values(self, groups: Sequence[Group], seen: list) -> Values:
         traits = self.traits
@@ -269,7 +271,9 @@ class Layout:
             RuntimeError: a parameter changed its device, dtype or shape.
         """
         space, values = self.spaces[i], self.values
-        grads: list[Tensor | None] = [p.grad for p in space.params]
+        along_v = first and self.traits.along_v
+        grads: list[Tensor | None] = ([slot.v for slot in space.slots] if along_v else
+                                      [p.grad for p in space.params])
         takes_part = values.perturb[i] if first else None
         facts = facts_of(space.params, grads) if self._plain[i] else None
         last_facts, last_values, last_tables, last = self._last.get((i, first), (None,) * 4)
@@ -283,12 +287,13 @@ class Layout:
             addresses = [t.data_ptr() or NOWHERE for t in w]
             if tables.held("w") != addresses:
                 refuse_shared(self.params)
-            read = [None if g is None else readable(slot, g)
-                    for slot, g in zip(space.slots, grads, strict=True)]
+            read = grads if along_v else [None if g is None else readable(slot, g)
+                                          for slot, g in zip(space.slots, grads, strict=True)]
             read, dtype = in_one_dtype(read, space.kind.acc)
         is_read = all(map(is_, read, grads))
         read = only(takes_part, read)
-        p = Pass(space, w, read, dtype, values.rows, values.scaling[i], values.ab[i], None,
+        p = Pass(space, w, read, dtype, values.rows, values.scaling[i], values.ab[i],
+                 space.cells.inv_scale1 if along_v else None,
                  tables.bring("w", addresses),
                  tables.bring("g1" if first else "g2",
                               [0 if g is None else g.data_ptr() or NOWHERE for g in read]))

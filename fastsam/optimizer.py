@@ -11,7 +11,7 @@ from typing_extensions import Self
 
 from . import distributed, foreign, micro_batches
 from . import state_dict as saving
-from .checks import check_base, check_group, check_options, refuse_unfused
+from .checks import check_base, check_group, check_groups, check_options
 from .grad_scaler import inverse_scale, report_overflow
 from .layout import Layout, Traits
 from .passes import Climb, Pass
@@ -63,6 +63,7 @@ class SAM(Optimizer):
     """
 
     _step_supports_amp_scaling = True
+    climbs_first = False  # before the forward pass, without a gradient
     base_optimizer: Optimizer
 
     def __init__(self, params: Iterable[Any], base_optimizer: type[Optimizer], rho: float = 0.05,
@@ -73,8 +74,9 @@ class SAM(Optimizer):
 
     def _build(self, params: Any, base_optimizer: Any, own: dict[str, Any], *,
                mode: str | None = None, projection: str | None = None,
-               scales_with: str = "weights", backend: str | None = None, interval: int = 1,
-               start: int = 0, master_weights: bool = False, **kwargs: Any) -> None:
+               scales_with: str = "weights", along_v: bool = False, backend: str | None = None,
+               interval: int = 1, start: int = 0, master_weights: bool = False,
+               **kwargs: Any) -> None:
         wrapped = isinstance(base_optimizer, Optimizer)
         kind = type(base_optimizer) if wrapped else base_optimizer
         check_base(kind, type(self), kwargs)
@@ -85,7 +87,8 @@ class SAM(Optimizer):
         check_group(own)
         fused = FUSED.get(kind)
         check_options(interval, start, master_weights, fused, kind)
-        self._traits = Traits(mode, projection, fused, master_weights, scales_with, backend)
+        self._traits = Traits(mode, projection, fused, master_weights, scales_with, backend,
+                              along_v)
         self._interval, self._start = interval, start
         self._phase = Phase()
         self._built = False
@@ -96,8 +99,8 @@ class SAM(Optimizer):
         self.param_groups = foreign.join(self.base_optimizer, self.param_groups, own, self._shared)
         self.defaults = {**self.base_optimizer.defaults, **own, **{
             "base_" + key: self.base_optimizer.defaults[key] for key in self._shared}}
+        check_groups(self.param_groups, fused, along_v)
         if fused:
-            refuse_unfused(self.param_groups)
             self.state.update(self.base_optimizer.state)
         else:
             self.state = self.base_optimizer.state
@@ -135,9 +138,7 @@ class SAM(Optimizer):
             return
         self._phase.need(False, "add_param_group")
         merged = {**self.defaults, **param_group, "sam_steps": self.param_groups[0]["sam_steps"]}
-        check_group(merged)
-        if self._traits.base:
-            refuse_unfused([merged])
+        check_groups([merged], self._traits.base, self._traits.along_v)
         with foreign.as_base_sees(self.base_optimizer, self._shared):
             self.base_optimizer.add_param_group(foreign.exchanged(merged, self._shared))
         try:
@@ -209,8 +210,9 @@ class SAM(Optimizer):
                 continue
             passes.append(p if inverse is None else p._replace(
                 inv_scale=inverse.to(p.space.kind.device, p.space.kind.acc)))
-        for i, p in enumerate(passes):
-            layout.set_cell(i, "inv_scale1" if first else "inv_scale2", p.inv_scale, 1)
+        if not (first and self._traits.along_v):
+            for i, p in enumerate(passes):
+                layout.set_cell(i, "inv_scale1" if first else "inv_scale2", p.inv_scale, 1)
         return passes
 
     # ---- the step
@@ -238,7 +240,8 @@ class SAM(Optimizer):
         phase = self._phase
         phase.need(False, "first_step")
         scaler = scaler if scaler is not None and scaler.is_enabled() else None
-        passes = self._read(True, None if scaler is None else inverse_scale(scaler, self))
+        scaled = scaler is not None and not self._traits.along_v
+        passes = self._read(True, inverse_scale(scaler, self) if scaled else None)
         climbs: list[Climb] = []
         try:
             if self._traits.projection:
@@ -334,14 +337,23 @@ class SAM(Optimizer):
         if getattr(self, "found_inf", None) is not None:
             raise PhaseError("a GradScaler cannot see a closure's gradients: call first_step("
                              "scaler=scaler), the second backward, then scaler.step(optimizer)")
-        climbs = self.climbs_next
-        loss = self._call((ascent_closure or closure) if climbs else closure)
-        if not climbs:
-            self._base_step()
-            return loss
+        if self.climbs_next:
+            return self._climbing_step(closure, ascent_closure or closure)
+        loss = self._call(closure)
+        self._base_step()
+        return loss
+
+    def _climbing_step(self, closure: Callable[[], Tensor], ascent_closure: Callable[[], Tensor],
+                       ) -> Tensor:
+        loss = self._call(ascent_closure)
         self.first_step(zero_grad=True)
+        self._call_and_return(closure)
+        return loss
+
+    def _call_and_return(self, closure: Callable[[], Tensor]) -> Tensor:
+        """The second pass and its step; back at w if it fails."""
         try:
-            self._call(closure)
+            loss = self._call(closure)
             self._base_step()
         except BaseException:
             self.restore()
@@ -599,10 +611,7 @@ class SAM(Optimizer):
     def _load(self, state_dict: dict[str, Any]) -> None:
         groups = saving.merged_groups(self.param_groups, state_dict["param_groups"])
         saving.keep_decoupled(groups, self.base_optimizer)
-        for group in groups:
-            check_group(group)
-        if self._traits.base:
-            refuse_unfused(groups)
+        check_groups(groups, self._traits.base, self._traits.along_v)
         params = self._parameters()
         states = [state_dict["state"].get(i, {}) for g in groups for i in g["params"]]
         for p, entry in zip(params, states, strict=False):

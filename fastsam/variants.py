@@ -1,13 +1,14 @@
 """The rest of the family: SAM with another scaling, or another direction, of the climb."""
 
 from collections.abc import Callable, Iterable
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from .distributed import placed_like
-from .optimizer import SAM
+from .optimizer import FUSED, SAM
 from .phase import PhaseError
 from .space import local
 
@@ -107,6 +108,84 @@ class FriendlySAM(SAM):
         own = dict(rho=rho, sigma=sigma, lmbda=lmbda, adaptive=adaptive)
         self._build(params, base_optimizer, own, mode=convention,
                     projection=None if projection == "constant" else projection, **kwargs)
+
+
+class MomentumSAM(SAM):
+    """Momentum-SAM (Becker et al. 2024): climbs along the momentum, against its direction.
+
+        w' = w - rho v / ||v||
+        v, w = base(w, g(w'))                           SGD with momentum, Adam or AdamW
+
+    v is SGD's momentum buffer or Adam's first moment, as the step before left it; at the first
+    step it is 0 and nothing climbs. The climb needs no gradient, so a step has one forward and
+    backward pass, and `first_step` comes before it:
+
+        opt.first_step(); loss.backward(); opt.second_step(zero_grad=True)
+
+    `step(closure)` calls the closure once, at w'. Between steps the weights are w, which is what
+    is evaluated and saved; the authors' code leaves them at w' and has a call that moves them
+    back. Weight decay is the base optimizer's, at w; the authors' SGD takes it at w', and their
+    AdamW decays after the step instead of before.
+
+    Args:
+        params, base_optimizer, **kwargs: as `SAM`; the base is SGD with momentum, Adam or AdamW.
+        rho: radius, at least 0. Default 3.0, the paper's for CIFAR-100 and ImageNet.
+
+    Raises:
+        ValueError: as `SAM`; another base; momentum=0 in a group that climbs.
+    """
+
+    climbs_first = True
+
+    def __init__(self, params: Iterable, base_optimizer: type[Optimizer], rho: float = 3.0,
+                 **kwargs):
+        if "adaptive" in kwargs:
+            raise TypeError("Momentum-SAM has no adaptive form: leave adaptive= out")
+        kind = type(base_optimizer) if isinstance(base_optimizer, Optimizer) else base_optimizer
+        if isinstance(kind, type) and issubclass(kind, Optimizer) and kind not in FUSED:
+            raise ValueError(f"base_optimizer={kind.__name__} has no momentum that is known here: "
+                             "use torch.optim.SGD, Adam or AdamW")
+        self._build(params, base_optimizer, dict(rho=rho, adaptive=False), along_v=True, **kwargs)
+
+    def first_step(self, zero_grad: bool = False, scaler=None) -> None:
+        """Climb from w to w - rho v / ||v||, before the forward pass, and save w.
+
+        A v of 0 moves nothing. A v that is not finite moves nothing and makes the coming second
+        step a counted skip.
+
+        Args:
+            zero_grad: clear the gradients of the step before. Default False.
+            scaler: the `torch.amp.GradScaler` that will scale the loss, if any; the pass ends in
+                `scaler.step(opt); scaler.update()`, with or without it here.
+
+        Raises:
+            PhaseError: called twice without a second step or `restore()`.
+            ValueError, RuntimeError: as `SAM.first_step`.
+        """
+        super().first_step(zero_grad, scaler)
+
+    def step(self, closure: Callable | None = None, ascent_closure: Callable | None = None):
+        """The one pass and its step with a closure, which is called once, at w'; without one, the
+        second step or a plain base step.
+
+        Returns:
+            The loss at w' (at w where this step does not climb), or None without a closure.
+
+        Raises:
+            TypeError: an ascent_closure; a closure that cannot be called.
+            PhaseError: as `SAM.step`.
+        """
+        if ascent_closure is not None:
+            raise TypeError("Momentum-SAM climbs without a pass: leave ascent_closure out")
+        return super().step(closure)
+
+    def _climbing_step(self, closure: Callable, ascent_closure: Callable) -> Tensor:
+        self.first_step()
+        return self._call_and_return(closure)
+
+    def local_first_pass(self, model) -> NoReturn:
+        """Momentum-SAM has no first pass. Raises PhaseError."""
+        raise PhaseError("Momentum-SAM has no first pass: its only one is averaged over ranks")
 
 
 class FullGradientSAM(SAM):

@@ -4,7 +4,15 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from fastsam import ASAM, SAM, FisherSAM, FriendlySAM, FullGradientSAM, freeze_bn_stats
+from fastsam import (
+    ASAM,
+    SAM,
+    FisherSAM,
+    FriendlySAM,
+    FullGradientSAM,
+    MomentumSAM,
+    freeze_bn_stats,
+)
 from fastsam.choose import BACKENDS
 
 HYPER = dict(lr=0.07, momentum=0.85, dampening=0.1, weight_decay=3e-3)
@@ -21,6 +29,7 @@ CLASSES = {
     "fasam": (FriendlySAM, {**FRIENDLY, "rho": 1.2, "adaptive": True}),
     "sam-full": (FullGradientSAM, dict(part="full", rho=0.1)),
     "sam-noise": (FullGradientSAM, dict(part="noise", rho=0.1, projection="orthogonal")),
+    "msam": (MomentumSAM, dict(rho=0.2)),
 }
 ADAM = dict(lr=0.01, betas=(0.8, 0.97), eps=1e-3, weight_decay=0.02)
 BASES = {  # the last is not fused
@@ -31,8 +40,10 @@ BASES = {  # the last is not fused
 }
 # A variant is a class, with SGD, or "class on base". All of them on the reference; elsewhere, where
 # test_kernels.py and the drawn sequences cover the rest, one of each mode, scaling and base.
-VARIANTS = [*CLASSES, *(f"{name} on {base}" for name in CLASSES for base in list(BASES)[1:])]
-SOME = ["sam", "fsam-official", "fasam on adamw", "sam-noise on adam", "fisher on rmsprop"]
+VARIANTS = [*CLASSES, *(f"{name} on {base}" for name in CLASSES for base in list(BASES)[1:]
+                        if (name, base) != ("msam", "rmsprop"))]
+SOME = ["sam", "fsam-official", "fasam on adamw", "sam-noise on adam", "fisher on rmsprop", "msam",
+        "msam on adamw"]
 CASES = [(variant, backend) for backend in BACKENDS
          for variant in (VARIANTS if backend == "reference" else SOME)]
 
