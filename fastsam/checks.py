@@ -26,6 +26,7 @@ def check_group(group: dict[str, Any]) -> None:
     check_number(group, "eta", 0, INF, "a finite number of at least 0")
     check_number(group, "sigma", -INF, INF, "a finite number, such as 1.0")
     check_number(group, "lmbda", 0, 1, "a factor in [0, 1), such as 0.9")
+    check_number(group, "alpha", -INF, INF, "a finite number, such as 0.4")
     for name in ("adaptive", "perturb"):
         if group.get(name, True) not in (True, False):
             raise ValueError(f"{name}={group[name]!r} is neither True nor False")
@@ -180,7 +181,7 @@ def refuse_unfused(groups: Sequence[dict[str, Any]]) -> None:
             if group.get(name):
                 raise ValueError(f"{name}=True is not supported by the fused step: leave it out, "
                                  "or pass a subclass of the base optimizer to run its own step")
-        for name in ("momentum", "dampening", "betas", "eps", "eta"):
+        for name in ("momentum", "dampening", "betas", "eps", "eta", "alpha"):
             value = group.get(name)
             for x in value if isinstance(value, (tuple, list)) else (value,):
                 if isinstance(x, Tensor):

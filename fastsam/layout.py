@@ -21,7 +21,7 @@ from .passes import Climb, Pass
 from .space import NOWHERE, Kind, Slot, Space, Tables, is_dense, local, same_layout, upload
 
 Group = dict[str, Any]
-OWN_KEYS = ("rho", "adaptive", "perturb", "sigma", "lmbda", "eta", "scale")
+OWN_KEYS = ("rho", "adaptive", "perturb", "sigma", "lmbda", "eta", "scale", "alpha")
 BASE_KEYS = {None: (),
              "sgd": ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize",
                      "differentiable"),
@@ -300,6 +300,14 @@ class Layout:
         self._last[i, first] = (facts if is_read else None, values, tables,
                                 p._replace(g=[]) if is_read else None)
         return p
+
+    def part(self, i: int, p: Pass, takes_part: Sequence[bool]) -> Pass:
+        """A second pass over space i, of these slots alone."""
+        g = only(takes_part, p.g)
+        if g is p.g:
+            return p
+        addresses = [0 if x is None else x.data_ptr() or NOWHERE for x in g]
+        return p._replace(g=g, g_table=self.tables[i].bring("part", addresses))
 
 
 def only(takes_part: Sequence[bool] | None, grads: Sequence[Tensor | None],

@@ -16,7 +16,7 @@ from .grad_scaler import inverse_scale, report_overflow
 from .layout import Layout, Traits
 from .passes import Climb, Pass
 from .phase import Phase, PhaseError
-from .reference import projection
+from .reference import projection, share
 from .space import Space, Tables, local
 
 FUSED: dict[type[Optimizer], str] = {SGD: "sgd", Adam: "adam", AdamW: "adam"}
@@ -267,16 +267,39 @@ class SAM(Optimizer):
 
     def _projected(self, passes: list[Pass]) -> list[Pass]:
         """The passes with sigma multiplied with the projection's share, a function of g and m."""
-        for p in passes:
-            self._phase.layout.backend.dots(p)
-        first = passes[0].space
-        sums = torch.stack([to(p.space.sum_over_shards(p.space.dots).sum(1), first)
-                            for p in passes]).sum(0)
-        c = projection(sums, self._traits.projection)
+        c = projection(self._dots(passes), self._traits.projection)
         for p in passes:
             p.space.multiply_sigma(to(c, p.space))
         return [p._replace(rows=[row._replace(sigma=row.sigma * to(c, p.space)) for row in p.rows])
                 for p in passes]
+
+    def _dots(self, passes: list[Pass]) -> Tensor:
+        """<g, m>, <g, g> and <m, m> over all parameters."""
+        for p in passes:
+            self._phase.layout.backend.dots(p)
+        first = passes[0].space
+        return torch.stack([to(p.space.sum_over_shards(p.space.dots).sum(1), first)
+                            for p in passes]).sum(0)
+
+    def _mix(self) -> str | None:
+        """`Pass.mix` of the coming base step."""
+        perturbed = self._phase.perturbed
+        if self._traits.mode == "looksam":
+            return "renew" if perturbed else "reuse"
+        return "gsam" if self._traits.mode == "gsam" and perturbed else None
+
+    def _mixed(self, passes: list[Pass], climbs: Sequence[Climb | None], mix: str,
+               ) -> tuple[list[Pass], Tensor]:
+        """The passes as the base is to step with them, and 1 where a sum over all gradients, with
+        which one bad gradient would spread to all weights, is not finite, else 0."""
+        layout = self._phase.layout
+        passes = [p._replace(mix=mix) for p in passes]
+        c = share(self._dots([
+            layout.part(i, p, climb.moved if climb else layout.values.perturb[i])
+            for i, (p, climb) in enumerate(zip(passes, climbs, strict=True))]), mix)
+        for p in passes:
+            p.space.cells.share.copy_(to(c, p.space))
+        return passes, 1 - c.isfinite().to(c)
 
     @torch.no_grad()
     def second_step(self, zero_grad: bool = False) -> None:
@@ -402,6 +425,10 @@ class SAM(Optimizer):
         phase = self._phase
         passes = self._read(False, None if grad_scale is None else 1 / grad_scale)
         climbs = phase.climbs if phase.perturbed else [None] * len(passes)
+        mix = self._mix()
+        if mix is not None:
+            passes, bad = self._mixed(passes, climbs, mix)
+            found_inf = bad if found_inf is None else bad + found_inf.to(bad)
         for i, (p, climb) in enumerate(zip(passes, climbs, strict=True)):
             phase.layout.set_cell(i, "found_inf", found_inf, 0)
             phase.layout.backend.step(p, climb)
@@ -547,12 +574,13 @@ class SAM(Optimizer):
 
     def memory_report(self) -> dict[str, int]:
         """Bytes that the optimizer keeps between steps, by buffer: the saved weights (`backup`;
-        the masters, where there are), F-SAM's average or the full gradient (`ema`), the fused
-        base's buffers (`base`), tables and sums (`other`). The state of a base optimizer that is
-        not fused is not counted."""
+        the masters, where there are), F-SAM's average, the full or a kept gradient, LookSAM's g_v
+        (`ema`), the fused base's buffers (`base`), tables and sums (`other`). The state of a base
+        optimizer that is not fused is not counted."""
         report = dict.fromkeys(("backup", "ema", "base", "other"), 0)
         for s in self._follow().spaces:
-            for name, t in (("backup", s.saved), ("ema", s.m), ("base", s.v), ("base", s.u)):
+            for name, t in (("backup", s.saved), ("ema", s.m), ("ema", s.kept), ("base", s.v),
+                            ("base", s.u)):
                 report[name] += 0 if t is None else t.nbytes
             report["other"] += sum(t.nbytes for t in (
                 s.steps, s.partials, s.radii, s.dots, s.control, s.counters, s.hyper, s.scalings,

@@ -5,6 +5,7 @@ import triton.language as tl
 
 from ...passes import Climb, Pass
 from .common import (
+    ALPHA,
     BETA1,
     BETA1_SHARE,
     BETA2,
@@ -12,15 +13,20 @@ from .common import (
     DECOUPLED,
     EPS,
     FOUND_INF,
+    GSAM,
     HYPER,
     INV_SCALE2,
     LOG_BETA1,
     LOG_BETA2,
     LR,
+    MIXES,
     MOMENTUM,
     MOMENTUM_SHARE,
     NESTEROV,
     OK,
+    RENEW,
+    REUSE,
+    SHARE,
     SKIPPED,
     STEP_TICKET,
     WEIGHT_DECAY,
@@ -84,8 +90,23 @@ def adam(w, g, v, u, flat, offs, mask, row, count, ok):
 
 
 @triton.jit
-def update(w_ptr, g_ptr, saved, v, u, flat, offs, mask, inv_scale, row, count, ok,
-           CLIMBED: tl.constexpr, BASE: tl.constexpr, MASTERS: tl.constexpr, TYPE: tl.constexpr):
+def mixed(g, m, kept, flat, offs, mask, share, row, ok, MIX: tl.constexpr):
+    """What the base steps with; stores m where it is renewed. In fastsam.reference: `mixed`."""
+    if MIX == GSAM:
+        g = g - tl.load(row + ALPHA) * (read(kept + flat + offs, mask) - share * g)
+    elif MIX == REUSE:
+        g = g + tl.load(row + ALPHA) * (share * read(m + flat + offs, mask))
+    elif MIX == RENEW:
+        old_m = read(m + flat + offs, mask)
+        new_m = g - share * read(kept + flat + offs, mask)
+        tl.store(m + flat + offs, tl.where(ok, new_m, old_m), mask)
+    return g
+
+
+@triton.jit
+def update(w_ptr, g_ptr, saved, v, u, m, kept, flat, offs, mask, inv_scale, share, row, count, ok,
+           CLIMBED: tl.constexpr, BASE: tl.constexpr, MIX: tl.constexpr, MASTERS: tl.constexpr,
+           TYPE: tl.constexpr):
     """The base optimizer's update of one block, from the saved w or the one at w_ptr."""
     if CLIMBED:
         old = read(saved + flat + offs, mask)
@@ -94,6 +115,8 @@ def update(w_ptr, g_ptr, saved, v, u, flat, offs, mask, inv_scale, row, count, o
         old = w32 if MASTERS else w_in
     w = old.to(tl.float32)
     g = read(g_ptr + offs, mask).to(tl.float32) * inv_scale
+    if CLIMBED or MIX == REUSE:
+        g = mixed(g, m, kept, flat, offs, mask, share, row, ok, MIX)
     if BASE == ADAM:
         new = adam(w, g, v, u, flat, offs, mask, row, count, ok)
     else:
@@ -105,17 +128,17 @@ def update(w_ptr, g_ptr, saved, v, u, flat, offs, mask, inv_scale, row, count, o
 
 
 @jit
-def step_kernel(w_table, g_table, climbed_table, saved, v, u, blocks, layout, hyper, control,
-                counters, v_steps, n_blocks, n_slots, BASE: tl.constexpr, PERTURBED: tl.constexpr,
-                MASTERS: tl.constexpr, TYPE: tl.constexpr, G_TYPE: tl.constexpr,
-                BLOCK: tl.constexpr):
+def step_kernel(w_table, g_table, climbed_table, saved, v, u, m, kept, blocks, layout, hyper,
+                control, counters, v_steps, n_blocks, n_slots, BASE: tl.constexpr,
+                MIX: tl.constexpr, PERTURBED: tl.constexpr, MASTERS: tl.constexpr,
+                TYPE: tl.constexpr, G_TYPE: tl.constexpr, BLOCK: tl.constexpr):
     """w = base(saved w, g); where there is no g, w = saved w. Reads saved w, v, u, g; writes v, u,
     w.
 
     Where nothing was saved (it did not climb, or a plain step), w itself is the start. After a
     climb that was not ok, or with found_inf, every block only returns, and the skip is counted.
     """
-    inv_scale = tl.load(control + INV_SCALE2)
+    inv_scale, share = tl.load(control + INV_SCALE2), tl.load(control + SHARE)
     ok = tl.load(control + FOUND_INF) == 0
     if PERTURBED:
         ok = ok & (tl.load(control + OK) != 0)
@@ -134,16 +157,16 @@ def step_kernel(w_table, g_table, climbed_table, saved, v, u, blocks, layout, hy
             wide = (length >= BLOCK) & ((w | g) % 16 == 0)
             if wide & (climbed == PERTURBED):
                 update(wide_pointer(w, TYPE) + start, wide_pointer(g, G_TYPE) + start, saved, v, u,
-                       flat, offs, None, inv_scale, row, count, ok, PERTURBED, BASE, MASTERS,
-                       TYPE)
+                       m, kept, flat, offs, None, inv_scale, share, row, count, ok, PERTURBED, BASE,
+                       MIX, MASTERS, TYPE)
             else:
                 w_ptr, g_ptr = pointer(w, TYPE) + start, pointer(g, G_TYPE) + start
                 if climbed:
-                    update(w_ptr, g_ptr, saved, v, u, flat, offs, mask, inv_scale, row, count, ok,
-                           True, BASE, MASTERS, TYPE)
+                    update(w_ptr, g_ptr, saved, v, u, m, kept, flat, offs, mask, inv_scale, share,
+                           row, count, ok, True, BASE, MIX, MASTERS, TYPE)
                 else:
-                    update(w_ptr, g_ptr, saved, v, u, flat, offs, mask, inv_scale, row, count, ok,
-                           False, BASE, MASTERS, TYPE)
+                    update(w_ptr, g_ptr, saved, v, u, m, kept, flat, offs, mask, inv_scale, share,
+                           row, count, ok, False, BASE, MIX, MASTERS, TYPE)
         elif climbed:
             back = tl.load(saved + flat + offs, mask).to(TYPE)
             tl.store(pointer(w, TYPE) + start + offs, back, mask)
@@ -163,11 +186,14 @@ def step_kernel(w_table, g_table, climbed_table, saved, v, u, blocks, layout, hy
 def step(p: Pass, climb: Climb | None) -> None:
     """The base optimizer from the saved w (from w itself where nothing was saved) with p.g."""
     climbed = None if climb is None else climb.table
-    launch(step_kernel, p, (p.w_table, p.g_table, climbed), step_arguments, climb is not None)
+    launch(step_kernel, p, (p.w_table, p.g_table, climbed), step_arguments, climb is not None,
+           MIXES[p.mix])
 
 
-def step_arguments(p: Pass, perturbed: bool) -> dict:
+def step_arguments(p: Pass, perturbed: bool, mix: int) -> dict:
     space = p.space
-    return dict(saved=space.saved, v=space.v, u=space.u, counters=space.counters,
-                v_steps=space.steps[1], n_slots=len(space.slots), BASE=BASES[space.kind.base],
-                PERTURBED=perturbed, MASTERS=space.kind.masters)
+    m = space.m if mix else None
+    return dict(saved=space.saved, v=space.v, u=space.u, m=m, kept=space.kept,
+                counters=space.counters, v_steps=space.steps[1], n_slots=len(space.slots),
+                BASE=BASES[space.kind.base], MIX=mix, PERTURBED=perturbed,
+                MASTERS=space.kind.masters)
