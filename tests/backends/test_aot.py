@@ -44,13 +44,15 @@ def budget(row: dict) -> tuple[int, int]:
     if row["kernel"] == "step":
         states, masters = fp32 * c["BASE"], fp32 * c["MASTERS"]
         old_w = w if not (c["MASTERS"] and c["PERTURBED"]) else 0
-        return g + old_w + masters + states, w + masters + states
+        mix = c.get("MIX", 0)
+        mixed = fp32 * (0, 1, 2, 1)[mix]  # the kept gradient; it and m, which is renewed; m
+        return g + old_w + masters + states + mixed, w + masters + states + fp32 * (mix == 2)
     m, masters = fp32 * (c["MODE"] > 0), fp32 * c["MASTERS"]
     if row["kernel"] == "norm":
         return g + m + (w + masters) * (c["SCALING"] == 1), 0
     g *= c["MODE"] != 3 or c["SCALING"] == 2  # the part along a given m needs no g
     sums = 4 * row["partials"] * (1 + (c["MODE"] > 0))
-    new_m, saved = fp32 * (c["MODE"] in (1, 2)), w * (not c["MASTERS"])
+    new_m, saved = fp32 * (c["MODE"] in (1, 2, -1)), w * (not c["MASTERS"])
     return g + m + w + masters + sums, w + saved + new_m
 
 
@@ -76,10 +78,10 @@ def test_every_variant_is_compiled_for_every_target(rows):
     for target in TARGETS:
         for element in ("fp32", "bf16") + (("fp16",) if target == "sm_90" else ()):
             with_masters = 1 if element == "fp32" else 2
-            assert counts["dots", target, element] == 2
+            assert counts["dots", target, element] == 3
             assert counts["norm", target, element] == 9 * with_masters
-            assert counts["climb", target, element] == 9 * with_masters
-            assert counts["step", target, element] == 6 * with_masters
+            assert counts["climb", target, element] == 11 * with_masters
+            assert counts["step", target, element] == 15 * with_masters
     for elements in ("bf16/fp32", "fp32/bf16"):
         assert [counts[k, "sm_90", elements] for k in ("dots", "norm", "climb", "step")] == 4 * [2]
 
