@@ -181,7 +181,7 @@ def refuse_unfused(groups: Sequence[dict[str, Any]]) -> None:
             if group.get(name):
                 raise ValueError(f"{name}=True is not supported by the fused step: leave it out, "
                                  "or pass a subclass of the base optimizer to run its own step")
-        for name in ("momentum", "dampening", "betas", "eps", "eta", "alpha"):
+        for name in ("momentum", "dampening", "betas", "eps", "eta"):
             value = group.get(name)
             for x in value if isinstance(value, (tuple, list)) else (value,):
                 if isinstance(x, Tensor):
