@@ -290,8 +290,8 @@ class SAM(Optimizer):
 
     def _mixed(self, passes: list[Pass], climbs: Sequence[Climb | None], mix: str,
                ) -> tuple[list[Pass], Tensor]:
-        """The passes as the base is to step with them; and 0, or NaN where a sum over all gradients,
-        with which one bad gradient would spread to all weights, is not finite."""
+        """The passes as the base is to step with them; and 0, or NaN where a sum over all
+        gradients, with which one bad one would spread to all weights, is not finite."""
         layout = self._phase.layout
         passes = [p._replace(mix=mix) for p in passes]
         c = share(self._dots([
