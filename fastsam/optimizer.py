@@ -318,8 +318,8 @@ class SAM(Optimizer):
 
     def _mixed(self, passes: list[Pass], climbs: Sequence[Climb | None], mix: str,
                ) -> tuple[list[Pass], Tensor]:
-        """The passes as the base is to step with them, and 1 where a sum over all gradients, with
-        which one bad gradient would spread to all weights, is not finite, else 0."""
+        """The passes as the base is to step with them; and 0, or NaN where a sum over all
+        gradients, with which one bad one would spread to all weights, is not finite."""
         layout = self._phase.layout
         passes = [p._replace(mix=mix) for p in passes]
         c = share(self._dots([
@@ -327,7 +327,7 @@ class SAM(Optimizer):
             for i, (p, climb) in enumerate(zip(passes, climbs, strict=True))]), mix)
         for p in passes:
             p.space.cells.share.copy_(to(c, p.space))
-        return passes, 1 - c.isfinite().to(c)
+        return passes, c - c
 
     def second_step(self, zero_grad: bool = False) -> None:
         """Return to w and let the base optimizer update it with the gradients in `.grad`.

@@ -136,7 +136,7 @@ def test_an_example_runs_and_learns(name, tmp_path):
     if name == "ddp.py":
         printed = torchrun(tmp_path, name, "--quick")
     else:
-            done = subprocess.run([sys.executable, name, "--quick"], cwd=tmp_path, text=True,
+        done = subprocess.run([sys.executable, name, "--quick"], cwd=tmp_path, text=True,
                               capture_output=True, timeout=300,
                               env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
         assert done.returncode == 0, done.stderr[-3000:]

@@ -21,7 +21,7 @@ EXACT = ["reference", "numba"]  # take float64
 
 
 def pytest_generate_tests(metafunc):
-    if "backend" in metafunc.fixturenames:
+    if "backend" in metafunc.fixturenames and "every_backend" not in metafunc.function.__name__:
         metafunc.parametrize("backend", BACKENDS)
 
 
@@ -169,9 +169,11 @@ class Trial:
 
 
 @pytest.mark.filterwarnings("ignore:the weights are 16-bit")
-@pytest.mark.parametrize("dtype, masters", [(FP32, False), (BF16, False), (BF16, True)], ids=str)
-@pytest.mark.parametrize("base", BASES)
-@pytest.mark.parametrize("name", RELATIVES)
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "reference"])
+@pytest.mark.parametrize("dtype, masters", [(FP32, False), (BF16, True)], ids=str)
+@pytest.mark.parametrize("name, base", [
+    ("msam", "sgd"), ("gsam", "sgd"), ("gsam-adaptive", "adam"), ("looksam", "sgd"),
+    ("looksam", "adam")])
 def test_every_backend_errs_at_most_twice_as_much_as_plain_torch(name, base, dtype, masters,
                                                                  backend):
     ours, plain = (Trial(name, base, b, dtype, masters) for b in (backend, "reference"))
@@ -433,7 +435,7 @@ def test_what_gsam_and_looksam_refuse(cls):
         cls(w, torch.optim.RMSprop, lr=0.1)
     with pytest.raises(ValueError, match="alpha=nan"):
         cls(w, torch.optim.SGD, lr=0.1, alpha=math.nan)
-    with pytest.raises(ValueError, match="alpha is a tensor"):
+    with pytest.raises(ValueError, match="alpha=.*is not a number"):
         cls(w, torch.optim.SGD, lr=0.1, alpha=torch.tensor(0.1))
     opt = cls(w, torch.optim.SGD, lr=0.1)
     with pytest.raises(PhaseError, match="whole batch"):
