@@ -18,8 +18,16 @@ from .graph import GraphedStep  # noqa: E402
 from .optimizer import SAM  # noqa: E402
 from .phase import PhaseError  # noqa: E402
 from .schedule import RhoScheduler  # noqa: E402
-from .variants import ASAM, FisherSAM, FriendlySAM, FullGradientSAM  # noqa: E402
+from .variants import (  # noqa: E402
+    ASAM,
+    GSAM,
+    FisherSAM,
+    FriendlySAM,
+    FullGradientSAM,
+    LookSAM,
+    MomentumSAM,
+)
 from .version import __version__  # noqa: E402
 
-__all__ = ["ASAM", "SAM", "FisherSAM", "FriendlySAM", "FullGradientSAM", "GraphedStep",
-           "PhaseError", "RhoScheduler", "__version__", "freeze_bn_stats"]
+__all__ = ["ASAM", "GSAM", "SAM", "FisherSAM", "FriendlySAM", "FullGradientSAM", "GraphedStep",
+           "LookSAM", "MomentumSAM", "PhaseError", "RhoScheduler", "__version__", "freeze_bn_stats"]

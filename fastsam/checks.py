@@ -40,11 +40,31 @@ def check_group(group: dict[str, Any], own: Collection[str]) -> None:
     check_number(group, "eta", 0, INF, "a finite number of at least 0")
     check_number(group, "sigma", -INF, INF, "a finite number, such as 1.0")
     check_number(group, "lmbda", 0, 1, "a factor in [0, 1), such as 0.9")
+    check_number(group, "alpha", -INF, INF, "a finite number, such as 0.4")
     for name in ("adaptive", "perturb"):
         if group.get(name, True) not in (True, False):
             raise ValueError(f"{name}={group[name]!r} is neither True nor False")
     if group.get("scale", "all") not in ("all", "weights"):
         raise ValueError(f"scale={group['scale']!r} is unknown: use 'all' or 'weights'")
+
+
+def check_groups(groups: Sequence[dict[str, Any]], own: Collection[str], base: str | None,
+                 along_v: bool) -> None:
+    """Refuse values of SAM's, of a fused base, and of one whose momentum is to be climbed along."""
+    for group in groups:
+        check_group(group, own)
+    if base:
+        refuse_unfused(groups)
+    if along_v:
+        refuse_no_momentum(groups)
+
+
+def refuse_no_momentum(groups: Sequence[dict[str, Any]]) -> None:
+    """Refuse SGD without momentum where the climb is along its momentum."""
+    for group in groups:
+        if group.get("perturb", True) and group.get("momentum", 1) == 0:
+            raise ValueError("momentum=0 leaves nothing to climb along: give momentum, such as "
+                             "0.9, or perturb=False to the group")
 
 
 def check_number(group: dict[str, Any], name: str, low: float, high: float, wanted: str) -> None:

@@ -105,8 +105,10 @@ class GraphedStep:
         if self.attack is not None:
             x = self.attack(self.model, x, *rest)
         self.optimizer.zero_grad()
+        if self.optimizer.climbs_first and self.optimizer.climbs_next:
+            self.optimizer.first_step()
         loss, self.output = self._backward(x, *rest)
-        if self.optimizer.climbs_next:
+        if not self.optimizer.climbs_first and self.optimizer.climbs_next:
             self.optimizer.first_step(zero_grad=True)
             with freeze_bn_stats(self.model):
                 self._backward(x, *rest)

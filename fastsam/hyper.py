@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 FRIENDLY = ("algorithm1", "official")  # the modes with a moving average
+KEEPING = ("gsam", "looksam")  # those that keep the first pass's gradient for the second
 
 
 class Hyper(NamedTuple):
@@ -29,6 +30,7 @@ class Hyper(NamedTuple):
     beta2: float
     eps: float
     decoupled: bool
+    alpha: float = 0.0
 
     # What follows from them, exact only when taken before rounding.
 
@@ -84,11 +86,13 @@ def hyper_row(group: dict[str, Any], mode: str | None, base: str | None) -> Hype
     """
     g = group if base else {}
     friendly = group if mode in FRIENDLY else {}
+    alpha = group["alpha"] if mode in KEEPING and group["perturb"] else 0.0
     beta1, beta2 = g.get("betas", (0.0, 0.0))
     numbers: dict[str, Any] = dict(
         rho=group["rho"], sigma=friendly.get("sigma", 1.0), lmbda=friendly.get("lmbda", 0.0),
         lr=g.get("lr", 0.0), momentum=g.get("momentum", 0.0), dampening=g.get("dampening", 0.0),
-        weight_decay=g.get("weight_decay", 0.0), beta1=beta1, beta2=beta2, eps=g.get("eps", 0.0))
+        weight_decay=g.get("weight_decay", 0.0), beta1=beta1, beta2=beta2, eps=g.get("eps", 0.0),
+        alpha=alpha)
     return Hyper(nesterov=bool(g.get("nesterov", False)),
                  decoupled=bool(g.get("decoupled_weight_decay", False)),
                  **{name: cast(Any, number(x)) for name, x in numbers.items()})

@@ -14,14 +14,7 @@ import torch
 from torch import Tensor
 
 from . import distributed, state_dict
-from .checks import (
-    check_group,
-    names_of,
-    refuse_shared,
-    refuse_twice,
-    refuse_unfused,
-    refuse_unusable,
-)
+from .checks import check_groups, names_of, refuse_shared, refuse_twice, refuse_unusable
 from .choose import choose
 from .hyper import Hyper, hyper_row, scaling_of
 from .memory import Memory, addresses, present
@@ -49,6 +42,7 @@ class Traits(NamedTuple):
         scales_with: what an adaptive group's T depends on, "weights" or "gradient".
         backend: the one that was asked for, or None.
         own: the names of its own group keys.
+        along_v: the climb is along -v, the base's momentum, and comes before the pass.
     """
 
     mode: str | None
@@ -58,6 +52,7 @@ class Traits(NamedTuple):
     scales_with: str
     backend: str | None
     own: tuple[str, ...]
+    along_v: bool = False
 
 
 class Values(NamedTuple):
@@ -132,6 +127,9 @@ class Layout:
         self.backend, self.report = choose(traits.backend, self.spaces)
         self.shown = state_dict.Shown(self.spaces)
         self.tables = [Tables(space) for space in self.spaces]
+        if traits.along_v:
+            for space in self.spaces:
+                space.cells.inv_scale1.fill_(-1)
         self.values: Values = cast(Values, None)  # until they are read
         self._brought: list[list | None] = [None] * len(self.spaces)
         self._set = set[tuple[int, str]]()  # cells that are not at their neutral value
@@ -193,10 +191,7 @@ class Layout:
                              "add_param_group, which fills the defaults in") from None
 
     def _look_at(self, groups: Sequence[Group]) -> None:
-        for group in groups:
-            check_group(group, self.traits.own)
-        if self.traits.base:
-            refuse_unfused(groups)
+        check_groups(groups, self.traits.own, self.traits.base, self.traits.along_v)
 
     def _read_values(self, groups: Sequence[Group], seen: list) -> Values:
         traits = self.traits
@@ -287,13 +282,15 @@ class Layout:
         for space in self.spaces:
             space.cells.norm.copy_(was.cells.norm)
             space.cells.ok.copy_(was.cells.ok)
-        saved = {id(slot.param): slot.saved for climb in climbs
+        was_at = {id(slot.param): slot for climb in climbs
                  for slot, moved in zip(climb.space.slots, climb.moved, strict=True) if moved}
         for space in self.spaces:
             for slot in space.slots:
-                if id(slot.param) in saved:
-                    slot.saved.copy_(saved[id(slot.param)])
-        moved = [[id(slot.param) in saved for slot in space.slots] for space in self.spaces]
+                if id(slot.param) in was_at:
+                    slot.saved.copy_(was_at[id(slot.param)].saved)
+                    if slot.kept is not None:
+                        slot.kept.copy_(was_at[id(slot.param)].kept)
+        moved = [[id(slot.param) in was_at for slot in space.slots] for space in self.spaces]
         return [Climb(space, m, tables.bring("g1", [NOWHERE * x for x in m])) for space, m, tables
                 in zip(self.spaces, moved, self.tables, strict=True)] if climbs else []
 
@@ -314,7 +311,9 @@ class Layout:
             RuntimeError: a parameter changed its device, dtype or shape.
         """
         space, values = self.spaces[i], self.values
-        grads: list[Tensor | None] = [p.grad for p in space.params]
+        along_v = first and self.traits.along_v
+        grads: list[Tensor | None] = ([slot.v for slot in space.slots] if along_v else
+                                      [p.grad for p in space.params])
         takes_part = values.perturb[i] if first else None
         column = "g1" if first else "g2"
         last = self._last.get((i, first))
@@ -333,16 +332,25 @@ class Layout:
             places = table_of(w)
             if tables.held("w") != places or not space.dense:
                 refuse_shared(self.params)
-            read, dtype = in_one_dtype([None if g is None else readable(slot, g) for slot, g in
-                                        zip(space.slots, grads, strict=True)], space.kind.acc)
+            read = grads if along_v else [None if g is None else readable(slot, g)
+                                          for slot, g in zip(space.slots, grads, strict=True)]
+            read, dtype = in_one_dtype(read, space.kind.acc)
         self._last.pop((i, first), None)
         taken = only(takes_part, read)
-        p = Pass(space, w, taken, dtype, values.rows, values.scaling[i], values.ab[i], None,
+        p = Pass(space, w, taken, dtype, values.rows, values.scaling[i], values.ab[i],
+                 space.cells.inv_scale1 if along_v else None,
                  tables.bring("w", places), tables.bring(column, table_of(taken)))
         if self._plain[i] and all(map(is_, read, grads)):
             self._last[i, first] = Last(Memory(space.params, grads), values, tables,
                                         tables.held("w"), p._replace(g=[]))
         return p
+
+    def part(self, i: int, p: Pass, takes_part: Sequence[bool]) -> Pass:
+        """A second pass over space i, of these slots alone."""
+        g = only(takes_part, p.g)
+        if g is p.g:
+            return p
+        return p._replace(g=g, g_table=self.tables[i].bring("part", table_of(g)))
 
 
 def table_of(tensors: Sequence[Tensor | None]) -> list[int]:

@@ -16,15 +16,15 @@ from .checks import (
     check_call,
     check_containers,
     check_group,
+    check_groups,
     check_options,
     refuse_hooks,
-    refuse_unfused,
 )
 from .grad_scaler import inverse_scale, report_overflow
 from .layout import Layout, Traits
 from .passes import Climb, Pass
 from .phase import Phase, PhaseError
-from .reference import projection
+from .reference import projection, share
 from .space import Space, Tables, local
 
 Loss = TypeVar("Loss")  # what a closure returns
@@ -72,6 +72,7 @@ class SAM(Optimizer):
     """
 
     _step_supports_amp_scaling = True
+    climbs_first = False  # before the forward pass, without a gradient
     base_optimizer: Optimizer
 
     def __init__(self, params: Iterable[Any], base_optimizer: type[Optimizer], rho: float = 0.05,
@@ -82,8 +83,9 @@ class SAM(Optimizer):
 
     def _build(self, params: Any, base_optimizer: Any, own: dict[str, Any], *,
                mode: str | None = None, projection: str | None = None,
-               scales_with: str = "weights", backend: str | None = None, interval: int = 1,
-               start: int = 0, master_weights: bool = False, **kwargs: Any) -> None:
+               scales_with: str = "weights", along_v: bool = False, backend: str | None = None,
+               interval: int = 1, start: int = 0, master_weights: bool = False,
+               **kwargs: Any) -> None:
         wrapped = isinstance(base_optimizer, Optimizer)
         kind = type(base_optimizer) if wrapped else base_optimizer
         kwargs = foreign.plain_names(kwargs, own)
@@ -96,7 +98,7 @@ class SAM(Optimizer):
         fused = FUSED.get(kind)
         check_options(interval, start, master_weights, fused, kind)
         self._traits = Traits(mode, projection, fused, master_weights, scales_with, backend,
-                              tuple(own))
+                              tuple(own), along_v)
         own["sam_steps"] = 0
         self._interval, self._start = interval, start
         self._phase = Phase()
@@ -108,8 +110,7 @@ class SAM(Optimizer):
         self.param_groups = foreign.join(self.base_optimizer, self.param_groups, own, self._shared)
         self.defaults = {**self.base_optimizer.defaults, **own, **{
             "base_" + key: self.base_optimizer.defaults[key] for key in self._shared}}
-        if fused:
-            refuse_unfused(self.param_groups)
+        self._check(self.param_groups)
         self.state = self.base_optimizer.state
         self._built = True
         self._follow()
@@ -144,9 +145,7 @@ class SAM(Optimizer):
             return
         self._phase.need(False, "add_param_group")
         merged = {**self.defaults, **param_group, "sam_steps": self._steps()}
-        check_group(merged, self._traits.own)
-        if self._traits.base:
-            refuse_unfused([merged])
+        self._check([merged])
         with foreign.as_base_sees(self.base_optimizer, self._shared):
             self.base_optimizer.add_param_group(foreign.exchanged(merged, self._shared))
         try:
@@ -154,6 +153,9 @@ class SAM(Optimizer):
         except BaseException:
             self.param_groups.pop()
             raise
+
+    def _check(self, groups: Sequence[dict[str, Any]]) -> None:
+        check_groups(groups, self._traits.own, self._traits.base, self._traits.along_v)
 
     # ---- what others may have changed
 
@@ -231,8 +233,9 @@ class SAM(Optimizer):
                 continue
             passes.append(p if inverse is None else p._replace(
                 inv_scale=inverse.to(p.space.kind.device, p.space.kind.acc)))
-        for i, p in enumerate(passes):
-            layout.set_cell(i, "inv_scale1" if first else "inv_scale2", p.inv_scale, 1)
+        if not (first and self._traits.along_v):
+            for i, p in enumerate(passes):
+                layout.set_cell(i, "inv_scale1" if first else "inv_scale2", p.inv_scale, 1)
         return passes
 
     # ---- the step
@@ -261,7 +264,8 @@ class SAM(Optimizer):
         phase.need(False, "first_step")
         check_call(zero_grad, scaler)
         scaler = scaler if scaler is not None and scaler.is_enabled() else None
-        passes = self._read(True, None if scaler is None else inverse_scale(scaler, self))
+        scaled = scaler is not None and not self._traits.along_v
+        passes = self._read(True, inverse_scale(scaler, self) if scaled else None)
         climbs: list[Climb] = []
         try:
             passes = self._projected(passes)
@@ -289,16 +293,39 @@ class SAM(Optimizer):
         kind = self._traits.projection
         if kind is None:
             return passes
-        for p in passes:
-            self._phase.layout.backend.dots(p)
-        first = passes[0].space
-        sums = torch.stack([to(p.space.sum_over_shards(p.space.dots).sum(1), first)
-                            for p in passes]).sum(0)
-        c = projection(sums, kind)
+        c = projection(self._dots(passes), kind)
         for p in passes:
             p.space.multiply_sigma(to(c, p.space))
         return [p._replace(rows=[row._replace(sigma=row.sigma * to(c, p.space)) for row in p.rows])
                 for p in passes]
+
+    def _dots(self, passes: list[Pass]) -> Tensor:
+        """<g, m>, <g, g> and <m, m> over all parameters."""
+        for p in passes:
+            self._phase.layout.backend.dots(p)
+        first = passes[0].space
+        return torch.stack([to(p.space.sum_over_shards(p.space.dots).sum(1), first)
+                            for p in passes]).sum(0)
+
+    def _mix(self) -> str | None:
+        """`Pass.mix` of the coming base step."""
+        perturbed = self._phase.perturbed
+        if self._traits.mode == "looksam":
+            return "renew" if perturbed else "reuse"
+        return "gsam" if self._traits.mode == "gsam" and perturbed else None
+
+    def _mixed(self, passes: list[Pass], climbs: Sequence[Climb | None], mix: str,
+               ) -> tuple[list[Pass], Tensor]:
+        """The passes as the base is to step with them; and 0, or NaN where a sum over all
+        gradients, with which one bad one would spread to all weights, is not finite."""
+        layout = self._phase.layout
+        passes = [p._replace(mix=mix) for p in passes]
+        c = share(self._dots([
+            layout.part(i, p, climb.moved if climb else layout.values.perturb[i])
+            for i, (p, climb) in enumerate(zip(passes, climbs, strict=True))]), mix)
+        for p in passes:
+            p.space.cells.share.copy_(to(c, p.space))
+        return passes, c - c
 
     def second_step(self, zero_grad: bool = False) -> None:
         """Return to w and let the base optimizer update it with the gradients in `.grad`.
@@ -359,14 +386,23 @@ class SAM(Optimizer):
         if getattr(self, "found_inf", None) is not None:
             raise PhaseError("a GradScaler cannot see a closure's gradients: call first_step("
                              "scaler=scaler), the second backward, then scaler.step(optimizer)")
-        climbs = self.climbs_next
-        loss = self._call((ascent_closure or closure) if climbs else closure)
-        if not climbs:
-            self._base_step()
-            return loss
+        if self.climbs_next:
+            return self._climbing_step(closure, ascent_closure or closure)
+        loss = self._call(closure)
+        self._base_step()
+        return loss
+
+    def _climbing_step(self, closure: Callable[[], Loss], ascent_closure: Callable[[], Loss],
+                       ) -> Loss:
+        loss = self._call(ascent_closure)
         self.first_step(zero_grad=True)
+        self._call_and_return(closure)
+        return loss
+
+    def _call_and_return(self, closure: Callable[[], Loss]) -> Loss:
+        """The second pass and its step; back at w if it fails."""
         try:
-            self._call(closure)
+            loss = self._call(closure)
             self._base_step()
         except BaseException:
             self.restore()
@@ -416,6 +452,10 @@ class SAM(Optimizer):
         phase = self._phase
         passes = self._read(False, None if grad_scale is None else 1 / grad_scale)
         climbs = phase.climbs if phase.perturbed else [None] * len(passes)
+        mix = self._mix()
+        if mix is not None:
+            passes, bad = self._mixed(passes, climbs, mix)
+            found_inf = bad if found_inf is None else bad + found_inf.to(bad)
         for i, (p, climb) in enumerate(zip(passes, climbs, strict=True)):
             phase.layout.set_cell(i, "found_inf", found_inf, 0)
             phase.layout.backend.step(p, climb)
@@ -571,12 +611,13 @@ class SAM(Optimizer):
 
     def memory_report(self) -> dict[str, int]:
         """Bytes that the optimizer keeps between steps, by buffer: the saved weights (`backup`;
-        the masters, where there are), F-SAM's average or the full gradient (`ema`), the fused
-        base's buffers (`base`), tables and sums (`other`). The state of a base optimizer that is
-        not fused is not counted."""
+        the masters, where there are), F-SAM's average, the full or a kept gradient, LookSAM's g_v
+        (`ema`), the fused base's buffers (`base`), tables and sums (`other`). The state of a base
+        optimizer that is not fused is not counted."""
         report = dict.fromkeys(("backup", "ema", "base", "other"), 0)
         for s in self._follow().spaces:
-            for name, t in (("backup", s.saved), ("ema", s.m), ("base", s.v), ("base", s.u)):
+            for name, t in (("backup", s.saved), ("ema", s.m), ("ema", s.kept), ("base", s.v),
+                            ("base", s.u)):
                 report[name] += 0 if t is None else t.nbytes
             report["other"] += sum(t.nbytes for t in (
                 s.steps, s.partials, s.radii, s.dots, s.control, s.counters, s.hyper, s.scalings,
@@ -635,10 +676,7 @@ class SAM(Optimizer):
             state_dict = foreign.as_saved(state_dict, self.param_groups, self._shared)
         groups = saving.merged_groups(self.param_groups, state_dict["param_groups"])
         saving.keep_decoupled(groups, self.base_optimizer)
-        for group in groups:
-            check_group(group, self._traits.own)
-        if self._traits.base:
-            refuse_unfused(groups)
+        self._check(groups)
         params = self._parameters()
         states = [state_dict["state"].get(i, {}) for g in groups for i in g["params"]]
         for p, entry in zip(params, states, strict=False):

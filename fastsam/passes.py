@@ -31,6 +31,10 @@ class Pass(NamedTuple):
         ab: each slot's (a, b), as in `space.scalings`.
         inv_scale: 1 / the loss scale of these gradients, on the device; None: not scaled.
         w_table, g_table: the addresses of w and g, 0 for None; int64 (slots,) on the device.
+        mix: what the base optimizer steps with, from g, the gradient `kept` of the first pass,
+            m, alpha and the control cell `share`, c:
+            None: g. "gsam": g - alpha (kept - c g), where the slot climbed.
+            "renew": g, and m becomes g - c kept, where the slot climbed. "reuse": g + alpha c m.
     """
 
     space: Space
@@ -43,6 +47,7 @@ class Pass(NamedTuple):
     inv_scale: Tensor | None
     w_table: Tensor
     g_table: Tensor
+    mix: str | None = None
 
 
 class Climb(NamedTuple):

@@ -9,6 +9,15 @@ projection constant sigma, averaging factor lmbda, scaling T. One step on a mini
                                                         FisherSAM: 1 / sqrt(1 + a g^2)
     w  = base(w, g(w'))                                 SGD, Adam or AdamW, at the saved w
 
+Momentum-SAM climbs before its only pass, along -v, the base's momentum, in g(w)'s place. GSAM and
+LookSAM keep g(w), and the base gets, with c taken over all parameters,
+
+    g(w') - alpha (g(w) - c g(w'))                      GSAM eq. 8; c = <g(w'), g(w)> / ||g(w')||^2
+    g(w'),  and m = g(w') - c g(w)                      LookSAM, every k-th step;
+                                                        c = <g(w'), g(w)> / ||g(w)||^2
+    g(w) + alpha c m                                    LookSAM, the steps between;
+                                                        c = ||g(w)|| / ||m||
+
 `dots`, `norm`, `climb` and `step` do this over one space, on any device and dtype, with the
 signatures of the kernels. They load, compute in float32 (float64 for float64 weights), and cast
 at the store. Nothing here reads a device value on the host.
@@ -20,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .hyper import FRIENDLY, Hyper
+from .hyper import FRIENDLY, KEEPING, Hyper
 from .passes import Climb, Pass
 from .space import GUARD, Kept, Slot
 
@@ -42,6 +51,23 @@ def projection(dots: Tensor, kind: str) -> Tensor:
     gm, gg, mm = dots
     size = mm if kind == "orthogonal" else gg.sqrt() * mm.sqrt()
     return torch.where(size == 0, 0 * gm, gm / size)
+
+
+def share(dots: Tensor, mix: str) -> Tensor:
+    """c of `Pass.mix`, from (<g, x>, <g, g>, <x, x>), shape (3,), where x is the kept gradient or
+    m; 0 where what it is divided by is, not finite where g is not."""
+    gx, gg, xx = dots
+    if mix == "reuse":
+        return torch.where(xx == 0, 0 * gg, gg.sqrt() / xx.sqrt())
+    size = gg if mix == "gsam" else xx
+    return torch.where(size == 0, 0 * gx, gx / size)
+
+
+def mixed(g: Tensor, x: Tensor, c: Tensor, alpha: float, mix: str) -> Tensor:
+    """What the base optimizer steps with; x is the kept gradient, or m."""
+    if mix == "gsam":
+        return g - alpha * (x - c * g)
+    return g + alpha * (c * x) if mix == "reuse" else g
 
 
 def scaling(w: Tensor, g: Tensor, a: float, b: float, kind: str | None) -> Tensor | float:
@@ -122,7 +148,7 @@ def ascent(p: Pass, i: int, slot: Slot, h: Hyper) -> tuple[Tensor, Tensor, Kept]
     part along it ("full") or the rest ("noise").
     """
     g, mode = read(p, i), p.space.kind.mode
-    if mode is None:
+    if mode is None or mode in KEEPING:
         return g, g, None
     if mode == "algorithm1":
         m = ema(slot.m, g, h)
@@ -135,12 +161,16 @@ def ascent(p: Pass, i: int, slot: Slot, h: Hyper) -> tuple[Tensor, Tensor, Kept]
 
 def dots(p: Pass) -> None:
     """space.dots = the parts of <g, m>, <g, g> and <m, m>, with the m that is projected with,
-    over the slots that climb."""
+    over the slots that climb. In a pass that is mixed with: with the kept gradient, or m."""
     p.space.dots.zero_()
     for i, slot, h in members(p):
         g, _, new_m = ascent(p, i, slot, h)
-        m: Kept = new_m if p.space.kind.mode == "algorithm1" else slot.m
+        m: Kept = new_m if p.space.kind.mode == "algorithm1" else other(p, slot)
         p.space.dots[:, 0] += torch.stack([(x * y).sum() for x, y in ((g, m), (g, g), (m, m))])
+
+
+def other(p: Pass, slot: Slot) -> Kept:
+    return slot.kept if p.mix in ("gsam", "renew") else slot.m
 
 
 def norm(p: Pass) -> None:
@@ -151,7 +181,7 @@ def norm(p: Pass) -> None:
         g, d, _ = ascent(p, i, slot, h)
         T = scaling(weights(p, i), g, *p.ab[i], p.scaling)
         p.space.partials[0, 0] += (T * d).square().sum()
-        if p.space.kind.mode is not None:
+        if p.space.kind.mode not in (None, *KEEPING):
             p.space.partials[1, 0] += (T * g).square().sum()
 
 
@@ -170,7 +200,7 @@ def climb(p: Pass, sums: Tensor) -> Climb:
     sums = sums.sum(1)
     total = sums[0].sqrt()
     ok = total.isfinite()
-    moves = ok if kind.mode is None else ok & ~is_noise(sums)
+    moves = ok if kind.mode in (None, *KEEPING) else ok & ~is_noise(sums)
     p.space.radii.zero_()
     for i, slot, _ in members(p):
         slot.saved.copy_(weights(p, i))
@@ -198,6 +228,8 @@ def move(p: Pass, i: int, slot: Slot, h: Hyper, total: Tensor, moves: Tensor, ok
         slot.m.copy_(torch.where(ok, m, slot.m))
     if kind.mode in FRIENDLY:
         slot.m_steps.add_(ok)
+    if kind.mode in KEEPING:
+        slot.kept.copy_(g)
     moved = p.w[i].to(kind.acc) - slot.saved.to(kind.dtype).to(kind.acc)
     return torch.stack([moved.square().sum(), e.square().sum()])
 
@@ -220,16 +252,21 @@ def step(p: Pass, climb: Climb | None) -> None:
                 p.w[i].copy_(slot.saved)
             continue
         old = slot.saved.to(kind.acc) if moved else weights(p, i)
-        w = update(p, i, slot, old, ok)
+        w = update(p, i, slot, old, ok, p.mix if moved or p.mix == "reuse" else None)
         p.w[i].copy_(w)
         if kind.masters:
             slot.saved.copy_(w)
     cells.skipped.add_(~ok)
 
 
-def update(p: Pass, i: int, slot: Slot, old: Tensor, ok: Tensor) -> Tensor:
-    """The new w of one slot, from the old one; stores v and u. The old w where not ok."""
+def update(p: Pass, i: int, slot: Slot, old: Tensor, ok: Tensor, mix: str | None) -> Tensor:
+    """The new w of one slot, from the old one; stores v and u, and m. The old w where not ok."""
     h, g = p.rows[slot.group], read(p, i)
+    if mix is not None:
+        c = p.space.cells.share
+        if mix == "renew":
+            slot.m.copy_(torch.where(ok, g - c * slot.kept, slot.m))
+        g = mixed(g, other(p, slot), c, h.alpha, mix)
     if p.space.kind.base == "adam":
         w, v, u = adam(old, g, slot.v, slot.u, (slot.v_steps + 1).to(g.dtype), h)
         slot.u.copy_(torch.where(ok, u, slot.u))

@@ -17,15 +17,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .hyper import COLUMN, COLUMNS, Hyper
+from .hyper import COLUMN, COLUMNS, KEEPING, Hyper
 
 PAD = 16  # elements: 16-byte alignment for the narrowest dtype, with room
 PARTIALS = 1024  # room for the partial sums of one norm
 NOWHERE = 16  # stands for the address of a tensor without elements
 GUARD = 1e-12  # keeps rho / norm finite at norm 0, as in the public SAM classes
 
-# ||T d|| and whether it was finite; 1 / the loss scale of either pass; GradScaler's overflow
-CONTROL = ("norm", "ok", "inv_scale1", "inv_scale2", "found_inf")
+# ||T d|| and whether it was finite; 1 / the loss scale of either pass; GradScaler's overflow;
+# the share c of `Pass.mix`
+CONTROL = ("norm", "ok", "inv_scale1", "inv_scale2", "found_inf", "share")
 COUNTERS = ("skipped", "climb_ticket", "step_ticket")
 
 Kept = Any  # a Tensor, or None where `Kind` keeps none: who reads it knows the kind
@@ -42,9 +43,10 @@ class Slot:
         shape, stride, dtype: of its memory here; the views below have the same shape and stride.
         dense: whether its elements fill one stretch of memory.
         saved: the w that the climb saved, or the float32 master.
-        m: Friendly-SAM's average, or a given full gradient; None without.
+        m: Friendly-SAM's average, a given full gradient, or LookSAM's g_v; None without.
         v, u: SGD's momentum or Adam's first moment, Adam's second; None without.
         m_steps, v_steps: how often m, and v and u, were updated; int32, 0-dim.
+        kept: the first pass's gradient, for the second; None without.
     """
 
     param: Tensor
@@ -63,6 +65,7 @@ class Slot:
     u: Kept
     m_steps: Tensor
     v_steps: Tensor
+    kept: Kept
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +76,8 @@ class Kind:
         device, dtype: of the parameters.
         shards: the process groups that they are sharded over; none for plain ones.
         mode: where the climb's direction comes from: None (SAM), "algorithm1" or "official"
-            (Friendly-SAM), "full" or "noise" (a given full gradient).
+            (Friendly-SAM), "full" or "noise" (a given full gradient); "gsam" and "looksam" climb
+            as SAM, and keep the gradient.
         base: the fused base optimizer, "sgd" (without momentum), "sgd-momentum" or "adam"; None:
             it takes its own step.
         masters: float32 weights are kept for these 16-bit parameters, in `saved`.
@@ -103,11 +107,12 @@ class Space:
         partials: (2, PARTIALS), parts of ||T d||^2 and, with a mode, of ||T g||^2.
         dots: (3, PARTIALS), parts of <g, m>, <g, g>, <m, m>, where there is a projection.
         radii: (2, PARTIALS), parts of the climb's squared length: as stored, and as wanted.
-        control: (5,), the cells of CONTROL.
+        control: (6,), the cells of CONTROL.
         counters: (3,) int32, the cells of COUNTERS.
         hyper: (groups, COLUMNS), the hyper-parameters.
         scalings: (slots, 2), a and b of each slot's T.
         layout: (slots, 3) int64, each slot's offset, numel and group.
+        kept: (size,) or None.
     Elements between the slots belong to nobody and are neither read nor written.
     """
 
@@ -127,6 +132,7 @@ class Space:
     hyper: Tensor
     scalings: Tensor
     layout: Tensor
+    kept: Kept
     _blocks: dict[int, Tensor] = field(default_factory=dict)
 
     @staticmethod
@@ -147,18 +153,21 @@ class Space:
             offsets.append(size)
             size += -(-w.numel() // PAD) * PAD
         saved = zeros(size, dtype=kind.acc if kind.masters else kind.dtype)
-        m = zeros(size) if kind.mode else None
+        m = zeros(size) if kind.mode not in (None, "gsam") else None
+        kept = zeros(size) if kind.mode in KEEPING else None
         v = zeros(size) if kind.base in ("sgd-momentum", "adam") else None
         u = zeros(size) if kind.base == "adam" else None
         steps = zeros(2, len(memory), dtype=torch.int32)
         slots = []
         for i, ((p, name, group), w, offset) in enumerate(zip(members, memory, offsets,
                                                               strict=True)):
-            views = [view(flat, w, offset) for flat in (saved, m, v, u)]
+            backup, *views = [view(flat, w, offset) for flat in (saved, m, v, u)]
+            m_steps, v_steps = steps[:, i]
             slots.append(Slot(p, name, group, i, offset, w.numel(), w.shape, w.stride(),
-                              w.dtype, is_dense(w), *views, *steps[:, i]))
+                              w.dtype, is_dense(w), backup, *views, m_steps=m_steps,
+                              v_steps=v_steps, kept=view(kept, w, offset)))
             if kind.masters:
-                views[0].copy_(w)
+                backup.copy_(w)
         control = zeros(len(CONTROL))
         control[CONTROL.index("ok"):CONTROL.index("found_inf")] = 1
         layout = torch.tensor([[s.offset, s.numel, s.group] for s in slots], dtype=torch.int64,
@@ -166,7 +175,7 @@ class Space:
         return Space(kind, tuple(slots), size, saved, m, v, u, steps, zeros(2, PARTIALS),
                      zeros(3, PARTIALS), zeros(2, PARTIALS), control,
                      zeros(len(COUNTERS), dtype=torch.int32), zeros(groups, len(COLUMNS)),
-                     zeros(len(slots), 2), layout)
+                     zeros(len(slots), 2), layout, kept)
 
     @cached_property
     def cells(self) -> SimpleNamespace:
@@ -229,7 +238,8 @@ class Space:
 
 class Tables:
     """The columns of addresses that kernels read for one space: int64 (slots,) on its device, 0
-    where there is nothing. `w` are the weights, `g1` the first pass's gradients, `g2` the second's.
+    where there is nothing. `w` are the weights, `g1` the first pass's gradients, `g2` the second's,
+    `part` some of those.
 
     Args:
         space: whose.
@@ -239,8 +249,8 @@ class Tables:
 
     def __init__(self, space: Space, late: bool = False):
         self.late, self._held = late, dict[str, list[int]]()
-        columns = torch.zeros(3, len(space.slots), dtype=torch.int64, device=space.kind.device)
-        self.w, self.g1, self.g2 = columns
+        columns = torch.zeros(4, len(space.slots), dtype=torch.int64, device=space.kind.device)
+        self.w, self.g1, self.g2, self.part = columns
 
     def bring(self, name: str, addresses: list[int]) -> Tensor:
         """The column `name`, holding these addresses: uploaded where they changed."""

@@ -20,7 +20,8 @@ from .hyper import FRIENDLY
 from .space import Slot, Space, local
 
 State = dict[str, Any]  # of one parameter
-OWN = ("ema", "ema_steps", "full_gradient")  # SAM's own names; beside a base that is not fused
+M = ("ema", "full_gradient", "g_v")  # m's names
+OWN = (*M, "ema_steps")  # SAM's own names; beside a base that is not fused
 FOREIGN = "sam_"  # they begin with this, since such a base may use any name
 COUNTED = (("ema", "ema_steps"), ("sam_ema", "sam_ema_steps"),
            ("momentum_buffer", "momentum_steps"))
@@ -36,7 +37,9 @@ def shown(space: Space, slot: Slot) -> dict[str, Tensor]:
     if kind.mode in FRIENDLY:
         state[prefix + "ema"] = like(slot.param, slot.m)
         state[prefix + "ema_steps"] = slot.m_steps
-    elif kind.mode is not None:
+    elif kind.mode == "looksam":
+        state[prefix + "g_v"] = like(slot.param, slot.m)
+    elif slot.m is not None:
         state[prefix + "full_gradient"] = like(slot.param, slot.m)
     if kind.base == "sgd-momentum":
         state.update(momentum_buffer=like(slot.param, slot.v), momentum_steps=slot.v_steps)
@@ -62,7 +65,7 @@ def bases_part(state: Any) -> Any:
 def is_old_form(state: State) -> bool:
     """Whether SAM's own names stand without their prefix: saved by a fused optimizer, or by a
     version of fastsam up to 0.1."""
-    return "ema_steps" in state or "full_gradient" in state
+    return "ema_steps" in state or "full_gradient" in state or "g_v" in state
 
 
 def without_published(state: State) -> State:
@@ -80,9 +83,9 @@ def keep_decoupled(groups: list[State], base: Optimizer) -> None:
 def saved_m(state: State, fused: bool) -> Tensor | None:
     """m in a saved state: of this class, or of the published F-SAM code ("momentum"). Beside a
     base that is not fused, a name without our prefix may be the base's own."""
-    names = [FOREIGN + "ema", FOREIGN + "full_gradient"]
+    names = [FOREIGN + name for name in M]
     if fused or is_old_form(state):
-        names += ["ema", "full_gradient"]
+        names += M
     for name in names:
         if isinstance(state.get(name), Tensor):
             return state[name]

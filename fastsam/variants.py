@@ -1,14 +1,14 @@
 """The rest of the family: SAM with another scaling, or another direction, of the climb."""
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from .distributed import placed_like
-from .optimizer import SAM
+from .optimizer import FUSED, SAM
 from .phase import PhaseError
 from .space import local
 
@@ -109,6 +109,189 @@ class FriendlySAM(SAM):
         own = dict(rho=rho, sigma=sigma, lmbda=lmbda, adaptive=adaptive)
         self._build(params, base_optimizer, own, mode=convention,
                     projection=None if projection == "constant" else projection, **kwargs)
+
+
+class MomentumSAM(SAM):
+    """Momentum-SAM (Becker et al. 2024): climbs along the momentum, against its direction.
+
+        w' = w - rho v / ||v||
+        v, w = base(w, g(w'))                           SGD with momentum, Adam or AdamW
+
+    v is SGD's momentum buffer or Adam's first moment, as the step before left it; at the first
+    step it is 0 and nothing climbs. The climb needs no gradient, so a step has one forward and
+    backward pass, and `first_step` comes before it:
+
+        opt.first_step(); loss.backward(); opt.second_step(zero_grad=True)
+
+    `step(closure)` calls the closure once, at w'. Between steps the weights are w, which is what
+    is evaluated and saved; the authors' code leaves them at w' and has a call that moves them
+    back. Weight decay is the base optimizer's, at w; the authors' SGD takes it at w', and their
+    AdamW decays after the step instead of before.
+
+    Args:
+        params, base_optimizer, **kwargs: as `SAM`; the base is SGD with momentum, Adam or AdamW.
+        rho: radius, at least 0. Default 3.0, the paper's for CIFAR-100 and ImageNet.
+
+    Raises:
+        ValueError: as `SAM`; another base; momentum=0 in a group that climbs.
+    """
+
+    climbs_first = True
+
+    def __init__(self, params: Iterable, base_optimizer: type[Optimizer], rho: float = 3.0,
+                 **kwargs: Any):
+        if "adaptive" in kwargs:
+            raise TypeError("Momentum-SAM has no adaptive form: leave adaptive= out")
+        refuse_other_bases(base_optimizer, type(self))
+        self._build(params, base_optimizer, dict(rho=rho, adaptive=False), along_v=True, **kwargs)
+
+    def first_step(self, zero_grad: bool = False, scaler: Any = None) -> None:
+        """Climb from w to w - rho v / ||v||, before the forward pass, and save w.
+
+        A v of 0 moves nothing. A v that is not finite moves nothing and makes the coming second
+        step a counted skip.
+
+        Args:
+            zero_grad: clear the gradients of the step before. Default False.
+            scaler: the `torch.amp.GradScaler` that will scale the loss, if any; the pass ends in
+                `scaler.step(opt); scaler.update()`, with or without it here.
+
+        Raises:
+            PhaseError: called twice without a second step or `restore()`.
+            ValueError, RuntimeError: as `SAM.first_step`.
+        """
+        super().first_step(zero_grad, scaler)
+
+    def step(self, closure: Callable | None = None, ascent_closure: Callable | None = None) -> Any:
+        """The one pass and its step with a closure, which is called once, at w'; without one, the
+        second step or a plain base step.
+
+        Returns:
+            The loss at w' (at w where this step does not climb), or None without a closure.
+
+        Raises:
+            TypeError: an ascent_closure; a closure that cannot be called.
+            PhaseError: as `SAM.step`.
+        """
+        if ascent_closure is not None:
+            raise TypeError("Momentum-SAM climbs without a pass: leave ascent_closure out")
+        return super().step(closure)
+
+    def _climbing_step(self, closure: Callable, ascent_closure: Callable) -> Any:
+        self.first_step()
+        return self._call_and_return(closure)
+
+    def local_first_pass(self, model: Any) -> NoReturn:
+        """Momentum-SAM has no first pass. Raises PhaseError."""
+        raise PhaseError("Momentum-SAM has no first pass: its only one is averaged over ranks")
+
+
+class GSAM(SAM):
+    """GSAM (Zhuang et al. 2022): descends the surrogate gap, too.
+
+        w' = w + rho g / ||g||
+        h  = g - <g, g'> / ||g'||^2 g'                  g = g(w), g' = g(w')
+        w  = base(w, g' - alpha h)
+
+    h is g's part orthogonal to g', along which the gap between the loss at w' and the loss at w
+    falls without the loss at w' changing, to first order. Inner product and norm are over all
+    parameters. A parameter that has a gradient in one of the two passes only is stepped with it
+    as by SAM. A second gradient that is not finite makes the step a counted skip.
+
+    In the paper rho follows the learning rate: see `RhoScheduler`.
+
+    Args:
+        params, base_optimizer, **kwargs: as `SAM`; the base is SGD, Adam or AdamW.
+        rho: radius, at least 0. Default 0.05.
+        alpha: share of h; finite. Default 0.4, of the authors' CIFAR example.
+        adaptive: ASAM's scaling T = |w| of the climb. Default False.
+
+    Group keys as `SAM`'s, and `alpha`.
+
+    Raises:
+        ValueError: as `SAM`; alpha out of range; another base.
+    """
+
+    def __init__(self, params: Iterable, base_optimizer: type[Optimizer], rho: float = 0.05,
+                 alpha: float = 0.4, adaptive: bool = False, **kwargs: Any):
+        refuse_other_bases(base_optimizer, type(self))
+        own = dict(rho=rho, alpha=alpha, adaptive=adaptive)
+        self._build(params, base_optimizer, own, mode="gsam", **kwargs)
+
+    def stash_grad(self) -> NoReturn:
+        """Not for GSAM, which needs both gradients of a step. Raises PhaseError."""
+        refuse_micro_batches(self)
+
+    def local_first_pass(self, model: Any) -> NoReturn:
+        """Not for GSAM, whose step depends on the first gradient: ranks with gradients of their
+        own would take steps of their own. Raises PhaseError."""
+        refuse_micro_batches(self)
+
+
+class LookSAM(SAM):
+    """LookSAM (Liu et al. 2022): takes from k steps ago what the climb adds to the gradient.
+
+    Every k-th step is SAM's, and keeps the part of its gradient that is orthogonal to g:
+
+        w'  = w + rho g / ||g||
+        g_v = g' - <g', g> / ||g||^2 g                  g = g(w), g' = g(w')
+        w   = base(w, g')
+
+    the steps between have one pass, and approximate g' with it:
+
+        w   = base(w, g + alpha ||g|| / ||g_v|| g_v)
+
+    Inner product and norms are over all parameters, as in the paper; some implementations take
+    them tensor by tensor, which is another method. `step(closure)` sees to the passes; a loop of
+    its own asks `climbs_next`, and calls `step()` alone where it is False. Before the first climb
+    (`start`) steps are the base optimizer's. A gradient that is not finite makes the step a
+    counted skip.
+
+    Args:
+        params, base_optimizer, **kwargs: as `SAM`; the base is SGD, Adam or AdamW.
+        rho: radius, at least 0. Default 0.05.
+        alpha: length of what is added, in lengths of g; finite. Default 0.7.
+        k: every k-th step climbs, as `interval` of `SAM`. Default 5.
+
+    Group keys as `SAM`'s, and `alpha`. g_v is in the state, under `g_v`.
+
+    Raises:
+        ValueError: as `SAM`; alpha or k out of range; another base.
+    """
+
+    def __init__(self, params: Iterable, base_optimizer: type[Optimizer], rho: float = 0.05,
+                 alpha: float = 0.7, k: int = 5, **kwargs: Any):
+        for name, way in (("adaptive", "leave adaptive= out"), ("interval", "use k=")):
+            if name in kwargs:
+                raise TypeError(f"LookSAM has no {name}: {way}")
+        refuse_other_bases(base_optimizer, type(self))
+        own = dict(rho=rho, alpha=alpha, adaptive=False)
+        self._build(params, base_optimizer, own, mode="looksam", interval=k, **kwargs)
+
+    def stash_grad(self) -> NoReturn:
+        """Not for LookSAM, which needs both gradients of a step. Raises PhaseError."""
+        refuse_micro_batches(self)
+
+    def local_first_pass(self, model: Any) -> NoReturn:
+        """Not for LookSAM, whose g_v would be another one on every rank. Raises PhaseError."""
+        refuse_micro_batches(self)
+
+
+def refuse_micro_batches(optimizer: SAM) -> NoReturn:
+    raise PhaseError(f"{type(optimizer).__name__} needs both gradients of the whole batch: use "
+                     "SAM for climbs by parts of it")
+
+
+def refuse_other_bases(base: object, own: type[SAM]) -> None:
+    """Refuse a base that is not fused, into whose step this class could not reach.
+
+    Raises:
+        ValueError: an optimizer other than torch's SGD, Adam and AdamW.
+    """
+    kind = type(base) if isinstance(base, Optimizer) else base
+    if isinstance(kind, type) and issubclass(kind, Optimizer) and kind not in FUSED:
+        raise ValueError(f"base_optimizer={kind.__name__} takes a step of its own, which "
+                         f"{own.__name__} cannot change: use torch.optim.SGD, Adam or AdamW")
 
 
 class FullGradientSAM(SAM):

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastsam.hyper import COLUMN, FRIENDLY
+from fastsam.hyper import COLUMN, FRIENDLY, KEEPING
 from fastsam.passes import Climb, Pass
 from fastsam.space import CONTROL, COUNTERS, Space
 
@@ -107,7 +107,8 @@ def dots(p: Pass) -> None:
     """space.dots = the parts of <g, m>, <g, g> and <m, m>, with the m that is projected with."""
     s, f = p.space, frame_of(p.space)
     loop = cpu_loops.dots(s.kind.mode, *dtypes(p))
-    run(loop, p, f, s.steps.numpy()[0], address(s.m), f.sums)
+    m = s.kept if p.mix in ("gsam", "renew") else s.m
+    run(loop, p, f, s.steps.numpy()[0], address(m), f.sums)
     put(s.dots, f.sums)
 
 
@@ -131,11 +132,13 @@ def climb(p: Pass, sums: Tensor) -> Climb:
     f.control[OK] = math.isfinite(total)
     if not math.isfinite(total):
         return stay(p)
-    moves = bool(kind.mode is None or d > (32 * torch.finfo(sums.dtype).eps) ** 2 * g)
+    moves = bool(kind.mode in (None, *KEEPING)
+                 or d > (32 * torch.finfo(sums.dtype).eps) ** 2 * g)
     loop = cpu_loops.climb(kind.mode, p.scaling, kind.masters, *dtypes(p))
     steps = s.steps.numpy()[0]
     try:
-        run(loop, p, f, steps, address(s.saved), address(s.m), float(total), moves, f.sums)
+        m = s.m if s.kept is None else s.kept
+        run(loop, p, f, steps, address(s.saved), address(m), float(total), moves, f.sums)
     except BaseException:
         go_back(p, Climb.of(p).moved)
         raise
@@ -178,8 +181,8 @@ def step(p: Pass, climb: Climb | None) -> None:
     stepped, steps = p.g_table.numpy() != 0, s.steps.numpy()[1]
     if not stepped.all():
         go_back(p, (moved != 0) & ~stepped)
-    loop = cpu_loops.step(kind.base, kind.masters, *dtypes(p))
-    run(loop, p, f, steps, moved, address(s.saved), address(s.v), address(s.u))
+    loop = cpu_loops.step(kind.base, p.mix, kind.masters, *dtypes(p))
+    run(loop, p, f, steps, moved, *map(address, (s.saved, s.v, s.u, s.m, s.kept)))
     if kind.base != "adam":
         stepped &= f.hyper[f.groups, MOMENTUM] != 0
     steps += stepped

@@ -20,7 +20,7 @@ from numba import boolean, float32, float64, int32, int64, njit, void
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from fastsam.hyper import COLUMN
+from fastsam.hyper import COLUMN, KEEPING
 from fastsam.space import CONTROL, GUARD
 
 BLOCK = 16384
@@ -28,7 +28,7 @@ CHUNK = 1024  # elements whose squares wait in the first cache to be added up
 LANES = 16  # partial sums, so that adding up in a fixed order is done in vectors
 # Buffers that do not overlap, or where `old` is w, only element by element: so a loop over them
 # may be done in vectors without a look at where they are.
-STREAMS = ("w", "g", "old", "saved", "m", "v", "u", "x", "y", "z")
+STREAMS = ("w", "g", "old", "saved", "m", "v", "u", "kept", "x", "y", "z")
 
 TYPES = {"f4": ir.FloatType(), "f8": ir.DoubleType(), "bf16": ir.IntType(16),
          "f16": ir.IntType(16)}
@@ -186,6 +186,7 @@ def take(context, ticket):
     return int64(ticket), generate
 
 
+ALPHA, C = COLUMN["alpha"], CONTROL.index("share")
 RHO, SIGMA, LMBDA, SHARE = (COLUMN[c] for c in ("rho", "sigma", "lmbda", "ema_share"))
 LR, WEIGHT_DECAY = COLUMN["lr"], COLUMN["weight_decay"]
 MOMENTUM, DAMPENING, NESTEROV, MOMENTUM_SHARE = (
@@ -218,15 +219,17 @@ def tables(dtype: str) -> tuple:
 
 @lru_cache
 def dots(mode: str, dtype: str, g_dtype: str) -> Callable:
-    """sums[:, b] = <g, m>, <g, g> and <m, m> of block b, with the m that is projected with."""
+    """sums[:, b] = <g, m>, <g, g> and <m, m> of block b, with the m that is projected with. Of a
+    second pass, where the mode has one."""
     G, A = g_dtype, accumulates_in(dtype)
     size, g_size = SIZES[A], SIZES[G]
     new = mode == "algorithm1"
+    cell = INV_SCALE2 if mode in KEEPING else INV_SCALE1
 
     @compiled(*tables(dtype), int64, float64[:, ::1])
     def loop(ticket, blocks, layout, hyper, scalings, control, m_steps, w_table, g_table, m, sums):
         x, y, z = scratch(A), scratch(A), scratch(A)
-        inv_scale = control[INV_SCALE1]
+        inv_scale = control[cell]
         while True:
             block = take(ticket)
             if block >= len(blocks):
@@ -260,7 +263,7 @@ def norm(mode: str | None, scaling: str | None, masters: bool, dtype: str, g_dty
     """sums[0, b] = ||T d||^2 of block b; with a mode also sums[1, b] = ||T g||^2."""
     W, G, A = dtype, g_dtype, accumulates_in(dtype)
     size, w_size, g_size = SIZES[A], SIZES[W], SIZES[G]
-    has_m, new, along = mode is not None, mode == "algorithm1", mode == "full"
+    has_m, new, along = mode not in (None, *KEEPING), mode == "algorithm1", mode == "full"
     by_w, by_g = scaling == "weights", scaling == "gradient"
     one = np.dtype(A).type(1)
 
@@ -319,13 +322,14 @@ def norm(mode: str | None, scaling: str | None, masters: bool, dtype: str, g_dty
 def climb(mode: str | None, scaling: str | None, masters: bool, dtype: str, g_dtype: str,
           ) -> Callable:
     """w -> w + e with w saved and m updated, e = rho / (norm + GUARD) T^2 d, or 0 unless `moves`.
-    sums[0, b], sums[1, b] = the squared length of e in block b, as stored, and as wanted (where
-    rounding to 16 bits can part them)."""
+    Where the gradient is kept, m is where. sums[0, b], sums[1, b] = the squared length of e in
+    block b, as stored, and as wanted (where rounding to 16 bits can part them)."""
     W, G, A = dtype, g_dtype, accumulates_in(dtype)
     S = A if masters else W
     size, w_size, g_size, s_size = SIZES[A], SIZES[W], SIZES[G], SIZES[S]
-    has_m, new, along = mode is not None, mode == "algorithm1", mode == "full"
+    has_m, new, along = mode not in (None, *KEEPING), mode == "algorithm1", mode == "full"
     averages, official = mode in ("algorithm1", "official"), mode == "official"
+    keeps = mode in KEEPING
     by_w, by_g = scaling == "weights", scaling == "gradient"
     rounds = W in ("bf16", "f16")
     one, zero, guard = (np.dtype(A).type(x) for x in (1, 0, GUARD))
@@ -361,6 +365,8 @@ def climb(mode: str | None, scaling: str | None, masters: bool, dtype: str, g_dt
                         w = master if rounded(master, W) == w else w
                     g = load(g_at, i, "g", G) * inv_scale
                     d = g
+                    if keeps:
+                        store(m_at, i, g, "m", A)
                     if has_m:
                         mean = load(m_at, i, "m", A)
                         average = lmbda * mean + share * g
@@ -392,21 +398,22 @@ def climb(mode: str | None, scaling: str | None, masters: bool, dtype: str, g_dt
 
 
 @lru_cache
-def step(base: str, masters: bool, dtype: str, g_dtype: str) -> Callable:
+def step(base: str, mix: str | None, masters: bool, dtype: str, g_dtype: str) -> Callable:
     """The base optimizer's update from the saved w, where `moved`, or from w."""
-    return (adam if base == "adam" else sgd)(base, masters, dtype, g_dtype)
+    return (adam if base == "adam" else sgd)(base, mix, masters, dtype, g_dtype)
 
 
-def sgd(base: str, masters: bool, dtype: str, g_dtype: str) -> Callable:
+def sgd(base: str, mix: str | None, masters: bool, dtype: str, g_dtype: str) -> Callable:
     W, G, A = dtype, g_dtype, accumulates_in(dtype)
     S = A if masters else W
     size, w_size, g_size, s_size = SIZES[A], SIZES[W], SIZES[G], SIZES[S]
     has_v = base == "sgd-momentum"
+    gsam, renews, reuses = (mix == x for x in ("gsam", "renew", "reuse"))
 
-    @compiled(*tables(dtype), int64[::1], int64, int64, int64)
+    @compiled(*tables(dtype), int64[::1], int64, int64, int64, int64, int64)
     def loop(ticket, blocks, layout, hyper, scalings, control, v_steps, w_table, g_table, moved,
-             saved, v, u):
-        inv_scale = control[INV_SCALE2]
+             saved, v, u, m, kept):
+        inv_scale, c = control[INV_SCALE2], control[C]
         while True:
             block = take(ticket)
             if block >= len(blocks):
@@ -423,12 +430,20 @@ def sgd(base: str, masters: bool, dtype: str, g_dtype: str) -> Callable:
             saved_at, v_at = saved + (offset + start) * s_size, v + (offset + start) * size
             returns = moved[slot] != 0
             old_at = saved_at if returns or masters else w_at
+            alpha = hyper[group, ALPHA]
+            m_at, kept_at = m + (offset + start) * size, kept + (offset + start) * size
             for i in range(min(BLOCK, end - start)):
                 w = load(old_at, i, "old", S)
                 if masters:
                     stored = load(w_at, i, "w", W)
                     w = w if returns or rounded(w, W) == stored else stored
                 g = load(g_at, i, "g", G) * inv_scale
+                if gsam and returns:
+                    g = g - alpha * (load(kept_at, i, "kept", A) - c * g)
+                if renews and returns:
+                    store(m_at, i, g - c * load(kept_at, i, "kept", A), "m", A)
+                if reuses:
+                    g = g + alpha * (c * load(m_at, i, "m", A))
                 g = g + weight_decay * w if weight_decay != 0 else g
                 if has_v:
                     old = load(v_at, i, "v", A)
@@ -444,16 +459,17 @@ def sgd(base: str, masters: bool, dtype: str, g_dtype: str) -> Callable:
     return loop
 
 
-def adam(base: str, masters: bool, dtype: str, g_dtype: str) -> Callable:
+def adam(base: str, mix: str | None, masters: bool, dtype: str, g_dtype: str) -> Callable:
     W, G, A = dtype, g_dtype, accumulates_in(dtype)
     S = A if masters else W
     size, w_size, g_size, s_size = SIZES[A], SIZES[W], SIZES[G], SIZES[S]
     F = np.dtype(A).type
+    gsam, renews, reuses = (mix == x for x in ("gsam", "renew", "reuse"))
 
-    @compiled(*tables(dtype), int64[::1], int64, int64, int64)
+    @compiled(*tables(dtype), int64[::1], int64, int64, int64, int64, int64)
     def loop(ticket, blocks, layout, hyper, scalings, control, v_steps, w_table, g_table, moved,
-             saved, v, u):
-        inv_scale = control[INV_SCALE2]
+             saved, v, u, m, kept):
+        inv_scale, c = control[INV_SCALE2], control[C]
         while True:
             block = take(ticket)
             if block >= len(blocks):
@@ -477,12 +493,20 @@ def adam(base: str, masters: bool, dtype: str, g_dtype: str) -> Callable:
             u_at = u + (offset + start) * size
             returns = moved[slot] != 0
             old_at = saved_at if returns or masters else w_at
+            alpha = hyper[group, ALPHA]
+            m_at, kept_at = m + (offset + start) * size, kept + (offset + start) * size
             for i in range(min(BLOCK, end - start)):
                 w = load(old_at, i, "old", S)
                 if masters:
                     stored = load(w_at, i, "w", W)
                     w = w if returns or rounded(w, W) == stored else stored
                 g = load(g_at, i, "g", G) * inv_scale
+                if gsam and returns:
+                    g = g - alpha * (load(kept_at, i, "kept", A) - c * g)
+                if renews and returns:
+                    store(m_at, i, g - c * load(kept_at, i, "kept", A), "m", A)
+                if reuses:
+                    g = g + alpha * (c * load(m_at, i, "m", A))
                 g = g + weight_decay * w if adds else g
                 w = w * shrink
                 first = beta1 * load(v_at, i, "v", A) + share1 * g

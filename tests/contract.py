@@ -4,7 +4,17 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from fastsam import ASAM, SAM, FisherSAM, FriendlySAM, FullGradientSAM, freeze_bn_stats
+from fastsam import (
+    ASAM,
+    GSAM,
+    SAM,
+    FisherSAM,
+    FriendlySAM,
+    FullGradientSAM,
+    LookSAM,
+    MomentumSAM,
+    freeze_bn_stats,
+)
 from fastsam.choose import BACKENDS
 
 HYPER = dict(lr=0.07, momentum=0.85, dampening=0.1, weight_decay=3e-3)
@@ -22,6 +32,11 @@ CLASSES = {
     "sam-full": (FullGradientSAM, dict(part="full", rho=0.1)),
     "sam-noise": (FullGradientSAM, dict(part="noise", rho=0.1, projection="orthogonal")),
 }
+RELATIVES = {  # over SGD, Adam and AdamW only
+    "msam": (MomentumSAM, dict(rho=0.2)),
+    "gsam": (GSAM, dict(rho=0.1, alpha=0.3)),
+    "looksam": (LookSAM, dict(rho=0.1, alpha=0.6, k=1)),
+}
 ADAM = dict(lr=0.01, betas=(0.8, 0.97), eps=1e-3, weight_decay=0.02)
 BASES = {  # the last is not fused
     "sgd": (torch.optim.SGD, HYPER),
@@ -35,11 +50,29 @@ VARIANTS = [*CLASSES, *(f"{name} on {base}" for name in CLASSES for base in list
 SOME = ["sam", "fsam-official", "fasam on adamw", "sam-noise on adam", "fisher on rmsprop"]
 CASES = [(variant, backend) for backend in BACKENDS
          for variant in (VARIANTS if backend == "reference" else SOME)]
+RELATIVE_CASES = [(f"{name} on {base}", backend) for name in RELATIVES for backend in BACKENDS
+                  for base in (("sgd", "adam", "adamw") if backend == "reference" else
+                               ("adamw",) if name == "looksam" else ("sgd",))]
+# the relatives differ: here a first gradient, or none, decides; or another base steps
+NOT_FOR_RELATIVES = {
+    "msam": {"test_a_gradient_that_is_not_finite_skips_the_step",
+             "test_an_exception_in_the_second_pass_restores",
+             "test_grad_scaler_is_divided_out_and_backs_off",
+             "test_a_gradient_in_only_one_pass_is_handled",
+             "test_a_stashed_climb_that_was_not_finite_skips_the_step",
+             "test_an_ascent_closure_climbs_by_another_batch",
+             "test_closure_runs_twice_and_returns_the_first_loss"},
+    "gsam": {"test_a_stashed_climb_that_was_not_finite_skips_the_step"},
+    "looksam": {"test_a_stashed_climb_that_was_not_finite_skips_the_step"},
+}
 
 
 def pytest_generate_tests(metafunc):
     if {"variant", "backend"} <= set(metafunc.fixturenames):
-        metafunc.parametrize("variant, backend", CASES)
+        name = metafunc.function.__name__
+        relatives = [case for case in RELATIVE_CASES
+                     if name not in NOT_FOR_RELATIVES[case[0].partition(" on ")[0]]]
+        metafunc.parametrize("variant, backend", CASES + relatives)
     elif "backend" in metafunc.fixturenames:
         metafunc.parametrize("backend", BACKENDS)
 
@@ -75,7 +108,7 @@ def base_of(variant: str) -> tuple[type[torch.optim.Optimizer], dict]:
 
 def optimizer(params, variant: str, backend: str, **changes) -> SAM:
     """The optimizer of a variant; a full gradient is set, where one is needed."""
-    cls, kwargs = CLASSES[variant.partition(" on ")[0]]
+    cls, kwargs = {**CLASSES, **RELATIVES}[variant.partition(" on ")[0]]
     base, hyper = base_of(variant)
     opt = cls(params, base, backend=backend, **{**hyper, **kwargs, **changes})
     if cls is FullGradientSAM:

@@ -12,6 +12,7 @@ average, G the full gradient, T a scaling, and ||.|| one norm over all parameter
     F-ASAM  w' = w + rho T^2 d / ||T d||                T = |w|
     full    w' = w + rho d / ||d||, d = c G             Li et al. 2024, section 4
     noise   the same with d = g - c G
+    MSAM    w' = w - rho v / ||v||                      Becker et al. 2024; v the base's momentum
 
 then w = base(w, gradient at w'). 1e-12 is added to the norm, as in the public SAM classes.
 """
@@ -36,7 +37,7 @@ class Oracle:
         params: the parameters' tensors.
         groups: dicts with "params", indices into `params`, and any key of NEUTRAL, "adaptive"
             (whether T is not 1), "scale" and "eta".
-        method: "sam", "asam", "fisher", "fsam", "fasam", "full" or "noise".
+        method: "sam", "asam", "fisher", "fsam", "fasam", "full", "noise" or "msam".
         convention: of Friendly-SAM, "algorithm1" (the paper) or "official" (its code).
         projection: what sigma is multiplied with: 1 ("constant"), the cosine of m and g
             ("cosine"), or <g, m> / <m, m> ("orthogonal").
@@ -135,6 +136,8 @@ class Oracle:
         return d, {i: pair[1] for i, pair in averages.items()}
 
     def first_step(self, grads):
+        if self.method == "msam":
+            grads = [0 * w if v is None else -v for w, v in zip(self.w, self.v, strict=True)]
         g = {i: self.number(g) for i, g in enumerate(grads)
              if g is not None and self.h[i]["perturb"]}
         d, m = self._directions(g)

@@ -197,6 +197,45 @@ def test_schedules(run):
     assert_same(page.resumed_model, page.model, tolerance=0)
 
 
+def masked_sam_step(model, base, loss, rho, mask) -> None:
+    """SAM's step with the climb and its norm over the masked parameters alone."""
+    params = list(model.parameters())
+    climbers = [p for p, climbs in zip(params, mask, strict=True) if climbs]
+    first = torch.autograd.grad(loss(), climbers)
+    saved = [p.detach().clone() for p in climbers]
+    norm = sum(g.square().sum() for g in first).sqrt()
+    with torch.no_grad():
+        for p, g in zip(climbers, first, strict=True):
+            p.add_(rho * g / norm)
+    sharp = torch.autograd.grad(loss(), params)
+    with torch.no_grad():
+        for p, w in zip(climbers, saved, strict=True):
+            p.copy_(w)
+    descend(model, base, sharp)
+
+
+def test_what_climbs(run):
+    page = run("what-climbs")
+    torch.manual_seed(0)
+    inputs = torch.randn(64, 10)
+    nn = torch.nn
+    twin = nn.Sequential(nn.Linear(10, 32), nn.LayerNorm(32), nn.ReLU(), nn.Linear(32, 3))
+    labels = inputs[:, :3].argmax(1)
+    base = SGD(twin.parameters(), lr=0.1, momentum=0.9)
+
+    def loss():
+        return cross_entropy(twin(inputs), labels)
+
+    for _ in range(10):
+        masked_sam_step(twin, base, loss, 0.5, [False, False, True, True, False, False])
+    base = SGD(twin.parameters(), lr=0.1, momentum=0.9)
+    assert len(set(map(tuple, page.climbed))) > 1 and len(page.climbed) == 6
+    for mask in page.climbed:
+        assert sum(mask) == 3
+        masked_sam_step(twin, base, loss, 0.05, mask)
+    assert_same(page.model, twin)
+
+
 def test_cheaper_steps(run):
     page = run("cheaper-steps")
     costs = [page.other_cost, page.part_cost, *page.sparse_costs]

@@ -13,6 +13,7 @@ from .common import (
     EMA_SHARE,
     HYPER,
     INV_SCALE1,
+    KEPT,
     LMBDA,
     MODES,
     NORM,
@@ -52,7 +53,7 @@ def move(w, g, saved, m, flat, offs, mask, a, b, inv_scale, sigma, lmbda, share,
     w_in, w32, taken = weights(w + offs, saved + flat + offs, mask, MASTERS)
     g = read(g + offs, mask).to(tl.float32) * inv_scale
     old_m = g
-    if MODE != PLAIN:
+    if MODE > PLAIN:
         old_m = read(m + flat + offs, mask)
     d, new_m = direction(g, old_m, sigma, lmbda, share, MODE)
     if SCALING != UNSCALED:
@@ -62,8 +63,10 @@ def move(w, g, saved, m, flat, offs, mask, a, b, inv_scale, sigma, lmbda, share,
     moved = (w32 + e).to(w_in.dtype)
     tl.store(saved + flat + offs, w32 if MASTERS else w_in, taken)
     tl.store(w + offs, moved, mask)
-    if (MODE != PLAIN) & (MODE <= OFFICIAL):
+    if (MODE > PLAIN) & (MODE <= OFFICIAL):
         tl.store(m + flat + offs, tl.where(ok, new_m, old_m), mask)
+    if MODE == KEPT:
+        tl.store(m + flat + offs, g, mask)
     realised = moved.to(tl.float32) - w_in.to(tl.float32)
     if not CAN_ROUND_AWAY:
         e = realised
@@ -98,7 +101,7 @@ def climb_kernel(w_table, g_table, sums, saved, m, radii, blocks, layout, scalin
     norm = tl.sqrt_rn(squared)
     ok = norm < float("inf")  # false for NaN too
     moves = ok
-    if MODE != PLAIN:
+    if MODE > PLAIN:
         of_g = sum_of(sums + n_spaces * PARTIALS, n_spaces, PARTIALS)
         moves = ok & (squared > noise_share * of_g)
     inv_scale = tl.load(control + INV_SCALE1)
@@ -161,7 +164,8 @@ def climb(p: Pass, sums: Tensor) -> Climb:
 
 def climb_arguments(p: Pass, n_spaces: int, _: int) -> dict:
     space = p.space
-    return dict(saved=space.saved, m=space.m, radii=space.radii, scalings=space.scalings,
+    m = space.m if space.kept is None else space.kept
+    return dict(saved=space.saved, m=m, radii=space.radii, scalings=space.scalings,
                 counters=space.counters, m_steps=space.steps[0], n_slots=len(space.slots),
                 n_spaces=n_spaces, guard=GUARD, noise_share=NOISE_SHARE,
                 MODE=MODES[space.kind.mode], SCALING=SCALINGS[p.scaling],

@@ -31,13 +31,14 @@ RHO, SIGMA, LMBDA, EMA_SHARE, LR, WEIGHT_DECAY, MOMENTUM, MOMENTUM_SHARE, NESTER
     tl.constexpr(COLUMN[name]) for name in (
         "rho", "sigma", "lmbda", "ema_share", "lr", "weight_decay", "momentum", "momentum_share",
         "nesterov"))
+ALPHA = tl.constexpr(COLUMN["alpha"])
 BETA1, BETA1_SHARE, LOG_BETA1, BETA2, BETA2_SHARE, LOG_BETA2, EPS, DECOUPLED = (
     tl.constexpr(COLUMN[name]) for name in (
         "beta1", "beta1_share", "log_beta1", "beta2", "beta2_share", "log_beta2", "eps",
         "decoupled"))
-NORM, OK, INV_SCALE1, INV_SCALE2, FOUND_INF = (
+NORM, OK, INV_SCALE1, INV_SCALE2, FOUND_INF, SHARE = (
     tl.constexpr(CONTROL.index(name)) for name in (
-        "norm", "ok", "inv_scale1", "inv_scale2", "found_inf"))
+        "norm", "ok", "inv_scale1", "inv_scale2", "found_inf", "share"))
 SKIPPED, CLIMB_TICKET, STEP_TICKET = (
     tl.constexpr(COUNTERS.index(name)) for name in ("skipped", "climb_ticket", "step_ticket"))
 
@@ -45,7 +46,13 @@ SKIPPED, CLIMB_TICKET, STEP_TICKET = (
 # given m, or the rest
 PLAIN, ALGORITHM1, OFFICIAL, FULL, NOISE = (
     tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3), tl.constexpr(4))
-MODES = {None: 0, "algorithm1": 1, "official": 2, "full": 3, "noise": 4}
+# g too, and it is kept for the second pass
+KEPT = tl.constexpr(-1)
+MODES = {None: 0, "algorithm1": 1, "official": 2, "full": 3, "noise": 4, "gsam": -1, "looksam": -1}
+# what the base steps with: fastsam.passes.Pass.mix
+UNMIXED, GSAM, RENEW, REUSE = (
+    tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3))
+MIXES = {None: 0, "gsam": 1, "renew": 2, "reuse": 3}
 # the scaling T: 1, a |w| + b, or 1 / sqrt(1 + a g^2)
 UNSCALED, WEIGHTS, GRADIENT = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 SCALINGS = {None: 0, "weights": 1, "gradient": 2}

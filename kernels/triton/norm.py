@@ -14,7 +14,10 @@ from .common import (
     GRADIENT,
     HYPER,
     INV_SCALE1,
+    INV_SCALE2,
+    KEPT,
     LMBDA,
+    MIXES,
     MODES,
     OFFICIAL,
     PLAIN,
@@ -51,7 +54,7 @@ def direction(g, m, sigma, lmbda, share, MODE: tl.constexpr):
         d = g - sigma * new_m
     elif MODE == FULL:
         d = sigma * m
-    elif MODE != PLAIN:
+    elif MODE > PLAIN:
         if MODE == OFFICIAL:
             new_m = lmbda * m + share * g
         d = g - sigma * m
@@ -86,7 +89,7 @@ def squares(w, g, saved, m, flat, offs, mask, a, b, inv_scale, sigma, lmbda, sha
     return d * d, g * g
 
 
-def block_of(mode: str | None, scaling: str | None) -> int:
+def block_of(mode: int, scaling: str | None) -> int:
     """Elements of K1's blocks: the less is read of each, the more are on their way at once."""
     return 4 * BLOCK >> bool(mode) + bool(scaling)
 
@@ -140,11 +143,10 @@ def norm(p: Pass) -> None:
 
 
 def norm_arguments(p: Pass) -> dict:
-    space = p.space
+    space, mode = p.space, max(0, MODES[p.space.kind.mode])  # what is kept, is kept by K2
     return dict(saved=space.saved, m=space.m, partials=space.partials, scalings=space.scalings,
-                MODE=MODES[space.kind.mode], SCALING=SCALINGS[p.scaling],
-                MASTERS=space.kind.masters, PARTIALS=PARTIALS,
-                BLOCK=block_of(space.kind.mode, p.scaling))
+                MODE=mode, SCALING=SCALINGS[p.scaling], MASTERS=space.kind.masters,
+                PARTIALS=PARTIALS, BLOCK=block_of(mode, p.scaling))
 
 
 @triton.jit
@@ -161,8 +163,11 @@ def products(g, m, offs, mask, inv_scale, lmbda, share, MODE: tl.constexpr):
 def dots_kernel(g_table, m, dots, blocks, layout, hyper, control, n_blocks,
                 MODE: tl.constexpr, TYPE: tl.constexpr, G_TYPE: tl.constexpr,
                 BLOCK: tl.constexpr, PARTIALS: tl.constexpr):
-    """dots[:, p] = the sums of g m, g^2 and m^2 over program p's blocks. Reads g, m."""
-    inv_scale = tl.load(control + INV_SCALE1)
+    """dots[:, p] = the sums of g m, g^2 and m^2 over program p's blocks. Reads g, m.
+
+    With KEPT, of a second pass, g is its gradient.
+    """
+    inv_scale = tl.load(control + (INV_SCALE2 if MODE == KEPT else INV_SCALE1))
     gm = tl.zeros((SUMS,), tl.float32)
     gg = tl.zeros((SUMS,), tl.float32)
     mm = tl.zeros((SUMS,), tl.float32)
@@ -197,9 +202,10 @@ def dots_kernel(g_table, m, dots, blocks, layout, hyper, control, n_blocks,
 
 def dots(p: Pass) -> None:
     """space.dots = the parts of <g, m>, <g, g> and <m, m>, with the m that is projected with."""
-    launch(dots_kernel, p, (p.g_table,), dots_arguments)
+    launch(dots_kernel, p, (p.g_table,), dots_arguments, MIXES[p.mix])
 
 
-def dots_arguments(p: Pass) -> dict:
+def dots_arguments(p: Pass, mix: int) -> dict:
     space = p.space
-    return dict(m=space.m, dots=space.dots, MODE=MODES[space.kind.mode], PARTIALS=PARTIALS)
+    m = space.kept if p.mix in ("gsam", "renew") else space.m
+    return dict(m=m, dots=space.dots, MODE=MODES[space.kind.mode], PARTIALS=PARTIALS)

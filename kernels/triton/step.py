@@ -5,6 +5,7 @@ import triton.language as tl
 
 from ...passes import Climb, Pass
 from .common import (
+    ALPHA,
     BETA1,
     BETA1_SHARE,
     BETA2,
@@ -12,17 +13,23 @@ from .common import (
     DECOUPLED,
     EPS,
     FOUND_INF,
+    GSAM,
     HYPER,
     INV_SCALE2,
     LOG_BETA1,
     LOG_BETA2,
     LR,
+    MIXES,
     MOMENTUM,
     MOMENTUM_SHARE,
     NESTEROV,
     OK,
+    RENEW,
+    REUSE,
+    SHARE,
     SKIPPED,
     STEP_TICKET,
+    UNMIXED,
     WEIGHT_DECAY,
     from_element,
     in_fours,
@@ -104,8 +111,23 @@ def adam_hyper(row, count):
 
 
 @triton.jit
-def update(w, g, saved, v, u, flat, offs, mask, inv_scale, hyper, count, ok,
-           CLIMBED: tl.constexpr, BASE: tl.constexpr, MASTERS: tl.constexpr, TYPE: tl.constexpr):
+def mixed(g, m, kept, at, mask, share, alpha, ok, MIX: tl.constexpr):
+    """What the base steps with; stores m where it is renewed. In fastsam.reference: `mixed`."""
+    if MIX == GSAM:
+        g = g - alpha * (read(kept + at, mask) - share * g)
+    elif MIX == REUSE:
+        g = g + alpha * (share * read(m + at, mask))
+    elif MIX == RENEW:
+        old_m = read(m + at, mask)
+        new_m = g - share * read(kept + at, mask)
+        tl.store(m + at, tl.where(ok, new_m, old_m), mask)
+    return g
+
+
+@triton.jit
+def update(w, g, saved, v, u, m, kept, flat, offs, mask, inv_scale, share, alpha, hyper, count, ok,
+           CLIMBED: tl.constexpr, BASE: tl.constexpr, MIX: tl.constexpr, MASTERS: tl.constexpr,
+           TYPE: tl.constexpr):
     """The base optimizer's update of one block, which lies at w, g and flat, from the saved w or
     the one at w."""
     if CLIMBED:
@@ -115,6 +137,8 @@ def update(w, g, saved, v, u, flat, offs, mask, inv_scale, hyper, count, ok,
         old = w32 if MASTERS else w_in
     w32 = old.to(tl.float32)
     g = read(g + offs, mask).to(tl.float32) * inv_scale
+    if MIX == REUSE or (CLIMBED and MIX != UNMIXED):
+        g = mixed(g, m, kept, flat + offs, mask, share, alpha, ok, MIX)
     if BASE == ADAM:
         new = adam(w32, g, v + flat + offs, u + flat + offs, mask, hyper, ok)
     elif BASE == SGD_MOMENTUM:
@@ -128,17 +152,17 @@ def update(w, g, saved, v, u, flat, offs, mask, inv_scale, hyper, count, ok,
 
 
 @jit
-def step_kernel(w_table, g_table, climbed_table, saved, v, u, blocks, layout, hyper, control,
-                counters, v_steps, n_blocks, n_slots, BASE: tl.constexpr, PERTURBED: tl.constexpr,
-                MASTERS: tl.constexpr, TYPE: tl.constexpr, G_TYPE: tl.constexpr,
-                BLOCK: tl.constexpr):
+def step_kernel(w_table, g_table, climbed_table, saved, v, u, m, kept, blocks, layout, hyper,
+                control, counters, v_steps, n_blocks, n_slots, BASE: tl.constexpr,
+                MIX: tl.constexpr, PERTURBED: tl.constexpr, MASTERS: tl.constexpr,
+                TYPE: tl.constexpr, G_TYPE: tl.constexpr, BLOCK: tl.constexpr):
     """w = base(saved w, g); where there is no g, w = saved w. Reads saved w, v, u, g; writes v, u,
     w.
 
     Where nothing was saved (it did not climb, or a plain step), w itself is the start. After a
     climb that was not ok, or with found_inf, every block only returns, and the skip is counted.
     """
-    inv_scale = tl.load(control + INV_SCALE2)
+    inv_scale, share = tl.load(control + INV_SCALE2), tl.load(control + SHARE)
     ok = tl.load(control + FOUND_INF) == 0
     if PERTURBED:
         ok = ok & (tl.load(control + OK) != 0)
@@ -157,20 +181,21 @@ def step_kernel(w_table, g_table, climbed_table, saved, v, u, blocks, layout, hy
             row = hyper + group * HYPER
             count = tl.load(v_steps + slot)
             h = adam_hyper(row, count) if BASE == ADAM else sgd_hyper(row)
+            alpha = tl.load(row + ALPHA)
             fours = in_fours(size, w | g) if climbed == PERTURBED else 0
             for i in range(0, fours, BLOCK):
-                update(wide_pointer(w, TYPE) + i, wide_pointer(g, G_TYPE) + i, saved, v, u,
-                       flat + i, offs, offs < fours - i, inv_scale, h, count, ok, PERTURBED, BASE,
-                       MASTERS, TYPE)
+                update(wide_pointer(w, TYPE) + i, wide_pointer(g, G_TYPE) + i, saved, v, u, m, kept,
+                       flat + i, offs, offs < fours - i, inv_scale, share, alpha, h, count, ok,
+                       PERTURBED, BASE, MIX, MASTERS, TYPE)
             for i in range(fours, size, BLOCK):
                 if climbed:
-                    update(pointer(w, TYPE) + i, pointer(g, G_TYPE) + i, saved, v, u, flat + i,
-                           offs, offs < size - i, inv_scale, h, count, ok, True, BASE, MASTERS,
-                           TYPE)
+                    update(pointer(w, TYPE) + i, pointer(g, G_TYPE) + i, saved, v, u, m, kept,
+                           flat + i, offs, offs < size - i, inv_scale, share, alpha, h, count, ok,
+                           True, BASE, MIX, MASTERS, TYPE)
                 else:
-                    update(pointer(w, TYPE) + i, pointer(g, G_TYPE) + i, saved, v, u, flat + i,
-                           offs, offs < size - i, inv_scale, h, count, ok, False, BASE, MASTERS,
-                           TYPE)
+                    update(pointer(w, TYPE) + i, pointer(g, G_TYPE) + i, saved, v, u, m, kept,
+                           flat + i, offs, offs < size - i, inv_scale, share, alpha, h, count, ok,
+                           False, BASE, MIX, MASTERS, TYPE)
         elif climbed:
             for i in range(0, size, BLOCK):
                 mask = offs < size - i
@@ -193,11 +218,14 @@ def step_kernel(w_table, g_table, climbed_table, saved, v, u, blocks, layout, hy
 def step(p: Pass, climb: Climb | None) -> None:
     """The base optimizer from the saved w (from w itself where nothing was saved) with p.g."""
     climbed = None if climb is None else climb.table
-    launch(step_kernel, p, (p.w_table, p.g_table, climbed), step_arguments, climb is not None)
+    launch(step_kernel, p, (p.w_table, p.g_table, climbed), step_arguments, climb is not None,
+           MIXES[p.mix])
 
 
-def step_arguments(p: Pass, perturbed: bool) -> dict:
+def step_arguments(p: Pass, perturbed: bool, mix: int) -> dict:
     space = p.space
-    return dict(saved=space.saved, v=space.v, u=space.u, counters=space.counters,
-                v_steps=space.steps[1], n_slots=len(space.slots), BASE=BASES[space.kind.base],
-                PERTURBED=perturbed, MASTERS=space.kind.masters)
+    m, kept = (space.m, space.kept) if mix else (None, None)
+    return dict(saved=space.saved, v=space.v, u=space.u, m=m, kept=kept,
+                counters=space.counters, v_steps=space.steps[1], n_slots=len(space.slots),
+                BASE=BASES[space.kind.base], MIX=mix, PERTURBED=perturbed,
+                MASTERS=space.kind.masters)

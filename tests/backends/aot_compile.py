@@ -35,23 +35,26 @@ KERNELS = {"dots": norm.dots_kernel, "norm": norm.norm_kernel, "climb": climb.cl
            "step": step.step_kernel}
 # (MODE, SCALING): every mode of SAM and Friendly-SAM with ASAM's T too, and FisherSAM
 ASCENTS = [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (2, 0), (2, 1), (3, 0), (4, 0)]
+# (MIX, PERTURBED): none, GSAM, LookSAM's k-th steps and those between
+MIXES = [(0, False), (0, True), (1, True), (2, True), (3, False)]
 CONSTANTS = {
-    "dots": [dict(MODE=mode) for mode in (1, 2)],
+    "dots": [dict(MODE=mode) for mode in (1, 2, -1)],
     "norm": [dict(MODE=mode, SCALING=scaling, MASTERS=masters)
              for (mode, scaling), masters in product(ASCENTS, (False, True))
              if scaling == 1 or not masters],  # else it reads no weights
     "climb": [dict(MODE=mode, SCALING=scaling, MASTERS=masters)
-              for (mode, scaling), masters in product(ASCENTS, (False, True))],
-    "step": [dict(BASE=base, PERTURBED=perturbed, MASTERS=masters)
-             for base, perturbed, masters in product((0, 1, 2), (False, True), (False, True))],
+              for (mode, scaling), masters in product([*ASCENTS, (-1, 0), (-1, 1)],
+                                                      (False, True))],
+    "step": [dict(BASE=base, MIX=mix, PERTURBED=perturbed, MASTERS=masters)
+             for base, (mix, perturbed), masters in product((0, 1, 2), MIXES, (False, True))],
 }
 FEW = {  # SAM, FisherSAM and Friendly-SAM in both conventions; SGD with momentum, and Adam
     "dots": [dict(MODE=1)],
     "norm": [dict(MODE=mode, SCALING=0, MASTERS=False) for mode in (0, 1)],
     "climb": [dict(MODE=mode, SCALING=scaling, MASTERS=False)
               for mode, scaling in ((0, 0), (0, 2), (1, 0), (2, 1))],
-    "step": [dict(BASE=base, PERTURBED=True, MASTERS=base == 2) for base in (1, 2)]
-            + [dict(BASE=2, PERTURBED=True, MASTERS=False)],
+    "step": [dict(BASE=base, MIX=0, PERTURBED=True, MASTERS=base == 2) for base in (1, 2)]
+            + [dict(BASE=2, MIX=0, PERTURBED=True, MASTERS=False)],
 }
 TYPES = {"fp32": tl.float32, "bf16": tl.bfloat16, "fp16": tl.float16}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -53,13 +53,15 @@ def budget(row: dict) -> tuple[int, int]:
     if row["kernel"] == "step":
         states, masters = fp32 * c["BASE"], fp32 * c["MASTERS"]
         old_w = w if not (c["MASTERS"] and c["PERTURBED"]) else 0
-        return g + old_w + masters + states, w + masters + states
+        mix = c.get("MIX", 0)
+        mixed = fp32 * (0, 1, 2, 1)[mix]  # the kept gradient; it and m, which is renewed; m
+        return g + old_w + masters + states + mixed, w + masters + states + fp32 * (mix == 2)
     m, masters = fp32 * (c["MODE"] > 0), fp32 * c["MASTERS"]
     if row["kernel"] == "norm":
         return g + m + (w + masters) * (c["SCALING"] == 1), 0
     g *= c["MODE"] != 3 or c["SCALING"] == 2  # the part along a given m needs no g
     sums = 4 * row["partials"] * (1 + (c["MODE"] > 0))
-    new_m, saved = fp32 * (c["MODE"] in (1, 2)), w * (not c["MASTERS"])
+    new_m, saved = fp32 * (c["MODE"] in (1, 2, -1)), w * (not c["MASTERS"])
     return g + m + w + masters + sums, w + saved + new_m
 
 
@@ -85,7 +87,7 @@ def check_counts(rows: list[dict], target: str) -> None:
     counts = Counter((r["kernel"], r["type"]) for r in rows if r["target"] == target)
     for element in {r["type"] for r in rows if "/" not in r["type"]}:
         found = [counts[kernel, element] for kernel in ("dots", "norm", "climb", "step")]
-        expected = [2, 9, 9, 6] if element == "fp32" else [2, 12, 18, 12]
+        expected = [3, 9, 11, 15] if element == "fp32" else [3, 12, 22, 30]
         assert found == expected, (target, element)
 
 

@@ -18,7 +18,17 @@ pytest.importorskip("triton", reason="the kernels need Triton")
 
 from bench.contenders import bytes_per_parameter  # noqa: E402
 from bench.models import MODELS  # noqa: E402
-from fastsam import ASAM, SAM, FisherSAM, FriendlySAM, layout, space  # noqa: E402
+from fastsam import (  # noqa: E402
+    ASAM,
+    GSAM,
+    SAM,
+    FisherSAM,
+    FriendlySAM,
+    LookSAM,
+    MomentumSAM,
+    layout,
+    space,
+)
 
 from .test_aot import budget  # noqa: E402
 
@@ -269,11 +279,12 @@ def test_the_pages_kernels_move_what_the_compiled_ones_do():
     found = [int(cells[-1]) for cells in page_rows("kernel", "when", "loads", "stores", "bytes")]
     plain = dict(MASTERS=False)
     assert found == [
-        moved("dots", "fp32", MODE=1),
+        moved("dots", "fp32", MODE=1), moved("dots", "fp32", MODE=-1),
         *(moved("norm", "fp32", MODE=mode, SCALING=scaling, **plain)
           for mode, scaling in ((0, 0), (0, 1), (1, 0), (1, 1))),
-        *(moved("climb", "fp32", MODE=mode, SCALING=0, **plain) for mode in (0, 1)),
-        *(moved("step", "fp32", BASE=base, PERTURBED=True, **plain) for base in (0, 1, 2)),
+        *(moved("climb", "fp32", MODE=mode, SCALING=0, **plain) for mode in (0, 1, -1)),
+        *(moved("step", "fp32", BASE=base, MIX=mix, PERTURBED=mix != 3, **plain)
+          for base, mix in ((0, 0), (1, 0), (1, 1), (1, 2), (1, 3), (2, 0))),
     ]
     for kernel in ("norm", "climb"):  # FisherSAM's are SAM's
         assert (moved(kernel, "fp32", MODE=0, SCALING=2, **plain)
@@ -287,7 +298,11 @@ def test_the_pages_steps_are_the_sums_and_the_benchmarks_budget(column, kind, ma
     rows = page_rows("step", "float32, SGD", "float32, AdamW", "bf16, SGD", "bf16, AdamW",
                      "masters, SGD", "masters, AdamW")
     assert [cells[0] for cells in rows] == ["base optimizer alone", "SAM", "ASAM", "Friendly-SAM",
-                                            "F-ASAM"]
+                                            "F-ASAM", "Momentum-SAM", "GSAM",
+                                            "LookSAM, every k-th step", "LookSAM, between them"]
+    relatives = steps_of_relatives(kind, masters, {"sgd": 1, "adamw": 2}[base])
+    assert [int(cells[column]) for cells in rows[5:]] == relatives
+    rows = rows[:5]
     methods = {"sgd": None, "sam": (0, 0), "asam": (0, 1), "fsam": (1, 0), "fasam": (1, 1)}
     for cells, (method, direction) in zip(rows, methods.items(), strict=True):
         number = {"sgd": 1, "adamw": 2}[base]
@@ -300,6 +315,41 @@ def test_the_pages_steps_are_the_sums_and_the_benchmarks_budget(column, kind, ma
         if not masters:
             weight = 4 if kind == "fp32" else 2
             assert total == bytes_per_parameter(method, base, weight, 4), method
+
+
+def steps_of_relatives(kind: str, masters: bool, base: int) -> list[int]:
+    """Momentum-SAM's, GSAM's, LookSAM's two. Momentum-SAM's climb reads float32."""
+    def climb(kind: str, mode: int) -> int:
+        return sum(moved(kernel, kind, MODE=m, SCALING=0, MASTERS=masters)
+                   for kernel, m in (("norm", 0), ("climb", mode)))
+
+    def step(mix: int) -> int:
+        return moved("step", kind, BASE=base, MIX=mix, PERTURBED=mix != 3, MASTERS=masters)
+
+    dots = moved("dots", kind, MODE=-1)
+    return [climb(kind.partition("/")[0] + "/fp32", 0) + step(0),
+            climb(kind, -1) + dots + step(1), climb(kind, -1) + dots + step(2), dots + step(3)]
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("n, groups", [(5, 1), (130, 4)])
+def test_launches_of_the_relatives(launches, base, n, groups, device):
+    params = parameters(n, device)
+    for cls, expected in ((MomentumSAM, [STEP, STEP]),
+                          (GSAM, [[*STEP[:2], "dots_kernel", STEP[2]]] * 2),
+                          (LookSAM, [[*STEP[:2], "dots_kernel", STEP[2]],
+                                     ["dots_kernel", STEP[2]]])):
+        opt = optimizer(params, groups, cls, base)
+        for i, kernels in enumerate(expected):
+            launches.clear()
+            with Executed() as executed:
+                if opt.climbs_next:
+                    opt.first_step()
+                opt.step()
+            assert launches == kernels, cls
+            few = 16 if "dots_kernel" in kernels else 0
+            if i > 0:  # the first step brings its tables
+                assert len(executed.names) <= few and executed.elements <= 4, executed.names
 
 
 def test_the_pages_arithmetic():
