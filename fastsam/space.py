@@ -161,13 +161,13 @@ class Space:
         slots = []
         for i, ((p, name, group), w, offset) in enumerate(zip(members, memory, offsets,
                                                               strict=True)):
-            backup, *views = [view(flat, w, offset) for flat in (saved, m, v, u)]
-            m_steps, v_steps = steps[:, i]
+            own = {key: view(flat, w, offset) for key, flat in dict(
+                saved=saved, m=m, v=v, u=u, kept=kept).items()}
             slots.append(Slot(p, name, group, i, offset, w.numel(), w.shape, w.stride(),
-                              w.dtype, is_dense(w), backup, *views, m_steps=m_steps,
-                              v_steps=v_steps, kept=view(kept, w, offset)))
+                              w.dtype, is_dense(w), m_steps=steps[0, i], v_steps=steps[1, i],
+                              **own))
             if kind.masters:
-                backup.copy_(w)
+                own["saved"].copy_(w)
         control = zeros(len(CONTROL))
         control[CONTROL.index("ok"):CONTROL.index("found_inf")] = 1
         layout = torch.tensor([[s.offset, s.numel, s.group] for s in slots], dtype=torch.int64,
