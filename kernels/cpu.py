@@ -127,8 +127,9 @@ def climb(p: Pass, sums: Tensor) -> Climb:
         sums: (2, k), what `norm` left of every space of the optimizer, so the norm is global.
     """
     s, kind, f = p.space, p.space.kind, frame_of(p.space)
-    d, g = sums.sum(1).numpy()
-    f.control[NORM] = total = np.sqrt(d)
+    sums = sums.sum(1)
+    d, g = sums.numpy()
+    f.control[NORM] = total = sums[0].sqrt().numpy()  # torch's last bit, as the reference has it
     f.control[OK] = math.isfinite(total)
     if not math.isfinite(total):
         return stay(p)

@@ -322,7 +322,7 @@ def test_what_cannot_be_done_is_refused_and_nothing_is_written(
 
 
 def test_the_cpu_without_the_interpreter_is_refused(monkeypatch):
-    monkeypatch.setattr(launchers, "INTERPRETED", False)
+    monkeypatch.setattr("fastsam.kernels.triton.common.INTERPRETED", False)
     x = torch.rand(2, 8)
     with pytest.raises(ValueError, match="'cpu'; the kernels need a GPU"):
         kernels.linf_step(x.clone(), x, x, 0.1, 0.02)
@@ -416,7 +416,7 @@ def test_the_vector_check_notices_misaligned_tensors(rows):
 
 def test_no_spills_no_atomics_no_fused_multiply_adds_and_64_bit_addresses(rows):
     """Fused multiply-adds round once where plain PyTorch rounds twice."""
-    assert len(rows) == 32
+    assert len(rows) == 44
     for row in rows:
         assert row["stack"] == 0 and row["atomics"] == [] and not row.get("fused"), row
         assert row["registers"] <= 64, row  # two programs of 16 warps share a multiprocessor
