@@ -63,15 +63,9 @@ jit = triton.jit(
     do_not_specialize_on_alignment=("w_table", "g_table", "climbed_table", "m_steps", "v_steps"))
 
 
-def options(dtype: torch.dtype, arch: int | str, mix: int = 0) -> dict:
-    """How to compile for these weights and this GPU, as Triton names it.
-
-    Args:
-        mix: `step`'s MIX: what mixes two gradients holds more at a time.
-    """
+def options(dtype: torch.dtype, arch: int | str) -> dict:
+    """How to compile for these weights and this GPU, as Triton names it."""
     if "maxnreg" in OPTIONS and dtype.itemsize == 2:  # 80 spill there; five programs fit
-        if arch == 90 and mix:
-            return OPTIONS | {"maxnreg": 96}  # on each of an H100's 132
         if arch == 89:
             return OPTIONS | {"maxnreg": 88}  # on each of an RTX 4090's 128
         if arch in range(100, 110):
