@@ -78,7 +78,7 @@ def block_of(name: str, constants: dict, element: str) -> int:
         return norm.block_of(mode, scaling)
     if name == "climb":
         return climb.block_of(mode, scaling, DTYPES[element], constants["MASTERS"])
-    return common.BLOCK
+    return step.block_of(constants["MIX"]) if name == "step" else common.BLOCK
 
 
 def plain(name: str) -> list[dict]:
