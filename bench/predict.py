@@ -113,7 +113,7 @@ def loops(code: list[Instruction]) -> list[tuple[int, int]]:
     place = {i.address: n for n, i in enumerate(code)}
     found = []
     for n, i in enumerate(code):
-        target = re.search(r"0x([0-9a-f]+)", i.operands[-1]) if i.opcode == "BRA" else None
+        target = re.search(r"0x([0-9a-f]+)", i.operands[-1]) if i.opcode.startswith("BRA") else None
         if target and place.get(int(target[1], 16), n) < n:
             found.append((place[int(target[1], 16)], n))
     return found
@@ -151,7 +151,7 @@ def first_wide_depth(code: list[Instruction], begin: int, end: int) -> int:
         if i.opcode.startswith(("ST", "BRA")):
             reads += [r for r in registers(i.operands[0])]
         now = max([control, *(depth.get(r, 0) for r in reads)])
-        if i.opcode == "BRA":
+        if i.opcode.startswith("BRA"):
             control = now
         elif i.opcode.startswith("BAR"):
             control = max([control, *depth.values()])
