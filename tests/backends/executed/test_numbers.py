@@ -61,7 +61,7 @@ def few_for_every_change():
         yield pytest.param(name, bases[base], dtype, id=f"{name}-{base}-{dtype}", marks=marks)
 
 
-@pytest.mark.parametrize("name, base, dtype", few_for_every_change())
+@pytest.mark.parametrize("name, base, dtype", list(few_for_every_change()))
 def test_nothing_but_the_tensors_elements_is_touched(executed, name, base, dtype):
     cls, own = METHODS[name]
     steps = Steps(normals(SIZES, dtype), "triton", cls, **own, **base, offset=0)
