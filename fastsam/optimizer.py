@@ -372,11 +372,7 @@ class SAM(Optimizer):
             TypeError: a closure that cannot be called, such as a loss.
             ValueError: an ascent_closure without a closure.
         """
-        for name, f in (("closure", closure), ("ascent_closure", ascent_closure)):
-            if f is not None and not callable(f):
-                raise TypeError(f"{name} is a {type(f).__name__}, not a function: after "
-                                "loss.backward() call first_step() and second_step(), or pass a "
-                                "function that computes the loss and calls backward")
+        self._check_closures(closure, ascent_closure)
         if closure is None:
             if ascent_closure is not None:
                 raise ValueError("step(ascent_closure=...) needs a closure for the second pass")
@@ -408,6 +404,13 @@ class SAM(Optimizer):
             self.restore()
             raise
         return loss
+
+    def _check_closures(self, closure: Any, ascent_closure: Any) -> None:
+        for name, f in (("closure", closure), ("ascent_closure", ascent_closure)):
+            if f is not None and not callable(f):
+                raise TypeError(f"{name} is a {type(f).__name__}, not a function: after "
+                                "loss.backward() call first_step() and second_step(), or pass a "
+                                "function that computes the loss and calls backward")
 
     def _call(self, closure: Callable[[], Loss]) -> Loss:
         """Call a closure with cleared gradients."""

@@ -162,20 +162,10 @@ class MomentumSAM(SAM):
         """
         super().first_step(zero_grad, scaler)
 
-    def step(self, closure: Callable | None = None, ascent_closure: Callable | None = None) -> Any:
-        """The one pass and its step with a closure, which is called once, at w'; without one, the
-        second step or a plain base step.
-
-        Returns:
-            The loss at w' (at w where this step does not climb), or None without a closure.
-
-        Raises:
-            TypeError: an ascent_closure; a closure that cannot be called.
-            PhaseError: as `SAM.step`.
-        """
+    def _check_closures(self, closure: Any, ascent_closure: Any) -> None:
         if ascent_closure is not None:
             raise TypeError("Momentum-SAM climbs without a pass: leave ascent_closure out")
-        return super().step(closure)
+        super()._check_closures(closure, None)
 
     def _climbing_step(self, closure: Callable, ascent_closure: Callable) -> Any:
         self.first_step()

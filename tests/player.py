@@ -806,8 +806,9 @@ class Player:
         calls = {"second_step": opt.second_step, "unstash_grad": opt.unstash_grad,
                  "bad: shared memory": lambda: opt.add_param_group(dict(params=[shared])),
                  "bad: rho=-1": lambda: opt.add_param_group(
-                     dict(params=[nn.Parameter(torch.ones(1))], rho=-1.0)),
-                 "bad: another model's state": lambda: opt.load_state_dict(other)}
+                     dict(params=[nn.Parameter(torch.ones(1))], rho=-1.0))}
+        if self.fused:  # the state of another base is its own affair
+            calls["bad: another model's state"] = lambda: opt.load_state_dict(other)
         if p.ndim and p.numel():
             calls["bad: sparse gradient"] = sparse_gradient
         return calls

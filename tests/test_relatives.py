@@ -435,7 +435,7 @@ def test_what_gsam_and_looksam_refuse(cls):
         cls(w, torch.optim.RMSprop, lr=0.1)
     with pytest.raises(ValueError, match="alpha=nan"):
         cls(w, torch.optim.SGD, lr=0.1, alpha=math.nan)
-    with pytest.raises(ValueError, match="alpha=.*is not a number"):
+    with pytest.raises(ValueError, match="alpha is a tensor"):
         cls(w, torch.optim.SGD, lr=0.1, alpha=torch.tensor(0.1))
     opt = cls(w, torch.optim.SGD, lr=0.1)
     with pytest.raises(PhaseError, match="whole batch"):

@@ -63,9 +63,15 @@ jit = triton.jit(
     do_not_specialize_on_alignment=("w_table", "g_table", "climbed_table", "m_steps", "v_steps"))
 
 
-def options(dtype: torch.dtype, arch: int | str) -> dict:
-    """How to compile for these weights and this GPU, as Triton names it."""
+def options(dtype: torch.dtype, arch: int | str, renews: bool = False) -> dict:
+    """How to compile for these weights and this GPU, as Triton names it.
+
+    Args:
+        renews: it is a `step` that renews LookSAM's g_v beside masters, which holds the most.
+    """
     if "maxnreg" in OPTIONS and dtype.itemsize == 2:  # 80 spill there; five programs fit
+        if arch == 90 and renews:
+            return OPTIONS | {"maxnreg": 96}  # on each of an H100 SXM's 132; not of a PCIe's 114
         if arch == 89:
             return OPTIONS | {"maxnreg": 88}  # on each of an RTX 4090's 128
         if arch in range(100, 110):

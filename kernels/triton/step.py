@@ -10,7 +10,6 @@ from .common import (
     BETA1_SHARE,
     BETA2,
     BETA2_SHARE,
-    BLOCK,
     DECOUPLED,
     EPS,
     FOUND_INF,
@@ -216,11 +215,6 @@ def step_kernel(w_table, g_table, climbed_table, saved, v, u, m, kept, blocks, l
             tl.store(v_steps + slots, count + moved.to(tl.int32) * ok.to(tl.int32), mask)
 
 
-def block_of(mix: int) -> int:
-    """Elements of K3's blocks: what mixes two gradients holds more of each at a time."""
-    return BLOCK // 2 if mix else BLOCK
-
-
 def step(p: Pass, climb: Climb | None) -> None:
     """The base optimizer from the saved w (from w itself where nothing was saved) with p.g."""
     climbed = None if climb is None else climb.table
@@ -234,4 +228,4 @@ def step_arguments(p: Pass, perturbed: bool, mix: int) -> dict:
     return dict(saved=space.saved, v=space.v, u=space.u, m=m, kept=kept,
                 counters=space.counters, v_steps=space.steps[1], n_slots=len(space.slots),
                 BASE=BASES[space.kind.base], MIX=mix, PERTURBED=perturbed,
-                MASTERS=space.kind.masters, BLOCK=block_of(mix))
+                MASTERS=space.kind.masters)

@@ -78,7 +78,7 @@ def block_of(name: str, constants: dict, element: str) -> int:
         return norm.block_of(mode, scaling)
     if name == "climb":
         return climb.block_of(mode, scaling, DTYPES[element], constants["MASTERS"])
-    return step.block_of(constants["MIX"]) if name == "step" else common.BLOCK
+    return common.BLOCK
 
 
 def plain(name: str) -> list[dict]:
@@ -116,7 +116,8 @@ def compile_variant(name: str, constants: dict, elements: str, target: str):
                if types[p.name][0] == "*" and not p.do_not_specialize_on_alignment}
     source = ASTSource(kernel, types, {index[k]: x for k, x in constants.items()}, aligned)
     target = TARGETS[target]
-    options = common.options(DTYPES[element], target.arch)
+    options = common.options(DTYPES[element], target.arch,
+                             constants.get("MIX") == common.RENEW and constants["MASTERS"])
     return triton.compile(source, target=target, options=options_for(target.backend, options))
 
 
