@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 import torch
 
-numba = pytest.importorskip("numba")
+numba = pytest.importorskip("numba", reason="the CPU kernels need numba")
 
 from fastsam import reference  # noqa: E402
 from fastsam.kernels import cpu, cpu_loops  # noqa: E402
