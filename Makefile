@@ -63,7 +63,7 @@ oldest: .venv-oldest/ready
 # than twice as long at its fastest (another program's load adds to the median, less to the
 # minimum). After `rm -r runs/benchmarks` the next call is the first.
 bench: $(READY)
-	$(BIN)/python -m pytest tests/test_speed.py --benchmark-enable --benchmark-only \
+	$(BIN)/python -m pytest tests/unit/test_speed.py --benchmark-enable --benchmark-only \
 		--benchmark-storage=file://runs/benchmarks --benchmark-columns=median,iqr,min,rounds \
 		$(if $(wildcard runs/benchmarks/*/0001_*.json),--benchmark-compare='*/0001' \
 		--benchmark-compare-fail=min:100%,--benchmark-autosave)
