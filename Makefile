@@ -14,8 +14,7 @@ BIN := .venv/bin
 READY = $(BIN:bin=ready)
 VERSIONS := -c constraints.txt
 OLDEST := 2.9.1
-CORE := $(addprefix tests/test_,$(addsuffix .py,checkpoints invariants optimizer reference \
-	sequences state wrappers))
+CORE := tests/unit tests/integration/test_checkpoints.py
 
 comma := ,
 
@@ -34,12 +33,12 @@ mutants: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutants
 
 fuzz: $(READY)
-	$(BIN)/python -m tests.sequences --examples 20000
-	$(BIN)/python -m tests.sequences --examples 10000 --backend numba
-	$(BIN)/python -m tests.sequences --examples 2000 --backend triton --events 4
+	$(BIN)/python -m tests.helpers.sequences --examples 20000
+	$(BIN)/python -m tests.helpers.sequences --examples 10000 --backend numba
+	$(BIN)/python -m tests.helpers.sequences --examples 2000 --backend triton --events 4
 
 survive: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m tests.survive --kills 30
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.helpers.survive --kills 30
 
 lint: $(READY)
 	$(BIN)/ruff check .
