@@ -1,7 +1,7 @@
 """Random sequences of events, drawn by Hypothesis and played by `player`.
 
-    python -m tests.sequences --examples 20000            fresh seeds, printed as they are drawn
-    python -m tests.sequences --seed 7 --examples 250     one of them again
+    python -m tests.helpers.sequences --examples 20000            fresh seeds, printed as they are drawn
+    python -m tests.helpers.sequences --seed 7 --examples 250     one of them again
 
 A failure ends the run: it is shrunk to the shortest sequence that fails, which is printed as the
 Setup and the events that `play` takes, with the command that draws it again.
@@ -215,7 +215,7 @@ def run(backend: str, examples: int, seed: int, most: int = 8, device="cpu",
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tests.sequences", description=__doc__,
+    parser = argparse.ArgumentParser(prog="python -m tests.helpers.sequences", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--examples", type=int, default=20000)
     parser.add_argument("--seed", type=int, help="of the first 250 sequences; default: drawn")
@@ -234,7 +234,7 @@ def main() -> None:
         try:
             total += run(args.backend, examples, seed, args.events, args.device)
         except BaseException:
-            print(f"again: python -m tests.sequences --seed {seed} --examples {examples} "
+            print(f"again: python -m tests.helpers.sequences --seed {seed} --examples {examples} "
                   f"--backend {args.backend} --events {args.events} --device {args.device}")
             raise
         print(f"seed {seed}: {examples} sequences right; {total['sequences']} in "
