@@ -1,7 +1,7 @@
 """Random sequences of events, drawn by Hypothesis and played by `player`.
 
-    python -m tests.helpers.sequences --examples 20000            fresh seeds, printed as they are drawn
-    python -m tests.helpers.sequences --seed 7 --examples 250     one of them again
+    python -m tests.helpers.sequences --examples 20000         fresh seeds, printed as drawn
+    python -m tests.helpers.sequences --seed 7 --examples 250  one of them again
 
 A failure ends the run: it is shrunk to the shortest sequence that fails, which is printed as the
 Setup and the events that `play` takes, with the command that draws it again.
