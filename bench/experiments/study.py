@@ -10,8 +10,9 @@ from bench.experiments.pool import run_grid
 from bench.experiments.sweep import by_setting, runs_of, table
 from bench.files import write_text
 from bench.reports.claims import Claim, cost, judged
-from bench.reports.groups import MACHINE, read_runs, sections_of
-from bench.settings.config import Config, Evaluation, differences, resolve_evaluation
+from bench.reports.groups import read_runs, sections_of
+from bench.settings.config import MACHINE, Config, differences
+from bench.settings.evaluation import Evaluation, resolve_evaluation
 
 STUDIES = Path(__file__).parents[1] / "recipes" / "studies"
 Rows = list[dict[str, Any]]
