@@ -5,12 +5,12 @@ import signal
 import sys
 from contextlib import suppress
 
-from bench.cli import catalogue, evaluation, experiments, reports, speed, training
+from bench.cli import catalogue, evaluation, experiments, options, reports, speed, training
 from bench.cli.parse import parse
 
 COMMANDS = {
     command.name: command
-    for family in (training, experiments, evaluation, catalogue, speed, reports)
+    for family in (training, experiments, evaluation, catalogue, options, speed, reports)
     for command in family.COMMANDS
 }
 PIPE_CLOSED = 128 + signal.SIGPIPE  # the exit code that shells give
@@ -23,10 +23,10 @@ def main(argv: list[str] | None = None) -> int:
     from bench.training.diverged import DIVERGED, Diverged
 
     try:
-        command, options = parse(COMMANDS, sys.argv[1:] if argv is None else argv)
+        command, given = parse(COMMANDS, sys.argv[1:] if argv is None else argv)
         if "TORCHELASTIC_RUN_ID" in os.environ and command.name != "train":
             raise ValueError(f"torchrun is for train alone; start {command.name} without it")
-        code = command.run(options) or 0
+        code = command.run(given) or 0
         sys.stdout.flush()
         return code
     except BrokenPipeError:  # as `| head` leaves it: nobody reads on

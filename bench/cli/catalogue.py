@@ -1,4 +1,4 @@
-"""`bench recipes`, `options` and `unpack`: what there is to train with."""
+"""`bench recipes` and `unpack`: what there is to train with."""
 
 from dataclasses import dataclass
 from pathlib import Path

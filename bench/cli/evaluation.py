@@ -1,14 +1,15 @@
 """`bench evaluate`: attacks on a trained network."""
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from bench.cli.parse import Command, options_of
-from bench.cli.shared import DATA, NORMS, OfData, evaluation_of
+from bench.cli.shared import NORMS, OfData, evaluation_of
+from bench.settings.config import Config
 from bench.settings.evaluation import Evaluation
-from bench.settings.setting import MISSING, setting
+from bench.settings.setting import MISSING, Described, setting
 
 
 @dataclass(kw_only=True)
@@ -26,6 +27,10 @@ class OfEvaluate(OfData):
         None, "write RobustBench's model_info there: needs autoattack on all test images of CIFAR "
         "at a leaderboard's radius", metavar="FILE",
     )
+
+
+def as_trained(of: Described) -> Described:
+    return replace(of, setting=replace(of.setting, default="the checkpoint's"))
 
 
 def data_of(checkpoint: dict[str, Any], config: dict[str, Any], options: dict[str, Any]):
@@ -106,6 +111,7 @@ def run_evaluate(options: dict[str, Any]) -> None:
 COMMANDS = (
     Command(
         "evaluate", "attack a trained model", run_evaluate, OfEvaluate,
-        (*DATA, *options_of(Evaluation)),
+        (*(as_trained(of) for of in options_of(Config, "data", "data_dir", "image_size")),
+         *options_of(Config, "device"), *options_of(Evaluation)),
     ),
 )

@@ -5,14 +5,15 @@ from pathlib import Path
 from typing import Any
 
 from bench.cli.parse import Command
-from bench.cli.shared import CONFIG, EVALUATION, METHODS, OfRuns, evaluation_of, say_alpha
+from bench.cli.shared import CONFIG, EVALUATION, FILLED, METHODS, OfRuns, evaluation_of, say_alpha
+from bench.settings.recipes import study_names
 from bench.settings.setting import MISSING, setting
 
 
 @dataclass(kw_only=True)
 class OfMany(OfRuns):
     seeds: tuple[int, ...] = setting((0, 1, 2), "a run each", metavar="SEED...")
-    jobs: int = setting(1, "runs at a time")
+    jobs: int = setting(1, "runs at a time", bounds="[1, inf)")
     rows: Path | None = setting(None, "append a row a run to this JSONL", metavar="FILE")
 
 
@@ -41,8 +42,8 @@ class OfSweep(OfMany):
 
 @dataclass(kw_only=True)
 class OfStudy:
-    name: str = setting(MISSING, "trade-off, rho, parts, noise, batch or cifar", positional=True)
-    jobs: int = setting(2, "runs at a time, a thread each")
+    name: str = setting(MISSING, f"of {', '.join(study_names())}", positional=True)
+    jobs: int = setting(2, "runs at a time, a thread each", bounds="[1, inf)")
     rows: Path | None = setting(
         None, "append a row a run and evaluation to this JSONL", metavar="FILE"
     )
@@ -116,11 +117,11 @@ def run_study_command(options: dict[str, Any]) -> None:
 COMMANDS = (
     Command(
         "compare", "train several methods and seeds; repeat the command to resume it", run_compare,
-        OfCompare, (*CONFIG, *EVALUATION),
+        OfCompare, (*CONFIG, *EVALUATION), FILLED,
     ),
     Command(
         "sweep", "train every method with every value of a grid; repeat the command to go on with "
-        "it", run_sweep, OfSweep, (*CONFIG, *EVALUATION),
+        "it", run_sweep, OfSweep, (*CONFIG, *EVALUATION), FILLED,
     ),
     Command(
         "study", "make a study of docs/studies.md again; repeat the command to go on with it",

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Union
 import tyro
 from typing_extensions import Required, TypedDict
 
-from bench.settings.setting import Described, settings_of
+from bench.settings.setting import Described, in_words, settings_of
 from bench.spelling import meant
 
 PROGRAM = "python -m bench"
@@ -19,7 +19,8 @@ class Command:
 
     own: a dataclass of the options that this command alone has, whose defaults are among what is
     parsed. shared: options that stay out of it where they are not given, so that recipes, presets
-    and methods fill them. run: takes all by name, and returns the exit code, or None for 0.
+    and methods fill them. more: of its help. run: takes all by name, and returns the exit code, or
+    None for 0.
     """
 
     name: str
@@ -27,6 +28,7 @@ class Command:
     run: Callable[[dict[str, Any]], int | None]
     own: type
     shared: tuple[Described, ...] = ()
+    more: str = ""
 
     @property
     def options(self) -> tuple[Described, ...]:
@@ -40,13 +42,18 @@ class Command:
 
     def parse(self, words: list[str]) -> dict[str, Any]:
         """Return what the words say, by the options' names; exit with code 2 where they cannot be
-        read, after saying which option is the nearest."""
+        read, after saying which option is the nearest.
+
+        Raises ValueError for a value that the setting cannot have."""
         given = tyro.cli(
-            self.parser(), args=words, prog=f"{PROGRAM} {self.name}", description=self.help
-        )
+            self.parser(), args=words, prog=f"{PROGRAM} {self.name}",
+            description=f"{self.help}. {self.more}".strip(". ") + ".",
+        )  # fmt: skip
         for of in self.options:
             if given.get(of.key) == () and not of.setting.may_be_empty:
                 raise ValueError(f"--{of.option} needs a value at least; give one, or leave it out")
+            if of.key in given and not of.setting.as_text:
+                of.check(given[of.key])
         listed = {k: list(v) if isinstance(v, tuple) else v for k, v in given.items()}
         return self.defaults | listed
 
@@ -62,11 +69,12 @@ def hint(of: Described) -> Any:
     """Return the type of an option, with all that the help says of it."""
     kind: Any = str if of.setting.as_text else of.kind
     kind = tuple[kind, ...] if of.several else kind
-    said = f"(default {of.default})" if of.default else ""
+    bounds = in_words(of.setting.bounds) if of.setting.bounds else ""
+    said = "; ".join(filter(None, [bounds, f"default {of.default}" if of.default else ""]))
     alias = (f"--{of.setting.alias}",) if of.setting.alias else None
     about = tyro.conf.arg(
         name=of.option, help=of.help, metavar=of.setting.metavar or metavar(of),
-        aliases=alias, help_behavior_hint=said,
+        aliases=alias, help_behavior_hint=f"({said})" if said else "",
     )  # fmt: skip
     if of.setting.positional:
         kind = tyro.conf.Positional[kind]
@@ -100,5 +108,9 @@ def parse(commands: dict[str, Command], words: list[str]) -> tuple[Command, dict
         return command, command.parse(words[1:])
     names = [Annotated[command.parser(), tyro.conf.subcommand(name, description=command.help)]
              for name, command in commands.items()]  # fmt: skip
-    tyro.cli(Union[tuple(names)], args=words, prog=PROGRAM, description=__doc__)  # noqa: UP007
+    about = (
+        "Train image classifiers with SGD, SAM, ASAM, F-SAM or adversarial training, and measure "
+        f"their natural and robust accuracy. `{PROGRAM} COMMAND --help` tells a command's options."
+    )
+    tyro.cli(Union[tuple(names)], args=words, prog=PROGRAM, description=about)  # noqa: UP007
     raise AssertionError("tyro exits where no command is named")

@@ -8,14 +8,18 @@ from bench.cli.parse import options_of
 from bench.settings.config import Config
 from bench.settings.evaluation import Evaluation
 from bench.settings.methods import ADVERSARIES, OPTIMIZERS
+from bench.settings.recipes import preset_names
 from bench.settings.setting import setting, settings_of
 
 METHODS = (
     f"{', '.join(OPTIMIZERS)}, {', '.join(ADVERSARIES)}, or two of them as at-linf+sam"
 )
+FILLED = (
+    "What is not given is the recipe's or the preset's, then the method's, then the default told "
+    "here."
+)
 NORMS = ("linf", "l2")
 PER_PROCESS = ("sync_bn", "local_ascent")  # under torchrun, which is for train alone
-DATA = options_of(Config, "data", "data_dir", "image_size", "device")
 CONFIG = options_of(Config, without=("seed", *PER_PROCESS))
 EVALUATION = options_of(Evaluation, without=("attacks",))
 
@@ -33,8 +37,8 @@ class OfRuns(OfData):
         "in bench/recipes; `python -m bench recipes` lists them",
     )
     preset: str | None = setting(
-        None, "the papers' values: sam-at-cifar10, sam-at-cifar100, fsam-cifar10, fsam-cifar100; "
-        "ours: digits, cifar6k, cifar-fast", default="by data",
+        None, f"settings that leave the method open, of {', '.join(preset_names())}",
+        default="by data",
     )
     optimizer: str | None = setting(
         None, f"with an adversary, or --method standard: {', '.join(OPTIMIZERS)}"

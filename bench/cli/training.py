@@ -8,6 +8,7 @@ from bench.cli.parse import Command, options_of
 from bench.cli.shared import (
     CONFIG,
     EVALUATION,
+    FILLED,
     METHODS,
     PER_PROCESS,
     OfRuns,
@@ -88,6 +89,6 @@ COMMANDS = (
     Command(
         "train", "train one model and evaluate it; repeat the command to resume it", run_train,
         OfTrain, (*CONFIG, *options_of(Config, "seed", *PER_PROCESS),
-                  *options_of(SittingSettings), *EVALUATION),
+                  *options_of(SittingSettings), *EVALUATION), FILLED,
     ),
 )

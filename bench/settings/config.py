@@ -44,22 +44,23 @@ class Config:
         told=True,
     )
     noise_kind: str = setting(
-        "published", "published (F-SAM's: redrawn, some to the right class) or true",
+        "published", "published: F-SAM's, redrawn, some to the right class",
         choices=("published", "true"),
     )
     augment: str = setting(
-        "crop-flip", "none, crop, or crop-flip; resized-crop reads photographs of various sizes "
-        "from a directory as needed", choices=("none", "crop", "crop-flip", "resized-crop"),
+        "crop-flip", "of the training images; resized-crop reads photographs of various sizes from "
+        "a directory as needed", choices=("none", "crop", "crop-flip", "resized-crop"),
     )
     pad: int = setting(4, "pixels that a crop can move", bounds="[0, inf)")
     padding: str = setting(
-        "reflect", "what surrounds the image: reflect or zero", choices=("reflect", "zero")
+        "reflect", "what surrounds the image", choices=("reflect", "zero")
     )
     cutout: int = setting(
         0, "side of a square that half of the images lose; 0 for none", bounds="[0, inf)"
     )
     normalisation: str | None = setting(
-        None, "f-sam or imagenet", choices=("f-sam", "imagenet"), default="the data's own"
+        None, "of the colours, by mean and deviation", choices=("f-sam", "imagenet"),
+        default="the data's own",
     )
     model: str = setting(
         "preactresnet18", "preactresnet18, resnet18, vgg16bn, wrn28-10, wrn28-10-fsam, "
@@ -77,8 +78,8 @@ class Config:
     batch_size: int = setting(128, "images in a step", bounds="[1, inf)")
     lr: float = setting(0.1, "learning rate", bounds="(0, inf)")
     schedule: str = setting(
-        "piecewise", "of the learning rate: piecewise (x0.1 at 75% and 90% of the epochs), cosine "
-        "or linear", choices=("piecewise", "cosine", "linear"),
+        "piecewise", "of the learning rate; piecewise: x0.1 at 75% and 90% of the epochs",
+        choices=("piecewise", "cosine", "linear"),
     )
     warmup: float = setting(
         0.0, "share of the steps in which the learning rate grows from 0", bounds="[0, 1)"
@@ -88,11 +89,11 @@ class Config:
     weight_decay: float = setting(5e-4, "added to the gradient (AdamW: taken off the weights), "
                                   "times the weights", bounds="[0, inf)")
     base: str = setting(
-        "sgd", "the optimizer under SAM: sgd or adamw", choices=PLAIN,
+        "sgd", "the optimizer under SAM", choices=PLAIN,
         used_by=dict.fromkeys(SAMS, "sgd"),
     )
     rho: float | None = setting(
-        None, "SAM's radius",
+        None, "SAM's radius", bounds="[0, inf)",
         # F-SAM table 1 (CIFAR-10); SAM_AT's smallest. ASAM's there belongs to the form that scales
         # all parameters by |w|; F-ASAM's is not stated in F-SAM table 3: as ASAM's.
         used_by=dict.fromkeys(SAMS, 0.1) | {"asam": 2.0, "fasam": 2.0},
@@ -102,15 +103,15 @@ class Config:
         used_by={"fsam": 1.0, "fasam": 1.0},  # F-SAM table 1, ResNet-18
     )
     lmbda: float | None = setting(
-        None, "the average's decay, in [0, 1)", used_by={"fsam": 0.6, "fasam": 0.6}
+        None, "the average's decay", bounds="[0, 1)", used_by={"fsam": 0.6, "fasam": 0.6}
     )
     convention: str | None = setting(
-        None, "algorithm1 (the paper's) or official (the published code's, whose average "
-        "starts at the first gradient)", choices=("algorithm1", "official"), default="algorithm1",
+        None, "algorithm1: the paper's; official: the published code's, whose average "
+        "starts at the first gradient", choices=("algorithm1", "official"), default="algorithm1",
         used_by={"fsam": None, "fasam": None},
     )
     scale: str | None = setting(
-        None, "all, or weights (the authors' form)", choices=("all", "weights"),
+        None, "weights: the authors' form", choices=("all", "weights"),
         used_by={"asam": "all"},
     )
     eta: float | None = setting(
@@ -142,11 +143,11 @@ class Config:
         "augmented", bounds="[1, inf)", used_by=dict.fromkeys(FULL, 10),
     )
     projection: str | None = setting(
-        None, "cosine (as printed) or orthogonal",
+        None, "cosine: as printed",
         choices=("cosine", "orthogonal"), used_by=dict.fromkeys(FULL, "cosine"),
     )
     second_bn: str = setting(
-        "frozen", "BatchNorm's running statistics in SAM's second pass: frozen or moving",
+        "frozen", "BatchNorm's running statistics in SAM's second pass",
         choices=("frozen", "moving"),
     )
     eps: float | None = setting(
@@ -169,8 +170,8 @@ class Config:
         used_by={"at-linf": 10, "at-l2": 10, "trades": 10},  # SAM_AT 5.2; Zhang et al. 2019
     )
     attack_bn: str = setting(
-        "eval", "BatchNorm in the training attack: eval, train (batch statistics), or moving "
-        "(batch statistics, and the running ones move)", choices=("eval", "train", "moving"),
+        "eval", "BatchNorm in the training attack; train: batch statistics; moving: those, and "
+        "the running ones move", choices=("eval", "train", "moving"),
     )
     beta: float | None = setting(
         None, "weight of the robust term", bounds="[0, inf)",
@@ -185,12 +186,12 @@ class Config:
                         machine=True)
     device: str = setting("cpu", "cpu, cuda, cuda:1, ...", machine=True)
     amp: str = setting(
-        "off", "off, bf16 or fp16, for training; evaluation is always float32",
+        "off", "of training; evaluation is always float32",
         choices=("off", "bf16", "fp16"),
     )
     channels_last: bool = setting(False, "torch's channels_last memory format", machine=True)
     backend: str | None = setting(
-        None, "fastsam's: triton, numba or reference", choices=("triton", "numba", "reference"),
+        None, "fastsam's", choices=("triton", "numba", "reference"),
         default="fastsam chooses", used_by=dict.fromkeys(SAMS), machine=True,
     )
     threads: int | None = setting(None, "CPU threads of one run", bounds="[1, inf)", machine=True)

@@ -46,7 +46,7 @@ class Evaluation:
         "model", metavar="NAME...",
     )
     on: str = setting(
-        "test", "test, or held-out: the images that --val took from training, by which settings "
+        "test", "held-out: the images that --val took from training, by which settings "
         "are chosen", option="eval-on", choices=JUDGES,
     )
     data: str | None = setting(
@@ -54,8 +54,8 @@ class Evaluation:
         "own", option="eval-data", metavar="DIR",
     )
     precision: str = setting(
-        "fp32", "of the attacks' gradients: fp32 or bf16 (in channels_last); what they find is "
-        "judged in float32", option="eval-precision", choices=("fp32", "bf16"),
+        "fp32", "of the attacks' gradients, for bf16 in channels_last; what they find is judged "
+        "in float32", option="eval-precision", choices=("fp32", "bf16"),
     )
 
 

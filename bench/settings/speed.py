@@ -44,8 +44,8 @@ class StepConfig:
     methods: tuple[str, ...] = setting(
         METHODS, f"of {', '.join(METHODS)}", choices=METHODS, metavar="METHOD...", default="all"
     )
-    base: str = setting("sgd", "sgd or adamw", choices=PLAIN)
-    dtype: str = setting("fp32", "of weights and gradients: fp32 or bf16", choices=("fp32", "bf16"))
+    base: str = setting("sgd", "the optimizer under SAM", choices=PLAIN)
+    dtype: str = setting("fp32", "of weights and gradients", choices=("fp32", "bf16"))
     device: str = setting("cpu", "cpu, cuda, cuda:1, ...")
     compile: bool | None = setting(
         None, "also time the per-parameter peers through torch.compile", default="on a GPU"
@@ -87,7 +87,7 @@ class Options:
 
     images: int = setting(50_000, "random images in the training set", bounds="[1, inf)")
     image_size: int = setting(32, "their pixels", bounds="[1, inf)")
-    padding: str = setting("reflect", "reflect or zero", choices=("reflect", "zero"))
+    padding: str = setting("reflect", "what surrounds the image", choices=("reflect", "zero"))
     cutout: int = setting(0, "side of a square that half of the images lose", bounds="[0, inf)")
     workers: int = setting(2, "the plain recipe's loader processes", bounds="[0, inf)")
     steps: int | None = setting(None, "in a turn", bounds="[1, inf)", default="1, on a GPU 30")

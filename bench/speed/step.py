@@ -23,6 +23,7 @@ from bench.speed.contenders import (
 )
 from bench.speed.parity import TOLERANCE, parity_error
 from bench.speed.timing import Runner, launches, line_up, race
+from bench.spelling import meant
 from fastsam import SAM
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -48,10 +49,10 @@ def model_shapes(name: str, width: int | None) -> list[torch.Size]:
             return [p.shape for p in model.parameters()]
         from torchvision import models
 
-        if name not in models.list_models(module=models):
+        if name not in (known := [*MODELS, *models.list_models(module=models)]):
             raise ValueError(
-                f"unknown model {name!r}; choose one of {', '.join(MODELS)}, or a classification "
-                "model of torchvision, such as resnet34"
+                f"unknown model {name!r}{meant(name, known)}; choose one of "
+                f"{', '.join(MODELS)}, or a classification model of torchvision, such as resnet34"
             )
         if width is not None:
             raise ValueError(f"width is an option of {', '.join(MODELS)}, not of {name!r}")
