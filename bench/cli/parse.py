@@ -77,7 +77,7 @@ def hint(of: Described) -> Any:
         aliases=alias, help_behavior_hint=f"({said})" if said else "",
     )  # fmt: skip
     if of.setting.positional:
-        kind = tyro.conf.Positional[kind]
+        kind = Annotated[kind, tyro.conf.Positional]
     return Annotated[kind, about]
 
 
@@ -112,5 +112,6 @@ def parse(commands: dict[str, Command], words: list[str]) -> tuple[Command, dict
         "Train image classifiers with SGD, SAM, ASAM, F-SAM or adversarial training, and measure "
         f"their natural and robust accuracy. `{PROGRAM} COMMAND --help` tells a command's options."
     )
-    tyro.cli(Union[tuple(names)], args=words, prog=PROGRAM, description=about)  # noqa: UP007
+    anyone: Any = Union[tuple(names)]  # noqa: UP007
+    tyro.cli(anyone, args=words, prog=PROGRAM, description=about)
     raise AssertionError("tyro exits where no command is named")

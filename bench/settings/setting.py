@@ -156,7 +156,7 @@ def written(value: Any) -> str:
 
 
 @cache
-def settings_of(owner: type) -> dict[str, Described]:
+def settings_of(owner: Any) -> dict[str, Described]:
     """Return the fields of a dataclass that are settings, by name."""
     hints = get_type_hints(owner)
     return {f.name: described(f.name, f.default, f.metadata["setting"], hints[f.name])
