@@ -25,6 +25,7 @@ from .common import (
     SIGMA,
     SUMS,
     UNSCALED,
+    dealt,
     folded,
     from_element,
     in_fours,
@@ -135,9 +136,10 @@ def climb_kernel(w_table, g_table, sums, saved, m, radii, blocks, layout, scalin
                 realised += folded(x, SUMS)
                 if CAN_ROUND_AWAY:
                     wanted += folded(y, SUMS)
+            ones = dealt(offs)
             for i in range(fours, size, BLOCK):
                 x, y = move(pointer(w, TYPE) + i, pointer(g, G_TYPE) + i, saved, m,
-                            flat + i, offs, offs < size - i, a, b, inv_scale, sigma, lmbda, share,
+                            flat + i, ones, ones < size - i, a, b, inv_scale, sigma, lmbda, share,
                             scale, ok, moves, MODE, SCALING, MASTERS, CAN_ROUND_AWAY)
                 realised += folded(x, SUMS)
                 if CAN_ROUND_AWAY:

@@ -63,15 +63,9 @@ jit = triton.jit(
     do_not_specialize_on_alignment=("w_table", "g_table", "climbed_table", "m_steps", "v_steps"))
 
 
-def options(dtype: torch.dtype, arch: int | str, renews: bool = False) -> dict:
-    """How to compile for these weights and this GPU, as Triton names it.
-
-    Args:
-        renews: it is a `step` that renews LookSAM's g_v beside masters, which holds the most.
-    """
+def options(dtype: torch.dtype, arch: int | str) -> dict:
+    """How to compile for these weights and this GPU, as Triton names it."""
     if "maxnreg" in OPTIONS and dtype.itemsize == 2:  # 80 spill there; five programs fit
-        if arch == 90 and renews:
-            return OPTIONS | {"maxnreg": 96}  # on each of an H100 SXM's 132; not of a PCIe's 114
         if arch == 89:
             return OPTIONS | {"maxnreg": 88}  # on each of an RTX 4090's 128
         if arch in range(100, 110):
@@ -99,6 +93,13 @@ def run_of_blocks(block, last, blocks, layout, BLOCK: tl.constexpr):
     group = tl.load(layout + 3 * slot + 2)
     size = tl.minimum(left, (last - block).to(tl.int64) * BLOCK).to(tl.int32)
     return slot, group, begin, offset + begin, size, tl.cdiv(size, BLOCK)
+
+
+@triton.jit
+def dealt(offs):
+    """The elements of a block, so dealt that neighbouring threads, of four each, have neighbouring
+    elements: had one by one, those of a warp still fill whole sectors."""
+    return offs // SUMS * SUMS + offs % 4 * (SUMS // 4) + offs // 4 % (SUMS // 4)
 
 
 @triton.jit

@@ -26,6 +26,7 @@ from .common import (
     SUMS,
     UNSCALED,
     WEIGHTS,
+    dealt,
     folded,
     from_element,
     in_fours,
@@ -125,9 +126,10 @@ def norm_kernel(w_table, g_table, saved, m, partials, blocks, layout, scalings, 
                 along_d += folded(x, SUMS)
                 if MODE != PLAIN:
                     along_g += folded(y, SUMS)
+            ones = dealt(offs)
             for i in range(fours, size, BLOCK):
                 x, y = squares(pointer(w, TYPE) + i, pointer(g, G_TYPE) + i, saved, m, flat + i,
-                               offs, offs < size - i, a, b, inv_scale, sigma, lmbda, share, MODE,
+                               ones, ones < size - i, a, b, inv_scale, sigma, lmbda, share, MODE,
                                SCALING, MASTERS)
                 along_d += folded(x, SUMS)
                 if MODE != PLAIN:
@@ -188,9 +190,10 @@ def dots_kernel(g_table, m, dots, blocks, layout, hyper, control, n_blocks,
                 gm += folded(x, SUMS)
                 gg += folded(y, SUMS)
                 mm += folded(z, SUMS)
+            ones = dealt(offs)
             for i in range(fours, size, BLOCK):
-                x, y, z = products(pointer(g, G_TYPE) + i, m + flat + i, offs,
-                                   offs < size - i, inv_scale, lmbda, share, MODE)
+                x, y, z = products(pointer(g, G_TYPE) + i, m + flat + i, ones,
+                                   ones < size - i, inv_scale, lmbda, share, MODE)
                 gm += folded(x, SUMS)
                 gg += folded(y, SUMS)
                 mm += folded(z, SUMS)

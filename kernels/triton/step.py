@@ -10,6 +10,7 @@ from .common import (
     BETA1_SHARE,
     BETA2,
     BETA2_SHARE,
+    BLOCK,
     DECOUPLED,
     EPS,
     FOUND_INF,
@@ -31,6 +32,7 @@ from .common import (
     STEP_TICKET,
     UNMIXED,
     WEIGHT_DECAY,
+    dealt,
     from_element,
     in_fours,
     is_last_program,
@@ -111,34 +113,41 @@ def adam_hyper(row, count):
 
 
 @triton.jit
-def mixed(g, m, kept, at, mask, share, alpha, ok, MIX: tl.constexpr):
+def mixed(g, m, kept, at, mask, share, alpha, climbed, ok, MIX: tl.constexpr):
     """What the base steps with; stores m where it is renewed. In fastsam.reference: `mixed`."""
     if MIX == GSAM:
-        g = g - alpha * (read(kept + at, mask) - share * g)
+        g = tl.where(climbed, g - alpha * (read(kept + at, mask) - share * g), g)
     elif MIX == REUSE:
         g = g + alpha * (share * read(m + at, mask))
     elif MIX == RENEW:
         old_m = read(m + at, mask)
         new_m = g - share * read(kept + at, mask)
-        tl.store(m + at, tl.where(ok, new_m, old_m), mask)
+        tl.store(m + at, tl.where(climbed & ok, new_m, old_m), mask)
     return g
 
 
 @triton.jit
-def update(w, g, saved, v, u, m, kept, flat, offs, mask, inv_scale, share, alpha, hyper, count, ok,
-           CLIMBED: tl.constexpr, BASE: tl.constexpr, MIX: tl.constexpr, MASTERS: tl.constexpr,
-           TYPE: tl.constexpr):
-    """The base optimizer's update of one block, which lies at w, g and flat, from the saved w or
-    the one at w."""
-    if CLIMBED:
-        old = read(saved + flat + offs, mask)
+def start(w, saved, mask, climbed, MASTERS: tl.constexpr):
+    """The saved w where it climbed, else the one at w, or its master."""
+    if MASTERS:
+        _, unmoved, _ = weights(w, saved, mask, MASTERS)
+        old = tl.where(climbed, read(saved, mask), unmoved)
     else:
-        w_in, w32, _ = weights(w + offs, saved + flat + offs, mask, MASTERS)
-        old = w32 if MASTERS else w_in
+        old = read(tl.where(climbed, saved, w), mask)
+    return old
+
+
+@triton.jit
+def update(w, g, saved, v, u, m, kept, flat, offs, mask, inv_scale, share, alpha, hyper, count,
+           climbed, ok, BASE: tl.constexpr, MIX: tl.constexpr, MASTERS: tl.constexpr,
+           TYPE: tl.constexpr):
+    """The base optimizer's update of one block, which lies at w, g and flat."""
+    w, saved = w + offs, saved + flat + offs
+    old = start(w, saved, mask, climbed, MASTERS)
     w32 = old.to(tl.float32)
     g = read(g + offs, mask).to(tl.float32) * inv_scale
-    if MIX == REUSE or (CLIMBED and MIX != UNMIXED):
-        g = mixed(g, m, kept, flat + offs, mask, share, alpha, ok, MIX)
+    if MIX != UNMIXED:
+        g = mixed(g, m, kept, flat + offs, mask, share, alpha, climbed, ok, MIX)
     if BASE == ADAM:
         new = adam(w32, g, v + flat + offs, u + flat + offs, mask, hyper, ok)
     elif BASE == SGD_MOMENTUM:
@@ -146,9 +155,9 @@ def update(w, g, saved, v, u, m, kept, flat, offs, mask, inv_scale, share, alpha
     else:
         new = sgd(w32, g, v, mask, hyper, count, ok, False)
     stored = tl.where(ok, new.to(old.dtype), old)
-    tl.store(w + offs, stored.to(TYPE), mask)
+    tl.store(w, stored.to(TYPE), mask)
     if MASTERS:
-        tl.store(saved + flat + offs, stored, mask)
+        tl.store(saved, stored, mask)
 
 
 @jit
@@ -185,17 +194,13 @@ def step_kernel(w_table, g_table, climbed_table, saved, v, u, m, kept, blocks, l
             fours = in_fours(size, w | g) if climbed == PERTURBED else 0
             for i in range(0, fours, BLOCK):
                 update(wide_pointer(w, TYPE) + i, wide_pointer(g, G_TYPE) + i, saved, v, u, m, kept,
-                       flat + i, offs, offs < fours - i, inv_scale, share, alpha, h, count, ok,
-                       PERTURBED, BASE, MIX, MASTERS, TYPE)
+                       flat + i, offs, offs < fours - i, inv_scale, share, alpha, h, count,
+                       PERTURBED, ok, BASE, MIX, MASTERS, TYPE)
+            ones = dealt(offs)
             for i in range(fours, size, BLOCK):
-                if climbed:
-                    update(pointer(w, TYPE) + i, pointer(g, G_TYPE) + i, saved, v, u, m, kept,
-                           flat + i, offs, offs < size - i, inv_scale, share, alpha, h, count, ok,
-                           True, BASE, MIX, MASTERS, TYPE)
-                else:
-                    update(pointer(w, TYPE) + i, pointer(g, G_TYPE) + i, saved, v, u, m, kept,
-                           flat + i, offs, offs < size - i, inv_scale, share, alpha, h, count, ok,
-                           False, BASE, MIX, MASTERS, TYPE)
+                update(pointer(w, TYPE) + i, pointer(g, G_TYPE) + i, saved, v, u, m, kept,
+                       flat + i, ones, ones < size - i, inv_scale, share, alpha, h, count,
+                       climbed, ok, BASE, MIX, MASTERS, TYPE)
         elif climbed:
             for i in range(0, size, BLOCK):
                 mask = offs < size - i
@@ -215,6 +220,12 @@ def step_kernel(w_table, g_table, climbed_table, saved, v, u, m, kept, blocks, l
             tl.store(v_steps + slots, count + moved.to(tl.int32) * ok.to(tl.int32), mask)
 
 
+def block_of(mix: int, masters: bool) -> int:
+    """Elements of K3's blocks: half as many where the most is held of each, LookSAM's g_v, which is
+    renewed, beside masters."""
+    return BLOCK // 2 if mix == MIXES["renew"] and masters else BLOCK
+
+
 def step(p: Pass, climb: Climb | None) -> None:
     """The base optimizer from the saved w (from w itself where nothing was saved) with p.g."""
     climbed = None if climb is None else climb.table
@@ -223,9 +234,9 @@ def step(p: Pass, climb: Climb | None) -> None:
 
 
 def step_arguments(p: Pass, perturbed: bool, mix: int) -> dict:
-    space = p.space
+    space, masters = p.space, p.space.kind.masters
     m, kept = (space.m, space.kept) if mix else (None, None)
     return dict(saved=space.saved, v=space.v, u=space.u, m=m, kept=kept,
                 counters=space.counters, v_steps=space.steps[1], n_slots=len(space.slots),
                 BASE=BASES[space.kind.base], MIX=mix, PERTURBED=perturbed,
-                MASTERS=space.kind.masters)
+                MASTERS=masters, BLOCK=block_of(mix, masters))

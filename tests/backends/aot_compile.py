@@ -78,6 +78,8 @@ def block_of(name: str, constants: dict, element: str) -> int:
         return norm.block_of(mode, scaling)
     if name == "climb":
         return climb.block_of(mode, scaling, DTYPES[element], constants["MASTERS"])
+    if name == "step":
+        return step.block_of(constants["MIX"], constants["MASTERS"])
     return common.BLOCK
 
 
@@ -116,8 +118,7 @@ def compile_variant(name: str, constants: dict, elements: str, target: str):
                if types[p.name][0] == "*" and not p.do_not_specialize_on_alignment}
     source = ASTSource(kernel, types, {index[k]: x for k, x in constants.items()}, aligned)
     target = TARGETS[target]
-    options = common.options(DTYPES[element], target.arch,
-                             constants.get("MIX") == common.RENEW and constants["MASTERS"])
+    options = common.options(DTYPES[element], target.arch)
     return triton.compile(source, target=target, options=options_for(target.backend, options))
 
 
