@@ -18,8 +18,8 @@ from fastsam import reference, space  # noqa: E402
 from fastsam.hyper import COLUMN, COLUMNS  # noqa: E402
 from fastsam.kernels import triton as kernels  # noqa: E402
 
+from ..helpers.oracle import exact  # noqa: E402
 from ..helpers.passes import VARIANTS, Course  # noqa: E402
-from ..oracle import exact  # noqa: E402
 
 # by import_module: as attributes of the package, these names are the launchers
 common, *LAUNCHERS = (importlib.import_module(f"fastsam.kernels.triton.{name}")

@@ -10,7 +10,7 @@ from fastsam.passes import Climb, Pass
 from fastsam.reference import projection
 from fastsam.space import NOWHERE, Kind, Space, Tables, same_layout
 
-from ..oracle import Oracle, exact
+from .oracle import Oracle, exact
 
 VARIANTS = {  # name: the oracle's arguments
     "sam": dict(method="sam"),
