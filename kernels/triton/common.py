@@ -88,18 +88,11 @@ def run_of_blocks(block, last, blocks, layout, BLOCK: tl.constexpr):
     flat space it begins, its elements, and the blocks that hold them, which are before `last`."""
     slot = tl.load(blocks + 2 * block)
     begin = tl.load(blocks + 2 * block + 1).to(tl.int64) * BLOCK
-    offset = tl.multiple_of(tl.load(layout + 3 * slot), 4)  # what wide_pointer says of 16 bits
+    offset = tl.load(layout + 3 * slot)
     left = tl.load(layout + 3 * slot + 1) - begin
     group = tl.load(layout + 3 * slot + 2)
     size = tl.minimum(left, (last - block).to(tl.int64) * BLOCK).to(tl.int32)
     return slot, group, begin, offset + begin, size, tl.cdiv(size, BLOCK)
-
-
-@triton.jit
-def dealt(offs):
-    """The elements of a block, so dealt that neighbouring threads, of four each, have neighbouring
-    elements: had one by one, those of a warp still fill whole sectors."""
-    return offs // SUMS * SUMS + offs % 4 * (SUMS // 4) + offs // 4 % (SUMS // 4)
 
 
 @triton.jit
@@ -117,6 +110,9 @@ def in_fours(size, addresses):
 
 @triton.jit
 def pointer(address, TYPE: tl.constexpr):
+    """A pointer of which the compiler knows nothing. It lays out alike what has one shape: beside
+    no wide pointer of its shape, nor a `wide_place`, neighbouring threads get neighbouring
+    elements, and a warp whole sectors."""
     return address.to(tl.pointer_type(TYPE))
 
 
@@ -129,6 +125,12 @@ def wide_pointer(address, TYPE: tl.constexpr):
     """
     return tl.multiple_of(address.to(tl.pointer_type(TYPE)),
                           16 if TYPE.primitive_bitwidth == 32 else 8)
+
+
+@triton.jit
+def wide_place(flat):
+    """A place in the flat buffers, all of which are multiples of 4, so that the compiler knows."""
+    return flat // 4 * 4
 
 
 @triton.jit

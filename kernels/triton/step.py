@@ -32,7 +32,6 @@ from .common import (
     STEP_TICKET,
     UNMIXED,
     WEIGHT_DECAY,
-    dealt,
     from_element,
     in_fours,
     is_last_program,
@@ -42,6 +41,7 @@ from .common import (
     run_of_blocks,
     share_of_blocks,
     weights,
+    wide_place,
     wide_pointer,
 )
 from .launch import launch
@@ -175,7 +175,7 @@ def step_kernel(w_table, g_table, climbed_table, saved, v, u, m, kept, blocks, l
     ok = tl.load(control + FOUND_INF) == 0
     if PERTURBED:
         ok = ok & (tl.load(control + OK) != 0)
-    offs = tl.arange(0, BLOCK)
+    offs, few = tl.arange(0, BLOCK), tl.arange(0, BLOCK // 2)
     block, last = share_of_blocks(n_blocks)
     while block < last:
         slot, group, begin, flat, size, n = run_of_blocks(block, last, blocks, layout, BLOCK)
@@ -192,20 +192,20 @@ def step_kernel(w_table, g_table, climbed_table, saved, v, u, m, kept, blocks, l
             h = adam_hyper(row, count) if BASE == ADAM else sgd_hyper(row)
             alpha = tl.load(row + ALPHA)
             fours = in_fours(size, w | g) if climbed == PERTURBED else 0
+            wide = wide_place(flat)
             for i in range(0, fours, BLOCK):
                 update(wide_pointer(w, TYPE) + i, wide_pointer(g, G_TYPE) + i, saved, v, u, m, kept,
-                       flat + i, offs, offs < fours - i, inv_scale, share, alpha, h, count,
+                       wide + i, offs, offs < fours - i, inv_scale, share, alpha, h, count,
                        PERTURBED, ok, BASE, MIX, MASTERS, TYPE)
-            ones = dealt(offs)
-            for i in range(fours, size, BLOCK):
+            for i in range(fours, size, BLOCK // 2):
                 update(pointer(w, TYPE) + i, pointer(g, G_TYPE) + i, saved, v, u, m, kept,
-                       flat + i, ones, ones < size - i, inv_scale, share, alpha, h, count,
+                       flat + i, few, few < size - i, inv_scale, share, alpha, h, count,
                        climbed, ok, BASE, MIX, MASTERS, TYPE)
         elif climbed:
-            for i in range(0, size, BLOCK):
-                mask = offs < size - i
-                back = read(saved + flat + i + offs, mask).to(TYPE)
-                tl.store(pointer(w, TYPE) + i + offs, back, mask)
+            for i in range(0, size, BLOCK // 2):
+                mask = few < size - i
+                back = read(saved + flat + i + few, mask).to(TYPE)
+                tl.store(pointer(w, TYPE) + i + few, back, mask)
     skipped = tl.load(counters + SKIPPED)  # every thread reads, one writes: the barrier between
     if is_last_program(counters + STEP_TICKET):
         tl.store(counters + SKIPPED, skipped + (ok == 0).to(tl.int32))

@@ -1,7 +1,7 @@
 """Compile every kernel variant ahead of time, without a GPU, and print what came out.
 
 One JSON object per line and variant: the bytes that one thread loads and stores in vector
-instructions, registers, stack, shared-memory loads and atomics. Runs without TRITON_INTERPRET.
+instructions, registers, stack, conversions between layouts, and atomics. Runs without TRITON_INTERPRET.
 
     python tests/backends/aot_compile.py                  every variant for sm_90, a FEW for all
     python tests/backends/aot_compile.py --all            every variant for all targets, fp16 too
@@ -142,7 +142,7 @@ def nvidia(compiled) -> dict:
     registers, stack, local = map(int, re.search(
         r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage).groups())
     return dict(load_bytes=moved["ld"], store_bytes=moved["st"], registers=registers,
-                stack=stack + local, shared_loads=len(re.findall(r"\bld\.shared", ptx)),
+                stack=stack + local,
                 atomics=re.findall(r"\b(?:atom|red)\.\S+", ptx))
 
 
@@ -157,7 +157,6 @@ def amd(compiled) -> dict:
     return dict(load_bytes=moved["load"], store_bytes=moved["store"],
                 registers=int(re.search(r"\.vgpr_count:\s+(\d+)", asm)[1]),
                 stack=sum(int(re.search(rf"\.{key}:\s+(\d+)", asm)[1]) for key in keys),
-                shared_loads=len(re.findall(r"\bds_read\w*", asm)),
                 atomics=re.findall(r"\b\w+_atomic_\w+", asm))
 
 
@@ -169,7 +168,8 @@ def row(job: tuple) -> dict:
     return dict(kernel=name, constants=constants, type=elements, target=target,
                 elements=block_of(name, constants, elements.split("/")[0]) // threads,
                 partials=PARTIALS // threads, programs=common.PROGRAMS, threads=threads,
-                shared=compiled.metadata.shared, **measure(compiled))
+                shared=compiled.metadata.shared,
+                conversions=compiled.asm["ttgir"].count("convert_layout"), **measure(compiled))
 
 
 def main() -> None:

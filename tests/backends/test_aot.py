@@ -18,6 +18,8 @@ pytest.importorskip("triton", reason="the kernels need Triton")
 ROOT = Path(__file__).parents[2]
 ITEM = {"fp32": 4, "bf16": 2, "fp16": 2}
 TARGETS = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
+# published as bench.speed.predict says; the RTX 5090's at
+# pocketmags.com/linux-format-magazine/may-2025/articles/nvidia-geforce-rtx-5090
 GPUS = {  # target: the smallest of those named: multiprocessors, threads and KB shared on each
     "sm_80": ("A100", 108, 2048, 164),
     "sm_89": ("RTX 4090", 128, 1536, 100),
@@ -109,6 +111,7 @@ def test_all_variants_for_all_targets():
     found = complaints(rows, missed) + complaints(rows, lambda r: r["stack"] and "spills")
     nvidia = [r for r in rows if r["target"] in GPUS]
     found += complaints(nvidia, lambda r: r["programs"] > resident(r) and "several waves")
+    found += complaints(rows, lambda r: r["conversions"] and "conversions")
     assert not found, found
 
 
@@ -157,22 +160,10 @@ def test_registers_are_at_most_80(rows, target):
     assert not found, found
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
-def test_16_bit_types_exchange_no_more_through_shared_memory_than_fp32(rows, target):
-    """Streams of different vector width give threads different elements, and a conversion."""
-    rows = [r for r in rows if r["target"] == target]
-    fp32 = {(r["kernel"], str(r["constants"])): r["shared_loads"]
-            for r in rows if r["type"] == "fp32"}
-    rows = [r for r in rows if "MASTERS" in r["constants"]]
-
-    def more(row):
-        allowed = fp32[row["kernel"], str({**row["constants"], "MASTERS": False})]
-        # one more sum, where rounding can shorten the climb
-        allowed += row["kernel"] == "climb" and not row["constants"]["MASTERS"]
-        return row["shared_loads"] > allowed and (
-            f"{row['shared_loads']} loads from shared memory, fp32 has {allowed}")
-
-    found = complaints(rows, more)
+def test_no_thread_hands_its_elements_to_another(rows):
+    """Streams of different vector width would give threads different elements, and a conversion
+    through shared memory for every block."""
+    found = complaints(rows, lambda r: r["conversions"] and f"{r['conversions']} conversions")
     assert not found, found
 
 
