@@ -1,7 +1,8 @@
 """Compile every kernel variant ahead of time, without a GPU, and print what came out.
 
 One JSON object per line and variant: the bytes that one thread loads and stores in vector
-instructions, registers, stack, conversions between layouts, and atomics. Runs without TRITON_INTERPRET.
+instructions, registers, stack, conversions between layouts, and atomics. Runs without
+TRITON_INTERPRET.
 
     python tests/backends/aot_compile.py                  every variant for sm_90, a FEW for all
     python tests/backends/aot_compile.py --all            every variant for all targets, fp16 too
