@@ -95,7 +95,7 @@ def launch_ordinarily(kernel, p: Pass, moving: tuple[Tensor | None, ...], others
                  control=space.control, TYPE=TYPES[kind.dtype], G_TYPE=TYPES[p.g_dtype], **others)
     arch = 0 if INTERPRETED else driver.active.get_current_target().arch
     with torch.cuda.device_of(space.partials):
-        compiled = kernel[(programs,)](*moving, **named, **options(kind.dtype, arch))
+        compiled = kernel[(programs,)](*moving, **named, **options(arch))
         if not (CAN_PREPARE and isinstance(compiled, CompiledKernel) and is_plain(kernel)):
             return
         rest = (named[name] for name in kernel.arg_names[len(moving):])

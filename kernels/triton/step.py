@@ -15,6 +15,7 @@ from .common import (
     EPS,
     FOUND_INF,
     GSAM,
+    HALVINGS,
     HYPER,
     INV_SCALE2,
     LOG_BETA1,
@@ -30,8 +31,10 @@ from .common import (
     SHARE,
     SKIPPED,
     STEP_TICKET,
+    SUMS,
     UNMIXED,
     WEIGHT_DECAY,
+    folded,
     from_element,
     in_fours,
     is_last_program,
@@ -40,6 +43,7 @@ from .common import (
     read,
     run_of_blocks,
     share_of_blocks,
+    sum_by_halves,
     weights,
     wide_place,
     wide_pointer,
@@ -52,18 +56,20 @@ SGD, SGD_MOMENTUM, ADAM = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 @triton.jit
 def sgd(w, g, v, mask, hyper, count, ok, HAS_MOMENTUM: tl.constexpr):
-    """torch.optim.SGD's update of w; stores v. What the reference branches on is data here, except
-    whether there is a momentum buffer."""
+    """torch.optim.SGD's update of w, and the v that it stores. What the reference branches on is
+    data here, except whether there is a momentum buffer."""
     lr, weight_decay, momentum, share, nesterov = hyper
     g = g + weight_decay * w
+    stored = g
     if HAS_MOMENTUM:
         old_v = read(v, mask)
         new_v = tl.where(count == 0, g, momentum * old_v + share * g)
         has_momentum = momentum != 0
-        tl.store(v, tl.where(ok & has_momentum, new_v, old_v), mask)
+        stored = tl.where(ok & has_momentum, new_v, old_v)
+        tl.store(v, stored, mask)
         ahead = tl.where(nesterov != 0, g + momentum * new_v, new_v)
         g = tl.where(has_momentum, ahead, g)
-    return w - lr * g
+    return w - lr * g, stored
 
 
 @triton.jit
@@ -84,16 +90,18 @@ def one_less_power(log_beta, t):
 
 @triton.jit
 def adam(w, g, v, u, mask, hyper, ok):
-    """torch.optim.Adam's update of w, AdamW's where decoupled; stores v and u."""
+    """torch.optim.Adam's update of w, AdamW's where decoupled, and the v that it stores; stores u
+    too."""
     decay, shrink, beta1, share1, beta2, share2, size, c2, eps = hyper
     g = g + decay * w
     w = w * shrink
     old_v, old_u = read(v, mask), read(u, mask)
     new_v = beta1 * old_v + share1 * g
     new_u = beta2 * old_u + share2 * g * g
-    tl.store(v, tl.where(ok, new_v, old_v), mask)
+    stored = tl.where(ok, new_v, old_v)
+    tl.store(v, stored, mask)
     tl.store(u, tl.where(ok, new_u, old_u), mask)
-    return w - tl.div_rn(size * new_v, tl.sqrt_rn(tl.div_rn(new_u, c2)) + eps)
+    return w - tl.div_rn(size * new_v, tl.sqrt_rn(tl.div_rn(new_u, c2)) + eps), stored
 
 
 @triton.jit
@@ -141,7 +149,8 @@ def start(w, saved, mask, climbed, MASTERS: tl.constexpr):
 def update(w, g, saved, v, u, m, kept, flat, offs, mask, inv_scale, share, alpha, hyper, count,
            climbed, ok, BASE: tl.constexpr, MIX: tl.constexpr, MASTERS: tl.constexpr,
            TYPE: tl.constexpr):
-    """The base optimizer's update of one block, which lies at w, g and flat."""
+    """The base optimizer's update of one block, which lies at w, g and flat. Returns the squares of
+    the v that it stores."""
     w, saved = w + offs, saved + flat + offs
     old = start(w, saved, mask, climbed, MASTERS)
     w32 = old.to(tl.float32)
@@ -149,32 +158,39 @@ def update(w, g, saved, v, u, m, kept, flat, offs, mask, inv_scale, share, alpha
     if MIX != UNMIXED:
         g = mixed(g, m, kept, flat + offs, mask, share, alpha, climbed, ok, MIX)
     if BASE == ADAM:
-        new = adam(w32, g, v + flat + offs, u + flat + offs, mask, hyper, ok)
+        new, v = adam(w32, g, v + flat + offs, u + flat + offs, mask, hyper, ok)
     elif BASE == SGD_MOMENTUM:
-        new = sgd(w32, g, v + flat + offs, mask, hyper, count, ok, True)
+        new, v = sgd(w32, g, v + flat + offs, mask, hyper, count, ok, True)
     else:
-        new = sgd(w32, g, v, mask, hyper, count, ok, False)
+        new, v = sgd(w32, g, v, mask, hyper, count, ok, False)
     stored = tl.where(ok, new.to(old.dtype), old)
     tl.store(w, stored.to(TYPE), mask)
     if MASTERS:
         tl.store(saved, stored, mask)
+    return v * v
 
 
 @jit
-def step_kernel(w_table, g_table, climbed_table, saved, v, u, m, kept, blocks, layout, hyper,
-                control, counters, v_steps, n_blocks, n_slots, BASE: tl.constexpr,
-                MIX: tl.constexpr, PERTURBED: tl.constexpr, MASTERS: tl.constexpr,
-                TYPE: tl.constexpr, G_TYPE: tl.constexpr, BLOCK: tl.constexpr):
+def step_kernel(w_table, g_table, climbed_table, saved, v, u, m, kept, partials, blocks, layout,
+                hyper, control, counters, v_steps, n_blocks, n_slots, BASE: tl.constexpr,
+                MIX: tl.constexpr, PERTURBED: tl.constexpr, ALONG_V: tl.constexpr,
+                MASTERS: tl.constexpr, TYPE: tl.constexpr, G_TYPE: tl.constexpr,
+                BLOCK: tl.constexpr):
     """w = base(saved w, g); where there is no g, w = saved w. Reads saved w, v, u, g; writes v, u,
     w.
 
     Where nothing was saved (it did not climb, or a plain step), w itself is the start. After a
     climb that was not ok, or with found_inf, every block only returns, and the skip is counted.
+
+    With ALONG_V, partials[0, p] = the sum of v^2 over what climbed of program p's blocks, in the
+    order and so with the bits of `norm_kernel`, wherever gradients and weights lie.
     """
     inv_scale, share = tl.load(control + INV_SCALE2), tl.load(control + SHARE)
     ok = tl.load(control + FOUND_INF) == 0
     if PERTURBED:
         ok = ok & (tl.load(control + OK) != 0)
+    along_v = tl.zeros((SUMS,), tl.float32)
+    few_along_v = tl.zeros((SUMS,), tl.float32)
     offs, few = tl.arange(0, BLOCK), tl.arange(0, BLOCK // 2)
     block, last = share_of_blocks(n_blocks)
     while block < last:
@@ -185,6 +201,7 @@ def step_kernel(w_table, g_table, climbed_table, saved, v, u, m, kept, blocks, l
         climbed = False
         if PERTURBED:
             climbed = tl.load(climbed_table + slot) != 0
+        fours = 0
         if g != 0:
             g = from_element(g, begin, G_TYPE)
             row = hyper + group * HYPER
@@ -194,9 +211,11 @@ def step_kernel(w_table, g_table, climbed_table, saved, v, u, m, kept, blocks, l
             fours = in_fours(size, w | g) if climbed == PERTURBED else 0
             wide = wide_place(flat)
             for i in range(0, fours, BLOCK):
-                update(wide_pointer(w, TYPE) + i, wide_pointer(g, G_TYPE) + i, saved, v, u, m, kept,
-                       wide + i, offs, offs < fours - i, inv_scale, share, alpha, h, count,
-                       PERTURBED, ok, BASE, MIX, MASTERS, TYPE)
+                x = update(wide_pointer(w, TYPE) + i, wide_pointer(g, G_TYPE) + i, saved, v, u, m,
+                           kept, wide + i, offs, offs < fours - i, inv_scale, share, alpha, h,
+                           count, PERTURBED, ok, BASE, MIX, MASTERS, TYPE)
+                if ALONG_V:
+                    along_v += folded(x, SUMS)
             for i in range(fours, size, BLOCK // 2):
                 update(pointer(w, TYPE) + i, pointer(g, G_TYPE) + i, saved, v, u, m, kept,
                        flat + i, few, few < size - i, inv_scale, share, alpha, h, count,
@@ -206,6 +225,20 @@ def step_kernel(w_table, g_table, climbed_table, saved, v, u, m, kept, blocks, l
                 mask = few < size - i
                 back = read(saved + flat + i + few, mask).to(TYPE)
                 tl.store(pointer(w, TYPE) + i + few, back, mask)
+        if ALONG_V:
+            if climbed:  # what is not summed up yet, in the order of the norm
+                wide, whole = wide_place(flat), in_fours(size, 0)
+                if fours < whole:
+                    tl.debug_barrier()  # another thread has stored that v
+                for i in range(fours, whole, BLOCK):
+                    x = read(v + wide + i + offs, offs < whole - i)
+                    along_v += folded(x * x, SUMS)
+                for i in range(whole, size, BLOCK // 2):
+                    x = read(v + flat + i + few, few < size - i)
+                    few_along_v += folded(x * x, SUMS)
+    if ALONG_V:
+        total = sum_by_halves(along_v, HALVINGS) + sum_by_halves(few_along_v, HALVINGS)
+        tl.store(partials + tl.program_id(0), total)
     skipped = tl.load(counters + SKIPPED)  # every thread reads, one writes: the barrier between
     if is_last_program(counters + STEP_TICKET):
         tl.store(counters + SKIPPED, skipped + (ok == 0).to(tl.int32))
@@ -230,13 +263,13 @@ def step(p: Pass, climb: Climb | None) -> None:
     """The base optimizer from the saved w (from w itself where nothing was saved) with p.g."""
     climbed = None if climb is None else climb.table
     launch(step_kernel, p, (p.w_table, p.g_table, climbed), step_arguments, climb is not None,
-           MIXES[p.mix])
+           MIXES[p.mix], p.along_v)
 
 
-def step_arguments(p: Pass, perturbed: bool, mix: int) -> dict:
+def step_arguments(p: Pass, perturbed: bool, mix: int, along_v: bool) -> dict:
     space, masters = p.space, p.space.kind.masters
     m, kept = (space.m, space.kept) if mix else (None, None)
-    return dict(saved=space.saved, v=space.v, u=space.u, m=m, kept=kept,
+    return dict(saved=space.saved, v=space.v, u=space.u, m=m, kept=kept, partials=space.partials,
                 counters=space.counters, v_steps=space.steps[1], n_slots=len(space.slots),
-                BASE=BASES[space.kind.base], MIX=mix, PERTURBED=perturbed,
+                BASE=BASES[space.kind.base], MIX=mix, PERTURBED=perturbed, ALONG_V=along_v,
                 MASTERS=masters, BLOCK=block_of(mix, masters))

@@ -119,8 +119,8 @@ def compile_variant(name: str, constants: dict, elements: str, target: str):
                if types[p.name][0] == "*" and not p.do_not_specialize_on_alignment}
     source = ASTSource(kernel, types, {index[k]: x for k, x in constants.items()}, aligned)
     target = TARGETS[target]
-    options = common.options(DTYPES[element], target.arch)
-    return triton.compile(source, target=target, options=options_for(target.backend, options))
+    options = options_for(target.backend, common.options(target.arch))
+    return triton.compile(source, target=target, options=options)
 
 
 def options_for(backend: str, options: dict) -> dict:

@@ -98,7 +98,7 @@ def test_small_runs_write_no_checkpoint_within_an_epoch(tmp_path, monkeypatch):
 
 
 def test_killed_at_random_moments_and_terminated(tmp_path):
-    """Real processes; `python -m tests.survive` does it longer and with more methods."""
+    """Real processes; `python -m tests.helpers.survive` does it longer and with more methods."""
     hits = [signal.SIGKILL, signal.SIGTERM, signal.SIGKILL]
     options = ["--method", "at-linf", "--optimizer", "fsam", "--attack-steps", "1",
                "--epochs", "12"]  # fmt: skip
