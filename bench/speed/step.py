@@ -2,6 +2,7 @@
 
 import ctypes
 import subprocess
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,8 @@ class StepConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        names = [("base", self.base, BASES), ("dtype", self.dtype, DTYPES)]
+        names: list[tuple[str, str, Collection[str]]] = [
+            ("base", self.base, BASES), ("dtype", self.dtype, DTYPES)]  # fmt: skip
         for what, value, known in names + [("method", m, METHODS) for m in self.methods]:
             if value not in known:
                 raise ValueError(f"unknown {what} {value!r}; choose one of {', '.join(known)}")
