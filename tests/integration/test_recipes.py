@@ -501,7 +501,7 @@ def test_transformers_trainer_traps(run, tmp_path):
         base.step()
     assert_same(model, twin)
     plain = (AdamW, dict(lr=1e-2))
-    with pytest.raises(TypeError, match="the optimizer is a AdamW, which has no second pass"):
+    with pytest.raises(TypeError, match="the optimizer is of AdamW, which has no second pass"):
         page.trainer(page.network(), tmp_path, optimizer=plain).train()
 
 
