@@ -19,6 +19,7 @@ BLOCK = 1024
 PROGRAMS = 640
 WARPS = 4
 SUMS = tl.constexpr(4 * 32 * WARPS)  # four side by side for each thread
+HALVINGS = tl.constexpr((4 * 32 * WARPS).bit_length() - 1)  # from SUMS numbers to one
 # Fusion off, so that a product and a sum round twice, as in plain PyTorch; the kernels wait for
 # memory. Without a bound of its own, ptxas spills accumulators to fit one more program.
 OPTIONS = {"num_warps": WARPS, "enable_fp_fusion": False}
@@ -63,20 +64,11 @@ jit = triton.jit(
     do_not_specialize_on_alignment=("w_table", "g_table", "climbed_table", "m_steps", "v_steps"))
 
 
-def options(dtype: torch.dtype, arch: int | str, renews: bool = False) -> dict:
-    """How to compile for these weights and this GPU, as Triton names it.
-
-    Args:
-        renews: it is a `step` that renews LookSAM's g_v beside masters, which holds the most.
-    """
-    if "maxnreg" in OPTIONS and dtype.itemsize == 2:  # 80 spill there; five programs fit
-        if arch == 90 and renews:
-            return OPTIONS | {"maxnreg": 96}  # on each of an H100 SXM's 132; not of a PCIe's 114
-        if arch == 89:
-            return OPTIONS | {"maxnreg": 88}  # on each of an RTX 4090's 128
-        if arch in range(100, 110):
-            return OPTIONS | {"maxnreg": 96}  # on each of a B200's 148
-    return OPTIONS
+def options(arch: int | str) -> dict:
+    """How to compile for this GPU, as Triton names it. Of the newer ones each has so many
+    multiprocessors that five programs on each are all."""
+    newer = "maxnreg" in OPTIONS and isinstance(arch, int) and arch >= 100
+    return OPTIONS | {"maxnreg": 96} if newer else OPTIONS
 
 
 @triton.jit
@@ -94,7 +86,7 @@ def run_of_blocks(block, last, blocks, layout, BLOCK: tl.constexpr):
     flat space it begins, its elements, and the blocks that hold them, which are before `last`."""
     slot = tl.load(blocks + 2 * block)
     begin = tl.load(blocks + 2 * block + 1).to(tl.int64) * BLOCK
-    offset = tl.multiple_of(tl.load(layout + 3 * slot), 4)  # what wide_pointer says of 16 bits
+    offset = tl.load(layout + 3 * slot)
     left = tl.load(layout + 3 * slot + 1) - begin
     group = tl.load(layout + 3 * slot + 2)
     size = tl.minimum(left, (last - block).to(tl.int64) * BLOCK).to(tl.int32)
@@ -116,6 +108,9 @@ def in_fours(size, addresses):
 
 @triton.jit
 def pointer(address, TYPE: tl.constexpr):
+    """A pointer of which the compiler knows nothing. It lays out alike what has one shape: beside
+    no wide pointer of its shape, nor a `wide_place`, neighbouring threads get neighbouring
+    elements, and a warp whole sectors."""
     return address.to(tl.pointer_type(TYPE))
 
 
@@ -128,6 +123,12 @@ def wide_pointer(address, TYPE: tl.constexpr):
     """
     return tl.multiple_of(address.to(tl.pointer_type(TYPE)),
                           16 if TYPE.primitive_bitwidth == 32 else 8)
+
+
+@triton.jit
+def wide_place(flat):
+    """A place in the flat buffers, all of which are multiples of 4, so that the compiler knows."""
+    return flat // 4 * 4
 
 
 @triton.jit
@@ -160,6 +161,15 @@ def folded(x, SUMS: tl.constexpr):
     """SUMS sums of a block: of its stretches of SUMS elements, each thread's own, so that fewer
     registers carry them from block to block."""
     return tl.sum(tl.reshape(x, (x.shape[0] // SUMS, SUMS)), 0)
+
+
+@triton.jit
+def sum_by_halves(x, HALVINGS: tl.constexpr):
+    """The sum of SUMS numbers, two at a time, whose order has no meaning: the same bits whichever
+    thread holds what, which is the compiler's affair and another one in every kernel."""
+    for _ in tl.static_range(HALVINGS):
+        x = tl.sum(tl.reshape(x, (x.shape[0] // 2, 2)), 1)
+    return tl.sum(x)
 
 
 @triton.jit

@@ -10,10 +10,12 @@ from .common import (
     BETA1_SHARE,
     BETA2,
     BETA2_SHARE,
+    BLOCK,
     DECOUPLED,
     EPS,
     FOUND_INF,
     GSAM,
+    HALVINGS,
     HYPER,
     INV_SCALE2,
     LOG_BETA1,
@@ -29,8 +31,10 @@ from .common import (
     SHARE,
     SKIPPED,
     STEP_TICKET,
+    SUMS,
     UNMIXED,
     WEIGHT_DECAY,
+    folded,
     from_element,
     in_fours,
     is_last_program,
@@ -39,7 +43,9 @@ from .common import (
     read,
     run_of_blocks,
     share_of_blocks,
+    sum_by_halves,
     weights,
+    wide_place,
     wide_pointer,
 )
 from .launch import launch
@@ -50,18 +56,20 @@ SGD, SGD_MOMENTUM, ADAM = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 @triton.jit
 def sgd(w, g, v, mask, hyper, count, ok, HAS_MOMENTUM: tl.constexpr):
-    """torch.optim.SGD's update of w; stores v. What the reference branches on is data here, except
-    whether there is a momentum buffer."""
+    """torch.optim.SGD's update of w, and the v that it stores. What the reference branches on is
+    data here, except whether there is a momentum buffer."""
     lr, weight_decay, momentum, share, nesterov = hyper
     g = g + weight_decay * w
+    stored = g
     if HAS_MOMENTUM:
         old_v = read(v, mask)
         new_v = tl.where(count == 0, g, momentum * old_v + share * g)
         has_momentum = momentum != 0
-        tl.store(v, tl.where(ok & has_momentum, new_v, old_v), mask)
+        stored = tl.where(ok & has_momentum, new_v, old_v)
+        tl.store(v, stored, mask)
         ahead = tl.where(nesterov != 0, g + momentum * new_v, new_v)
         g = tl.where(has_momentum, ahead, g)
-    return w - lr * g
+    return w - lr * g, stored
 
 
 @triton.jit
@@ -82,16 +90,18 @@ def one_less_power(log_beta, t):
 
 @triton.jit
 def adam(w, g, v, u, mask, hyper, ok):
-    """torch.optim.Adam's update of w, AdamW's where decoupled; stores v and u."""
+    """torch.optim.Adam's update of w, AdamW's where decoupled, and the v that it stores; stores u
+    too."""
     decay, shrink, beta1, share1, beta2, share2, size, c2, eps = hyper
     g = g + decay * w
     w = w * shrink
     old_v, old_u = read(v, mask), read(u, mask)
     new_v = beta1 * old_v + share1 * g
     new_u = beta2 * old_u + share2 * g * g
-    tl.store(v, tl.where(ok, new_v, old_v), mask)
+    stored = tl.where(ok, new_v, old_v)
+    tl.store(v, stored, mask)
     tl.store(u, tl.where(ok, new_u, old_u), mask)
-    return w - tl.div_rn(size * new_v, tl.sqrt_rn(tl.div_rn(new_u, c2)) + eps)
+    return w - tl.div_rn(size * new_v, tl.sqrt_rn(tl.div_rn(new_u, c2)) + eps), stored
 
 
 @triton.jit
@@ -111,62 +121,77 @@ def adam_hyper(row, count):
 
 
 @triton.jit
-def mixed(g, m, kept, at, mask, share, alpha, ok, MIX: tl.constexpr):
+def mixed(g, m, kept, at, mask, share, alpha, climbed, ok, MIX: tl.constexpr):
     """What the base steps with; stores m where it is renewed. In fastsam.reference: `mixed`."""
     if MIX == GSAM:
-        g = g - alpha * (read(kept + at, mask) - share * g)
+        g = tl.where(climbed, g - alpha * (read(kept + at, mask) - share * g), g)
     elif MIX == REUSE:
         g = g + alpha * (share * read(m + at, mask))
     elif MIX == RENEW:
         old_m = read(m + at, mask)
         new_m = g - share * read(kept + at, mask)
-        tl.store(m + at, tl.where(ok, new_m, old_m), mask)
+        tl.store(m + at, tl.where(climbed & ok, new_m, old_m), mask)
     return g
 
 
 @triton.jit
-def update(w, g, saved, v, u, m, kept, flat, offs, mask, inv_scale, share, alpha, hyper, count, ok,
-           CLIMBED: tl.constexpr, BASE: tl.constexpr, MIX: tl.constexpr, MASTERS: tl.constexpr,
-           TYPE: tl.constexpr):
-    """The base optimizer's update of one block, which lies at w, g and flat, from the saved w or
-    the one at w."""
-    if CLIMBED:
-        old = read(saved + flat + offs, mask)
+def start(w, saved, mask, climbed, MASTERS: tl.constexpr):
+    """The saved w where it climbed, else the one at w, or its master."""
+    if MASTERS:
+        _, unmoved, _ = weights(w, saved, mask, MASTERS)
+        old = tl.where(climbed, read(saved, mask), unmoved)
     else:
-        w_in, w32, _ = weights(w + offs, saved + flat + offs, mask, MASTERS)
-        old = w32 if MASTERS else w_in
+        old = read(tl.where(climbed, saved, w), mask)
+    return old
+
+
+@triton.jit
+def update(w, g, saved, v, u, m, kept, flat, offs, mask, inv_scale, share, alpha, hyper, count,
+           climbed, ok, BASE: tl.constexpr, MIX: tl.constexpr, MASTERS: tl.constexpr,
+           TYPE: tl.constexpr):
+    """The base optimizer's update of one block, which lies at w, g and flat. Returns the squares of
+    the v that it stores."""
+    w, saved = w + offs, saved + flat + offs
+    old = start(w, saved, mask, climbed, MASTERS)
     w32 = old.to(tl.float32)
     g = read(g + offs, mask).to(tl.float32) * inv_scale
-    if MIX == REUSE or (CLIMBED and MIX != UNMIXED):
-        g = mixed(g, m, kept, flat + offs, mask, share, alpha, ok, MIX)
+    if MIX != UNMIXED:
+        g = mixed(g, m, kept, flat + offs, mask, share, alpha, climbed, ok, MIX)
     if BASE == ADAM:
-        new = adam(w32, g, v + flat + offs, u + flat + offs, mask, hyper, ok)
+        new, v = adam(w32, g, v + flat + offs, u + flat + offs, mask, hyper, ok)
     elif BASE == SGD_MOMENTUM:
-        new = sgd(w32, g, v + flat + offs, mask, hyper, count, ok, True)
+        new, v = sgd(w32, g, v + flat + offs, mask, hyper, count, ok, True)
     else:
-        new = sgd(w32, g, v, mask, hyper, count, ok, False)
+        new, v = sgd(w32, g, v, mask, hyper, count, ok, False)
     stored = tl.where(ok, new.to(old.dtype), old)
-    tl.store(w + offs, stored.to(TYPE), mask)
+    tl.store(w, stored.to(TYPE), mask)
     if MASTERS:
-        tl.store(saved + flat + offs, stored, mask)
+        tl.store(saved, stored, mask)
+    return v * v
 
 
 @jit
-def step_kernel(w_table, g_table, climbed_table, saved, v, u, m, kept, blocks, layout, hyper,
-                control, counters, v_steps, n_blocks, n_slots, BASE: tl.constexpr,
-                MIX: tl.constexpr, PERTURBED: tl.constexpr, MASTERS: tl.constexpr,
-                TYPE: tl.constexpr, G_TYPE: tl.constexpr, BLOCK: tl.constexpr):
+def step_kernel(w_table, g_table, climbed_table, saved, v, u, m, kept, partials, blocks, layout,
+                hyper, control, counters, v_steps, n_blocks, n_slots, BASE: tl.constexpr,
+                MIX: tl.constexpr, PERTURBED: tl.constexpr, ALONG_V: tl.constexpr,
+                MASTERS: tl.constexpr, TYPE: tl.constexpr, G_TYPE: tl.constexpr,
+                BLOCK: tl.constexpr):
     """w = base(saved w, g); where there is no g, w = saved w. Reads saved w, v, u, g; writes v, u,
     w.
 
     Where nothing was saved (it did not climb, or a plain step), w itself is the start. After a
     climb that was not ok, or with found_inf, every block only returns, and the skip is counted.
+
+    With ALONG_V, partials[0, p] = the sum of v^2 over what climbed of program p's blocks, in the
+    order and so with the bits of `norm_kernel`, wherever gradients and weights lie.
     """
     inv_scale, share = tl.load(control + INV_SCALE2), tl.load(control + SHARE)
     ok = tl.load(control + FOUND_INF) == 0
     if PERTURBED:
         ok = ok & (tl.load(control + OK) != 0)
-    offs = tl.arange(0, BLOCK)
+    along_v = tl.zeros((SUMS,), tl.float32)
+    few_along_v = tl.zeros((SUMS,), tl.float32)
+    offs, few = tl.arange(0, BLOCK), tl.arange(0, BLOCK // 2)
     block, last = share_of_blocks(n_blocks)
     while block < last:
         slot, group, begin, flat, size, n = run_of_blocks(block, last, blocks, layout, BLOCK)
@@ -176,6 +201,7 @@ def step_kernel(w_table, g_table, climbed_table, saved, v, u, m, kept, blocks, l
         climbed = False
         if PERTURBED:
             climbed = tl.load(climbed_table + slot) != 0
+        fours = 0
         if g != 0:
             g = from_element(g, begin, G_TYPE)
             row = hyper + group * HYPER
@@ -183,24 +209,36 @@ def step_kernel(w_table, g_table, climbed_table, saved, v, u, m, kept, blocks, l
             h = adam_hyper(row, count) if BASE == ADAM else sgd_hyper(row)
             alpha = tl.load(row + ALPHA)
             fours = in_fours(size, w | g) if climbed == PERTURBED else 0
+            wide = wide_place(flat)
             for i in range(0, fours, BLOCK):
-                update(wide_pointer(w, TYPE) + i, wide_pointer(g, G_TYPE) + i, saved, v, u, m, kept,
-                       flat + i, offs, offs < fours - i, inv_scale, share, alpha, h, count, ok,
-                       PERTURBED, BASE, MIX, MASTERS, TYPE)
-            for i in range(fours, size, BLOCK):
-                if climbed:
-                    update(pointer(w, TYPE) + i, pointer(g, G_TYPE) + i, saved, v, u, m, kept,
-                           flat + i, offs, offs < size - i, inv_scale, share, alpha, h, count, ok,
-                           True, BASE, MIX, MASTERS, TYPE)
-                else:
-                    update(pointer(w, TYPE) + i, pointer(g, G_TYPE) + i, saved, v, u, m, kept,
-                           flat + i, offs, offs < size - i, inv_scale, share, alpha, h, count, ok,
-                           False, BASE, MIX, MASTERS, TYPE)
+                x = update(wide_pointer(w, TYPE) + i, wide_pointer(g, G_TYPE) + i, saved, v, u, m,
+                           kept, wide + i, offs, offs < fours - i, inv_scale, share, alpha, h,
+                           count, PERTURBED, ok, BASE, MIX, MASTERS, TYPE)
+                if ALONG_V:
+                    along_v += folded(x, SUMS)
+            for i in range(fours, size, BLOCK // 2):
+                update(pointer(w, TYPE) + i, pointer(g, G_TYPE) + i, saved, v, u, m, kept,
+                       flat + i, few, few < size - i, inv_scale, share, alpha, h, count,
+                       climbed, ok, BASE, MIX, MASTERS, TYPE)
         elif climbed:
-            for i in range(0, size, BLOCK):
-                mask = offs < size - i
-                back = read(saved + flat + i + offs, mask).to(TYPE)
-                tl.store(pointer(w, TYPE) + i + offs, back, mask)
+            for i in range(0, size, BLOCK // 2):
+                mask = few < size - i
+                back = read(saved + flat + i + few, mask).to(TYPE)
+                tl.store(pointer(w, TYPE) + i + few, back, mask)
+        if ALONG_V:
+            if climbed:  # what is not summed up yet, in the order of the norm
+                wide, whole = wide_place(flat), in_fours(size, 0)
+                if fours < whole:
+                    tl.debug_barrier()  # another thread has stored that v
+                for i in range(fours, whole, BLOCK):
+                    x = read(v + wide + i + offs, offs < whole - i)
+                    along_v += folded(x * x, SUMS)
+                for i in range(whole, size, BLOCK // 2):
+                    x = read(v + flat + i + few, few < size - i)
+                    few_along_v += folded(x * x, SUMS)
+    if ALONG_V:
+        total = sum_by_halves(along_v, HALVINGS) + sum_by_halves(few_along_v, HALVINGS)
+        tl.store(partials + tl.program_id(0), total)
     skipped = tl.load(counters + SKIPPED)  # every thread reads, one writes: the barrier between
     if is_last_program(counters + STEP_TICKET):
         tl.store(counters + SKIPPED, skipped + (ok == 0).to(tl.int32))
@@ -215,17 +253,23 @@ def step_kernel(w_table, g_table, climbed_table, saved, v, u, m, kept, blocks, l
             tl.store(v_steps + slots, count + moved.to(tl.int32) * ok.to(tl.int32), mask)
 
 
+def block_of(mix: int, masters: bool) -> int:
+    """Elements of K3's blocks: half as many where the most is held of each, LookSAM's g_v, which is
+    renewed, beside masters."""
+    return BLOCK // 2 if mix == MIXES["renew"] and masters else BLOCK
+
+
 def step(p: Pass, climb: Climb | None) -> None:
     """The base optimizer from the saved w (from w itself where nothing was saved) with p.g."""
     climbed = None if climb is None else climb.table
     launch(step_kernel, p, (p.w_table, p.g_table, climbed), step_arguments, climb is not None,
-           MIXES[p.mix])
+           MIXES[p.mix], p.along_v)
 
 
-def step_arguments(p: Pass, perturbed: bool, mix: int) -> dict:
-    space = p.space
+def step_arguments(p: Pass, perturbed: bool, mix: int, along_v: bool) -> dict:
+    space, masters = p.space, p.space.kind.masters
     m, kept = (space.m, space.kept) if mix else (None, None)
-    return dict(saved=space.saved, v=space.v, u=space.u, m=m, kept=kept,
+    return dict(saved=space.saved, v=space.v, u=space.u, m=m, kept=kept, partials=space.partials,
                 counters=space.counters, v_steps=space.steps[1], n_slots=len(space.slots),
-                BASE=BASES[space.kind.base], MIX=mix, PERTURBED=perturbed,
-                MASTERS=space.kind.masters)
+                BASE=BASES[space.kind.base], MIX=mix, PERTURBED=perturbed, ALONG_V=along_v,
+                MASTERS=masters, BLOCK=block_of(mix, masters))
