@@ -173,5 +173,5 @@ def described(name: str, value: Any, of: Setting, hint: Any) -> Described:
 
 def check_settings(values: Any) -> None:
     """Raise ValueError for a value of a dataclass's settings that cannot be."""
-    for name, of in settings_of(type(values)).items():
+    for name, of in settings_of(values.__class__).items():
         of.check(getattr(values, name))
