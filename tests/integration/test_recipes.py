@@ -591,7 +591,8 @@ def test_fsdp2(run):
 
 @pytest.mark.long
 def test_ray_train(monkeypatch, tmp_path):
-    pytest.importorskip("ray.train", reason="needs Ray Train: pip install 'ray[train]'")
+    pytest.importorskip("ray.train", exc_type=ImportError,
+                        reason="needs Ray Train: pip install 'ray[train]'")
     page = Run("recipe_ray_train")
     monkeypatch.chdir(tmp_path)
     execute(PAGES / "ray-train.md", page)
