@@ -122,6 +122,43 @@ def add_evaluation_options(parser: argparse.ArgumentParser) -> None:
         "channels_last); what they find is judged in float32")  # fmt: skip
 
 
+def add_pool_options(parser: argparse.ArgumentParser, jobs: int = 1) -> None:
+    """Options of bench.experiments.pool.Pool."""
+    add = parser.add_argument
+    add("--jobs", type=int, help=f"runs at a time (default {jobs}), on each of --devices")
+    add("--devices", nargs="+", metavar="DEVICE", help="cuda:0 cuda:1 ...: a run at a time on each")
+    add("--ray", nargs="?", const="", metavar="ADDRESS", help="runs are tasks of a Ray cluster: "
+        "RAY_ADDRESS's, this machine's, or a new one")  # fmt: skip
+    add("--cpus-per-run", type=float, help="with --ray (default: --threads, or 1)")
+    add("--gpus-per-run", type=float, help="with --ray (default 0); above 0 runs are on cuda")
+    add("--retries", type=int, help="how often a run is begun again that was killed or failed "
+        "(default 2)")  # fmt: skip
+    add("--time-budget", type=float, metavar="MINUTES", help="all runs save and stop when they are "
+        "over; repeat the command to go on")  # fmt: skip
+    add("--no-wait", action="store_true", help="end when what is left is at work in other "
+        "processes; the last one makes the table")  # fmt: skip
+    add("--rows", type=Path, help="append a row a run and evaluation to this JSONL")
+
+
+def pool_of(options: dict[str, Any], jobs: int = 1):
+    from bench.experiments.pool import Pool
+
+    if "device" in options and {"devices", "ray"} & options.keys():
+        raise ValueError(f"--device {options['device']} has no effect with --devices or --ray; "
+                         "with --ray pass --gpus-per-run 1 for a GPU each")  # fmt: skip
+    cpus = options.get("threads", 1) if "ray" in options else 1
+    return Pool(
+        jobs=options.get("jobs", 1 if {"devices", "ray"} & options.keys() else jobs),
+        devices=tuple(options.get("devices", ())),
+        ray=options.get("ray"),
+        cpus=options.get("cpus_per_run", cpus),
+        gpus=options.get("gpus_per_run", 0.0),
+        retries=options.get("retries", 2),
+        minutes=options.get("time_budget"),
+        wait=not options.get("no_wait", False),
+    )
+
+
 def add_sitting_options(parser: argparse.ArgumentParser) -> None:
     """Options of bench.training.session.Sitting, and those of several processes."""
     add = parser.add_argument
@@ -255,24 +292,27 @@ def add_gpu_command(commands: Any) -> None:
 
 def add_sweep_command(sweep: argparse.ArgumentParser) -> None:
     add = sweep.add_argument
-    add("--methods", nargs="+", required=True, help=f"of {METHODS}")
+    add("--methods", nargs="+", default=None, help=f"of {METHODS}")
+    add("--recipes", nargs="+", metavar="PATTERN", default=None, help="in place of --methods: as "
+        "in compare")  # fmt: skip
     add("--seeds", nargs="+", type=int, default=[0, 1, 2])
     add("--grid", nargs="+", default=[], metavar="OPTION=VALUE,...",
         help="such as rho=0.05,0.1 label-noise=0,0.4; any option of a run that has a "
         "value")  # fmt: skip
-    add("--jobs", type=int, default=1, help="runs at a time (default 1)")
-    add("--rows", type=Path, default=None, help="append a row a run to this JSONL")
     add("--out", type=Path, default=None, help="default runs/sweep-PRESET")
+    add_pool_options(sweep)
     add_run_options(sweep)
     add_evaluation_options(sweep)
 
 
 def add_study_command(commands: Any) -> None:
     text = "make a study of docs/studies.md again; repeat the command to go on with it"
-    add = commands.add_parser("study", help=text, description=text).add_argument
+    study = commands.add_parser(
+        "study", help=text, description=text, argument_default=argparse.SUPPRESS
+    )
+    add = study.add_argument
     add("name", metavar="NAME", help="trade-off, rho, parts, noise, batch or cifar")
-    add("--jobs", type=int, default=2, help="runs at a time, a thread each (default 2)")
-    add("--rows", type=Path, help="append a row a run and evaluation to this JSONL")
+    add_pool_options(study, jobs=2)
     add("--out", type=Path, help="default runs/study-NAME")
     add("--train-only", action="store_true", help="train all runs; a later call evaluates them")
     add("--show", type=Path, metavar="ROWS", help="train nothing; print the table of these rows")
@@ -302,12 +342,16 @@ def build_parser() -> argparse.ArgumentParser:
     add_sitting_options(train)
     compare = command("compare", "train several methods and seeds; repeat the command to resume it")
     compare.add_argument(
-        "--methods", nargs="+", default=["sgd", "sam", "fsam", "at-linf"],
+        "--methods", nargs="+", default=None,
         help=f"of {METHODS} (default sgd sam fsam at-linf)",
     )  # fmt: skip
+    compare.add_argument(
+        "--recipes", nargs="+", metavar="PATTERN", default=None,
+        help="in place of --methods: published settings, such as 'sam-at/cifar10/*', and JSON "
+        "files; ends with `bench report` of --out, beside the papers' numbers",
+    )  # fmt: skip
     compare.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    compare.add_argument("--jobs", type=int, default=1, help="runs at a time (default 1)")
-    compare.add_argument("--rows", type=Path, default=None, help="append a row a run to this JSONL")
+    add_pool_options(compare)
     compare.add_argument(
         "--demo", action="store_true", default=False,
         help="a few minutes on two CPU cores: --preset digits --seeds 0 1 --jobs 2 --threads 1",
@@ -445,7 +489,11 @@ def run_compare(options: dict[str, Any]) -> None:
 
     if options["demo"]:
         options |= {"preset": "digits", "seeds": [0, 1], "jobs": 2, "threads": 1}
-    methods = combined(options["methods"], options.pop("optimizer", None))
+    pool = pool_of(options)
+    if options["recipes"]:
+        return compare_recipes(options, {}, pool)
+    methods = options["methods"] or ["sgd", "sam", "fsam", "at-linf"]
+    methods = combined(methods, options.pop("optimizer", None))
     check_used(methods, options)
     by_seed = [
         [resolve(m, preset_of(options), options | {"seed": seed}) for m in methods]
@@ -454,34 +502,54 @@ def run_compare(options: dict[str, Any]) -> None:
     evaluation = evaluation_of(by_seed[0][0].data, options)
     out = options["out"] or Path("runs", preset_of(options))
     say_alpha(by_seed[0], options)
-    compare(by_seed, evaluation, out, options["jobs"], options["rows"], options["download"])
+    compare(by_seed, evaluation, out, pool, options.get("rows"), options["download"])
+
+
+def compare_recipes(options: dict[str, Any], grid: dict[str, list[Any]], pool: Any) -> None:
+    from bench.experiments.recipes import make_table, runs_of_recipes
+    from bench.settings.recipes import recipes_matching
+
+    for name in ("methods", "recipe", "preset"):
+        if options.get(name):
+            raise ValueError(f"--{name} has no effect with --recipes; leave one of the two out")
+    names = recipes_matching(options["recipes"])
+    configs = runs_of_recipes(names, options["seeds"], grid, options)
+    say_alpha(list(configs.values()), options | grid)
+    runs = {name: (config, {"summary.json": evaluation_of(config.data, options)})
+            for name, config in configs.items()}  # fmt: skip
+    out = options["out"] or Path("runs/recipes")
+    make_table(runs, out, pool, options.get("rows"), options["download"])
 
 
 def run_sweep(options: dict[str, Any]) -> None:
     from bench.experiments.sweep import parse_grid, runs_of, sweep
     from bench.settings.config import preset_of
 
+    grid, pool = parse_grid(options["grid"], options), pool_of(options)
+    if options["recipes"]:
+        return compare_recipes(options, grid, pool)
+    if not options["methods"]:
+        raise ValueError("a sweep needs --methods, such as sgd sam, or --recipes")
     methods = combined(options["methods"], options.pop("optimizer", None))
-    grid = parse_grid(options["grid"], options)
     preset = preset_of(options)
     runs = runs_of(methods, options["seeds"], grid, preset, options)
     evaluation = evaluation_of(next(iter(runs.values())).data, options)
     say_alpha(list(runs.values()), options | grid)
     out = options["out"] or Path("runs", f"sweep-{Path(preset).stem}")
-    sweep(runs, list(grid), evaluation, out, options["jobs"], options["rows"], options["download"])
+    sweep(runs, list(grid), evaluation, out, pool, options.get("rows"), options["download"])
 
 
 def run_study_command(options: dict[str, Any]) -> None:
     from bench.experiments.study import run_study, show
 
     name = options["name"]
-    if options["show"]:
-        show(name, options["show"], options["figure"])
-    elif options["figure"]:
+    if "show" in options:
+        show(name, options["show"], options.get("figure"))
+    elif "figure" in options:
         raise ValueError("--figure is drawn from rows; add --show ROWS")
     else:
-        out = options["out"] or Path("runs", f"study-{name}")
-        run_study(name, out, options["jobs"], options["rows"], options["train_only"])
+        out, pool = options.get("out", Path("runs", f"study-{name}")), pool_of(options, jobs=2)
+        run_study(name, out, pool, options.get("rows"), options.get("train_only", False))
 
 
 def data_of(checkpoint: dict[str, Any], config: dict[str, Any], options: dict[str, Any]):
@@ -650,14 +718,15 @@ def run_gpu(options: dict[str, Any]) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Return the exit code: 0, 1 when a benchmark's parity check is red, 2 after one sentence about
-    the input that cannot be used, DIVERGED (3) after one about the training that did, or 141 where
-    nobody reads the output."""
+    the input that cannot be used, DIVERGED (3) after one about the training that did, 143 after
+    SIGTERM, or 141 where nobody reads the output."""
     options = vars(build_parser().parse_args(argv))
     command = {"train": run_train, "compare": run_compare, "evaluate": run_evaluate,
                "recipes": run_recipes, "unpack": run_unpack, "sweep": run_sweep,
                "study": run_study_command, "step": run_step, "report": run_report,
                "theory": run_theory, "throughput": run_throughput, "gpu": run_gpu}  # fmt: skip
     from bench.training.diverged import DIVERGED, Diverged
+    from bench.training.session import TERMINATED, Stopped, Terminated
 
     try:
         if "TORCHELASTIC_RUN_ID" in os.environ and options["command"] != "train":
@@ -675,6 +744,9 @@ def main(argv: list[str] | None = None) -> int:
     except Diverged as e:
         print(f"error: {e}", file=sys.stderr)
         return DIVERGED
+    except Stopped as where:
+        print(f"stopped {where}; repeat the command to go on")
+        return TERMINATED if isinstance(where, Terminated) else 0
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -20,20 +20,26 @@ class Stopped(Exception):
     """A run that ended before its last epoch, with all that it needs to go on in last.pt."""
 
 
+class Terminated(Stopped):
+    """By SIGTERM, of several runs."""
+
+
 @dataclass
 class Sitting:
     """Nothing here changes the trained weights.
 
     save_every: minutes between checkpoints within an epoch; every epoch ends with one anyway.
     time_budget: minutes after which the run saves and stops; None: none. tensorboard: write
-    TensorBoard's files beside metrics.jsonl. heeds_sigterm: save and stop on SIGTERM too. Raises
-    ValueError for negative minutes, and when tensorboard is not installed.
+    TensorBoard's files beside metrics.jsonl. heeds_sigterm: save and stop on SIGTERM too. asked:
+    whether someone else wants the run to save and stop. Raises ValueError for negative minutes, and
+    when tensorboard is not installed.
     """
 
     save_every: float = 10.0
     time_budget: float | None = None
     tensorboard: bool = False
     heeds_sigterm: bool = False
+    asked: Callable[[], bool] = lambda: False
     began: float = field(default_factory=time.monotonic)
     terminated: bool = False
 
@@ -55,7 +61,8 @@ class Sitting:
     def wish(self) -> int:
         """Return 0, SAVE or STOP, by this process's clock and signals."""
         now, budget = time.monotonic(), self.time_budget
-        if self.terminated or (budget is not None and now - self.began >= 60 * budget):
+        over = budget is not None and now - self.began >= 60 * budget
+        if over or self.terminated or self.asked():
             return STOP
         return SAVE if now - self.saved >= 60 * self.save_every else 0
 
