@@ -8,6 +8,7 @@ was ended. What diverges or fails is named when the others are made.
 
 import math
 import signal
+import sys
 import threading
 import time
 import traceback
@@ -224,14 +225,14 @@ class Making:
                 self.elsewhere[name] = outcome
                 self.due[name] = time.time() + ASKED_AGAIN
                 if name not in self.said and self.pool.wait:
-                    self.bar.write(f"{name}: waited for, {outcome}")
+                    self.say(f"{name}: waited for, {outcome}")
                 self.said.add(name)
             case ValueError():
                 self.refusal = outcome
                 self.place.stop()
             case Diverged():
                 self.failed[name] = outcome
-                self.bar.write(f"{name}: {outcome}")
+                self.say(f"{name}: {outcome}")
             case _ if self.stopping:
                 self.due[name] = 0.0
             case Stopped() if self.until is not None and time.time() > self.until - 60:
@@ -247,8 +248,11 @@ class Making:
         else:
             self.failed[name] = error
         if not isinstance(error, OSError | Stopped):
-            self.bar.write("".join(traceback.format_exception(error)))
-        self.bar.write(f"{name}: failed ({error})" + ", is begun again" * again)
+            self.say("".join(traceback.format_exception(error)))
+        self.say(f"{name}: failed ({error})" + ", is begun again" * again)
+
+    def say(self, text: str) -> None:
+        self.bar.write(text, file=sys.stderr)
 
     def count(self, seconds: float = ASKED_AGAIN) -> None:
         """Show the epochs that are done, by whatever process; at most every few seconds."""
