@@ -304,3 +304,39 @@ def test_recipes_name_their_methods(arguments, tmp_path, capsys):
                  tmp_path / "out")  # fmt: skip
     assert f"{arguments[0]} has no effect with --recipes" in text
     assert "needs --methods, such as sgd sam, or --recipes" in error(capsys, "sweep")
+
+
+# ---- the script for Slurm
+
+
+@pytest.mark.parametrize("code", [0, 3])
+def test_the_slurm_script_ends_as_its_command(code, tmp_path):
+    process = slurm_script(tmp_path, f"exit {code}")
+    assert process.wait(timeout=60) == code and not (tmp_path / "asked").exists()
+
+
+def test_the_slurm_script_hands_sigterm_on_and_asks_for_another_turn(tmp_path):
+    """bash's `wait` ends with the trap, before the command has saved."""
+    saves = "trap 'sleep 0.5; touch saved; exit 143' TERM; touch begun; while :; do sleep 0.1; done"
+    process = slurm_script(tmp_path, saves)
+    for _ in range(600):
+        if (tmp_path / "begun").exists():
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 143 and (tmp_path / "saved").exists()
+    assert (tmp_path / "asked").read_text() == "requeue 17\n"
+
+
+def slurm_script(folder: Path, does: str) -> subprocess.Popen:
+    """Start the script of docs/cluster.md as printed, where `python` does something else and
+    `scontrol` writes down what it is asked for."""
+    (script,) = re.findall("```bash\n(.*?)```", (ROOT / "docs/cluster.md").read_text(), re.DOTALL)
+    tools = folder / ".venv" / "bin"
+    tools.mkdir(parents=True)
+    (tools / "activate").write_text(f"PATH={tools}:$PATH\n")
+    for name, text in (("python", does), ("scontrol", "echo $* > asked")):
+        (tools / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tools / name).chmod(0o755)
+    return subprocess.Popen(["bash", "-c", script], cwd=folder,
+                            env=os.environ | {"SLURM_JOB_ID": "17"})  # fmt: skip
