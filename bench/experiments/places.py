@@ -5,6 +5,7 @@ at most and yields the runs that have ended, with their summaries or why there a
 which a signal's handler may call: what is under way saves and stops.
 """
 
+import logging
 import multiprocessing
 import os
 import sys
@@ -96,12 +97,13 @@ def start_worker(device: str | None, stopping: Any) -> None:
     """Give a worker its GPU, as "cuda", and end it with its parent: an orphan would keep its run's
     directory from the command that is repeated."""
     global _stopping
-    _stopping = stopping
+    _stopping, parent = stopping, multiprocessing.parent_process()
     if device is not None and torch.device(device).type == "cuda":
         torch.cuda.set_device(torch.device(device).index or 0)
 
     def follow_parent() -> None:
-        multiprocessing.parent_process().join()
+        if parent is not None:
+            parent.join()
         os._exit(1)
 
     threading.Thread(target=follow_parent, daemon=True).start()
@@ -166,15 +168,20 @@ def on_node(folder: str, job: Job) -> Outcome:
     return attempt(*job, heeds_sigterm=True)
 
 
-def connected(address: str) -> Any:
-    """Return ray, connected to the cluster: at an address, or, for "", to the one of RAY_ADDRESS or
-    of this machine, or a new one of this machine's."""
+def import_ray() -> Any:
     try:
         import ray
     except ImportError as e:
         raise ValueError(f"--ray needs a package that is not here ({e}); pip install ray") from e
+    return ray
+
+
+def connected(address: str) -> Any:
+    """Return ray, connected to the cluster: at an address, or, for "", to the one of RAY_ADDRESS or
+    of this machine, or a new one of this machine's."""
+    ray = import_ray()
     if not ray.is_initialized():
-        ray.init(address=address or None, log_to_driver=False, logging_level="warning")
+        ray.init(address=address or None, log_to_driver=False, logging_level=logging.WARNING)
     return ray
 
 
@@ -184,7 +191,8 @@ class Cluster:
     free = True
 
     def __init__(self, address: str, cpus: float, gpus: float):
-        self.ray, self.stopping, self.at_work = connected(address), False, {}
+        self.ray, self.stopping = connected(address), False
+        self.at_work: dict[Any, str] = {}
         for kind, wanted in (("CPU", cpus), ("GPU", gpus)):
             if (has := self.ray.cluster_resources().get(kind, 0)) < wanted:
                 print(f"a run asks for {wanted:g} {kind}s, and the cluster has {has:g}: all wait "

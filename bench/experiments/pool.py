@@ -23,7 +23,7 @@ import torch
 from tqdm import tqdm
 
 from bench.attacks.notation import labelled
-from bench.experiments.places import Cluster, Evaluations, Here, Outcome, Processes
+from bench.experiments.places import Cluster, Evaluations, Here, Outcome, Processes, import_ray
 from bench.experiments.train_and_evaluate import finished, refuse_changed_data
 from bench.files import Busy
 from bench.settings.config import Config, check_judges
@@ -73,6 +73,8 @@ class Pool:
             raise ValueError("--cpus-per-run and --gpus-per-run are for --ray; runs on this "
                              "machine take --jobs, --devices and --threads")  # fmt: skip
         refuse_missing(self.devices)
+        if self.ray is not None:
+            import_ray()
 
     @property
     def device(self) -> str | None:
@@ -111,7 +113,7 @@ def run_all(
     runs: Runs,
     out: Path,
     pool: Pool,
-    each: Callable[[dict[str, Any]], None] = lambda summary: None,
+    each: Callable[[dict[str, Any]], object] = lambda summary: None,
     download: bool = False,
 ) -> dict[str, Summaries]:
     """Return every run's summaries, one an evaluation, by the runs' names and in their order.
@@ -160,7 +162,7 @@ def refuse_all_early(runs: Runs, out: Path, pool: Pool, download: bool) -> None:
 class Making:
     """The runs that are left, while they are made."""
 
-    def __init__(self, runs: Runs, out: Path, pool: Pool, each: Callable[[dict[str, Any]], None]):
+    def __init__(self, runs: Runs, out: Path, pool: Pool, each: Callable[[dict[str, Any]], object]):
         self.runs, self.out, self.pool, self.each = runs, out, pool, each
         self.until = None if pool.minutes is None else time.time() + 60 * pool.minutes
         self.due = dict.fromkeys(runs, 0.0)  # when to begin; what is under way is not among them
@@ -170,14 +172,15 @@ class Making:
         self.elsewhere: dict[str, Busy] = {}
         self.said: set[str] = set()
         self.refusal: ValueError | None = None
-        total = sum(config.epochs for config, _ in runs.values())
-        self.bar = tqdm(total=total, unit="epoch", desc=f"{len(runs)} runs", smoothing=0.02)
         self.counted = 0.0
 
     def make(self) -> dict[str, Summaries]:
         """See run_all."""
-        with self.bar, closing(self.pool.place(lambda row: self.count())) as self.place, sigterm(
-            self.place.stop
+        total = sum(config.epochs for config, _ in self.runs.values())
+        with (
+            closing(self.pool.place(lambda row: self.count())) as self.place,
+            sigterm(self.place.stop),
+            tqdm(total=total, unit="epoch", desc=f"{len(self.runs)} runs", smoothing=0.02) as self.bar,
         ):
             under_way = 0
             while not self.ended(under_way):
