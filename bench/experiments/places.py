@@ -8,6 +8,7 @@ which a signal's handler may call: what is under way saves and stops.
 import logging
 import multiprocessing
 import os
+import socket
 import sys
 import threading
 import time
@@ -180,8 +181,17 @@ def connected(address: str) -> Any:
     """Return ray, connected to the cluster: at an address, or, for "", to the one of RAY_ADDRESS or
     of this machine, or a new one of this machine's."""
     ray = import_ray()
-    if not ray.is_initialized():
-        ray.init(address=address or None, log_to_driver=False, logging_level=logging.WARNING)
+    host, _, port = address.rpartition(":")
+    try:
+        if host and port.isdigit():  # Ray itself would go on asking for minutes
+            socket.create_connection((host.removeprefix("ray://"), int(port)), timeout=10).close()
+        if not ray.is_initialized():
+            ray.init(address=address or None, log_to_driver=False, logging_level=logging.WARNING)
+    except (OSError, RuntimeError, ValueError) as e:
+        raise ConnectionError(
+            f"no Ray cluster answers at {address!r} ({str(e).splitlines()[0]}); start one with `ray "
+            "start --head`, or leave the address out"
+        ) from e
     return ray
 
 

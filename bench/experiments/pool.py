@@ -177,10 +177,11 @@ class Making:
     def make(self) -> dict[str, Summaries]:
         """See run_all."""
         total = sum(config.epochs for config, _ in self.runs.values())
+        bar = {"total": total, "unit": "epoch", "desc": f"{len(self.runs)} runs"}
         with (
             closing(self.pool.place(lambda row: self.count())) as self.place,
             sigterm(self.place.stop),
-            tqdm(total=total, unit="epoch", desc=f"{len(self.runs)} runs", smoothing=0.02) as self.bar,
+            tqdm(**bar, smoothing=0.02) as self.bar,
         ):
             under_way = 0
             while not self.ended(under_way):

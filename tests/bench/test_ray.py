@@ -22,6 +22,15 @@ def test_ray_that_is_not_installed_is_named(tmp_path, capsys, monkeypatch):
     assert "pip install ray" in text and not (tmp_path / "out").exists()
 
 
+def test_a_cluster_that_does_not_answer_is_named(tmp_path, capsys):
+    pytest.importorskip("ray", reason="needs Ray: pip install ray")
+    for address in ("127.0.0.1:9", "nowhere.invalid:6379"):
+        text = error(capsys, "compare", "--methods", "sgd", *FAST, "--ray", address,
+                     "--out", tmp_path / "out")  # fmt: skip
+        assert f"no Ray cluster answers at '{address}'" in text
+        assert not (tmp_path / "out").exists()
+
+
 def parent(pid: int) -> int:
     with open(f"/proc/{pid}/stat") as f:
         return int(f.read().rpartition(")")[2].split()[1])
