@@ -141,22 +141,19 @@ def add_pool_options(parser: argparse.ArgumentParser, jobs: int = 1) -> None:
 
 
 def pool_of(options: dict[str, Any], jobs: int = 1):
-    from bench.experiments.pool import Pool
+    from dataclasses import fields
+
+    from bench.settings.pool import Pool
 
     if "device" in options and {"devices", "ray"} & options.keys():
         raise ValueError(f"--device {options['device']} has no effect with --devices or --ray; "
                          "with --ray pass --gpus-per-run 1 for a GPU each")  # fmt: skip
-    cpus = options.get("threads", 1) if "ray" in options else 1
-    return Pool(
-        jobs=options.get("jobs", 1 if {"devices", "ray"} & options.keys() else jobs),
-        devices=tuple(options.get("devices", ())),
-        ray=options.get("ray"),
-        cpus=options.get("cpus_per_run", cpus),
-        gpus=options.get("gpus_per_run", 0.0),
-        retries=options.get("retries", 2),
-        minutes=options.get("time_budget"),
-        wait=not options.get("no_wait", False),
-    )
+    given = {f.name: options[f.name] for f in fields(Pool) if f.name in options}
+    if not {"devices", "ray"} & given.keys():
+        given = {"jobs": jobs} | given
+    if "ray" in given:
+        given = {"cpus_per_run": options.get("threads", 1)} | given
+    return Pool(**given | {"devices": tuple(given.get("devices", ()))})
 
 
 def add_sitting_options(parser: argparse.ArgumentParser) -> None:

@@ -9,7 +9,7 @@ from bench.attacks.by_name import IN_BF16
 from bench.attacks.notation import eps_key, in_both_forms, labelled
 from bench.attacks.objectives import TEXT
 from bench.evaluation.evaluate import NORM_NAMES
-from bench.experiments.pool import Pool, run_all
+from bench.experiments.pool import run_all
 from bench.files import (
     alone_in,
     append_jsonl,
@@ -20,6 +20,7 @@ from bench.files import (
 )
 from bench.reports.tables import markdown
 from bench.settings.config import Config, Evaluation
+from bench.settings.pool import Pool
 
 
 def spread(values: list[float]) -> float:

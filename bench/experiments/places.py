@@ -169,18 +169,11 @@ def on_node(folder: str, job: Job) -> Outcome:
     return attempt(*job, heeds_sigterm=True)
 
 
-def import_ray() -> Any:
-    try:
-        import ray
-    except ImportError as e:
-        raise ValueError(f"--ray needs a package that is not here ({e}); pip install ray") from e
-    return ray
-
-
 def connected(address: str) -> Any:
     """Return ray, connected to the cluster: at an address, or, for "", to the one of RAY_ADDRESS or
     of this machine, or a new one of this machine's."""
-    ray = import_ray()
+    import ray
+
     host, _, port = address.rpartition(":")
     try:
         if host and port.isdigit():  # Ray itself would go on asking for minutes
@@ -189,8 +182,8 @@ def connected(address: str) -> Any:
             ray.init(address=address or None, log_to_driver=False, logging_level=logging.WARNING)
     except (OSError, RuntimeError, ValueError) as e:
         raise ConnectionError(
-            f"no Ray cluster answers at {address!r} ({str(e).splitlines()[0]}); start one with `ray "
-            "start --head`, or leave the address out"
+            f"no Ray cluster answers at {address!r} ({str(e).splitlines()[0]}); start one with "
+            "`ray start --head`, or leave the address out"
         ) from e
     return ray
 

@@ -6,7 +6,6 @@ many, may work in one directory: a run that one is at work on is left to it, and
 was ended. What diverges or fails is named when the others are made.
 """
 
-import math
 import signal
 import sys
 import threading
@@ -15,18 +14,18 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from bench.attacks.notation import labelled
-from bench.experiments.places import Cluster, Evaluations, Here, Outcome, Processes, import_ray
+from bench.experiments.places import Cluster, Evaluations, Here, Outcome, Processes
 from bench.experiments.train_and_evaluate import finished, refuse_changed_data
 from bench.files import Busy
 from bench.settings.config import Config, check_judges
+from bench.settings.pool import Pool
 from bench.training.diverged import Diverged
 from bench.training.session import Stopped, Terminated
 from bench.training.train import refuse_early
@@ -36,77 +35,12 @@ Runs = dict[str, tuple[Config, Evaluations]]  # by their directories' names
 ASKED_AGAIN = 2.0  # seconds between looks at what another process is at work on
 
 
-@dataclass(frozen=True)
-class Pool:
-    """Where runs are made, and how.
-
-    jobs: at a time, on each device. devices: such as ("cuda:0", "cuda:1"), all of a kind; every run
-    sees its own as "cuda", so that it may go on on any. ray: the address of a Ray cluster, see
-    bench.experiments.places.connected; cpus and gpus are what each run has of it, with gpus on
-    "cuda". retries: how often a run is begun again whose process was killed or failed. minutes:
-    after which all save and stop. wait: for the runs of other processes. Raises ValueError.
-    """
-
-    jobs: int = 1
-    devices: tuple[str, ...] = ()
-    ray: str | None = None
-    cpus: float = 1.0
-    gpus: float = 0.0
-    retries: int = 2
-    minutes: float | None = None
-    wait: bool = True
-
-    def __post_init__(self) -> None:
-        if self.jobs < 1:
-            raise ValueError(f"jobs must be at least 1, got {self.jobs}")
-        if self.retries < 0:
-            raise ValueError(f"retries must be at least 0, got {self.retries}")
-        if self.minutes is not None and not 0 < self.minutes < math.inf:
-            raise ValueError(f"the time budget must be above 0 minutes, got {self.minutes}")
-        if self.ray is not None and (self.devices or self.jobs > 1):
-            raise ValueError("Ray decides how many runs there are at a time, and on which devices: "
-                             "leave out --devices and --jobs, and say what a run needs with "
-                             "--cpus-per-run and --gpus-per-run")  # fmt: skip
-        if not (0 <= self.cpus < math.inf and 0 <= self.gpus < math.inf):
-            raise ValueError(f"a run cannot have {self.cpus:g} CPUs and {self.gpus:g} GPUs")
-        if self.ray is None and (self.cpus, self.gpus) != (1, 0):
-            raise ValueError("--cpus-per-run and --gpus-per-run are for --ray; runs on this "
-                             "machine take --jobs, --devices and --threads")  # fmt: skip
-        refuse_missing(self.devices)
-        if self.ray is not None:
-            import_ray()
-
-    @property
-    def device(self) -> str | None:
-        """What a run's config says; None: what it says anyway."""
-        if self.ray is not None:
-            return "cuda" if self.gpus else "cpu"
-        return torch.device(self.devices[0]).type if self.devices else None
-
-    def place(self, after_epoch: Callable[[dict[str, Any]], None]) -> Here | Processes | Cluster:
-        if self.ray is not None:
-            return Cluster(self.ray, self.cpus, self.gpus)
-        if self.devices or self.jobs > 1:
-            return Processes(self.devices or (None,), self.jobs)
-        return Here(after_epoch)
-
-
-def refuse_missing(devices: tuple[str, ...]) -> None:
-    """Raise ValueError for devices that are not here, or of several kinds; use none of them."""
-    kinds = set()
-    for name in devices:
-        try:
-            device = torch.device(name)
-        except RuntimeError as e:
-            raise ValueError(f"unknown device {name!r}; write cpu, or cuda:0 cuda:1 ...") from e
-        kinds.add(device.type)
-        gpus = torch.cuda.device_count()
-        if device.type not in ("cpu", "cuda"):
-            raise ValueError(f"--devices cannot be {name!r}; they are cpu or cuda:N")
-        if device.type == "cuda" and (device.index or 0) >= gpus:
-            raise ValueError(f"device {name!r} is not here, of {gpus} GPUs; try --devices cpu cpu")
-    if len(kinds) > 1:
-        raise ValueError("--devices of several kinds give other bits by chance; choose one kind")
+def place_of(pool: Pool, after_epoch: Callable[[dict[str, Any]], None]):
+    if pool.ray is not None:
+        return Cluster(pool.ray, pool.cpus_per_run, pool.gpus_per_run)
+    if pool.devices or pool.jobs > 1:
+        return Processes(pool.devices or (None,), pool.jobs)
+    return Here(after_epoch)
 
 
 def run_all(
@@ -164,7 +98,8 @@ class Making:
 
     def __init__(self, runs: Runs, out: Path, pool: Pool, each: Callable[[dict[str, Any]], object]):
         self.runs, self.out, self.pool, self.each = runs, out, pool, each
-        self.until = None if pool.minutes is None else time.time() + 60 * pool.minutes
+        budget = pool.time_budget
+        self.until = None if budget is None else time.time() + 60 * budget
         self.due = dict.fromkeys(runs, 0.0)  # when to begin; what is under way is not among them
         self.begun: Counter[str] = Counter()
         self.made: dict[str, Summaries] = {}
@@ -179,7 +114,7 @@ class Making:
         total = sum(config.epochs for config, _ in self.runs.values())
         bar = {"total": total, "unit": "epoch", "desc": f"{len(self.runs)} runs"}
         with (
-            closing(self.pool.place(lambda row: self.count())) as self.place,
+            closing(place_of(self.pool, lambda row: self.count())) as self.place,
             sigterm(self.place.stop),
             tqdm(**bar, smoothing=0.02) as self.bar,
         ):
@@ -200,7 +135,7 @@ class Making:
         return self.place.stopping or (self.until is not None and time.time() >= self.until)
 
     def ended(self, under_way: int) -> bool:
-        left = self.due.keys() - (set() if self.pool.wait else self.elsewhere.keys())
+        left = self.due.keys() - (self.elsewhere.keys() if self.pool.no_wait else set())
         return not under_way and (not left or self.stopping or self.refusal is not None)
 
     def begin(self) -> int:
@@ -228,7 +163,7 @@ class Making:
             case Busy():
                 self.elsewhere[name] = outcome
                 self.due[name] = time.time() + ASKED_AGAIN
-                if name not in self.said and self.pool.wait:
+                if name not in self.said and not self.pool.no_wait:
                     self.say(f"{name}: waited for, {outcome}")
                 self.said.add(name)
             case ValueError():

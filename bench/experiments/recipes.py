@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from bench.experiments.compare import append_rows
-from bench.experiments.pool import Pool, Runs, run_all
+from bench.experiments.pool import Runs, run_all
 from bench.experiments.sweep import Grid, check_grid, given, named
 from bench.files import refuse_unwritable
 from bench.reports.runs import report_runs
 from bench.settings.config import Config, resolve
+from bench.settings.pool import Pool
 
 
 def runs_of_recipes(

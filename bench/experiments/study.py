@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from bench.experiments.compare import append_rows
-from bench.experiments.pool import Pool, run_all
+from bench.experiments.pool import run_all
 from bench.experiments.sweep import by_setting, runs_of, table
 from bench.files import write_text
 from bench.reports.claims import Claim, cost, judged
 from bench.reports.groups import MACHINE, read_runs, sections_of
 from bench.settings.config import Config, Evaluation, differences, resolve_evaluation
+from bench.settings.pool import Pool
 
 STUDIES = Path(__file__).parents[1] / "recipes" / "studies"
 Rows = list[dict[str, Any]]

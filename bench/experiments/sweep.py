@@ -11,10 +11,11 @@ from typing import Any, get_args, get_type_hints
 from bench.attacks.notation import eps_key, labelled, refuse_mixed
 from bench.evaluation.evaluate import NORM_NAMES
 from bench.experiments.compare import aggregate, append_rows
-from bench.experiments.pool import Pool, run_all
+from bench.experiments.pool import run_all
 from bench.files import alone_in, refuse_unwritable, remove_unfinished, write_json, write_text
 from bench.reports.tables import markdown
 from bench.settings.config import Config, Evaluation, check_used, resolve
+from bench.settings.pool import Pool
 
 Grid = dict[str, list[Any]]
 KINDS = {

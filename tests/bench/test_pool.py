@@ -8,21 +8,24 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from bench.__main__ import main
 from bench.experiments import places, pool
-from bench.experiments.pool import Pool, run_all
+from bench.experiments.pool import run_all
 from bench.experiments.recipes import runs_of_recipes
 from bench.experiments.train_and_evaluate import train_and_evaluate
 from bench.files import Busy
 from bench.provenance import ROOT
 from bench.settings.config import Evaluation, resolve
+from bench.settings.pool import Pool
 from bench.settings.recipes import load_recipe, recipes_matching
 from bench.training.diverged import Diverged
 from bench.training.session import Stopped, Terminated
+from bench.training.train import refuse_early, train
 
 from ..helpers.survive import difference
 from .test_resume import holder
@@ -117,7 +120,7 @@ def test_what_is_at_work_elsewhere_comes_last_and_is_no_failure(ends, tmp_path, 
 def test_or_is_not_waited_for(ends, tmp_path):
     ends |= {"sgd-seed0": [Busy("at work there")], "sam-seed0": [[{"row": 2}]]}
     with pytest.raises(Stopped, match="with 1 of 2 runs made, 1 at work elsewhere"):
-        run_all(runs_of("sgd", "sam"), tmp_path, Pool(wait=False))
+        run_all(runs_of("sgd", "sam"), tmp_path, Pool(no_wait=True))
 
 
 def test_sigterm_stops_the_run_and_begins_no_other(ends, tmp_path):
@@ -141,7 +144,7 @@ def test_the_budget_begins_no_other_run(ends, tmp_path):
 
     ends |= {"sgd-seed0": [run]}
     with pytest.raises(Stopped, match="with 1 of 2 runs made"):
-        run_all(runs_of("sgd", "sam"), tmp_path, Pool(minutes=0.1 / 60))
+        run_all(runs_of("sgd", "sam"), tmp_path, Pool(time_budget=0.1 / 60))
 
 
 @pytest.mark.parametrize(
@@ -151,14 +154,15 @@ def test_the_budget_begins_no_other_run(ends, tmp_path):
         (["--retries", "-1"], "retries must be at least 0, got -1"),
         (["--time-budget", "0"], "above 0 minutes, got 0"),
         (["--time-budget", "nan"], "above 0 minutes, got nan"),
-        (["--devices", "cpu", "cuda:99"], "device 'cuda:99' is not here"),
-        (["--devices", "gpu0"], "unknown device 'gpu0'"),
-        (["--devices", "meta"], "--devices cannot be 'meta'"),
+        (["--devices", "cuda:99"], "device 'cuda:99' is not here"),
+        (["--devices", "gpu0"], "--devices cannot be 'gpu0'"),
+        (["--devices", "cuda:x"], "--devices cannot be 'cuda:x'"),
+        (["--devices", "cpu", "cuda:0"], "--devices cpu cuda:0 give runs other bits by chance"),
         (["--devices", "cpu", "--device", "cpu"], "--device cpu has no effect"),
         (["--ray", "--device", "cuda"], "pass --gpus-per-run 1"),
         (["--ray", "--devices", "cpu"], "leave out --devices and --jobs"),
         (["--ray", "--jobs", "2"], "leave out --devices and --jobs"),
-        (["--ray", "--gpus-per-run", "-1"], "a run cannot have 1 CPUs and -1 GPUs"),
+        (["--ray", "--gpus-per-run", "-1"], "gpus_per_run must be at least 0, got -1"),
         (["--gpus-per-run", "1"], "are for --ray"),
     ],
 )
@@ -167,6 +171,36 @@ def test_refused_before_anything_is_written(arguments, said, tmp_path, capsys):
         text = error(capsys, *command, *arguments, "--out", tmp_path / "out")
         assert said in text
     assert not (tmp_path / "out").exists()
+
+
+def test_a_cluster_with_gpus_is_given_runs_on_cuda_by_a_machine_without(ends, tmp_path,
+                                                                        monkeypatch):  # fmt: skip
+    given = []
+
+    def cluster(*arguments):
+        given.append(arguments)
+        return places.Here(lambda row: None)
+
+    def run(config, *_, **how):
+        given.append(config.device)
+        return [{"row": 1}]
+
+    monkeypatch.setattr(pool, "Cluster", cluster)
+    monkeypatch.setattr(Pool, "check_ray", lambda self: None)
+    monkeypatch.setattr(places, "attempt", run)
+    run_all(runs_of("sgd"), tmp_path, Pool(ray="head:6379", cpus_per_run=4, gpus_per_run=0.5))
+    assert given == [("head:6379", 4, 0.5), "cuda"]
+
+
+def test_settings_for_another_machines_gpu_are_checked_here(tmp_path):
+    config = resolve("sgd", "digits", OPTIONS)
+    theirs = replace(config, device="cuda", backend="triton")
+    refuse_early(theirs, tmp_path, elsewhere=True)
+    with pytest.raises(ValueError, match="no data .*nowhere|nowhere.*not"):
+        refuse_early(replace(theirs, data="nowhere"), tmp_path, elsewhere=True)
+    train(config, tmp_path)
+    with pytest.raises(ValueError, match="device 'cpu' -> 'cuda', backend None -> 'triton'"):
+        refuse_early(theirs, tmp_path, elsewhere=True)
 
 
 # ---- real runs
@@ -236,7 +270,7 @@ def test_a_study_of_two_processes_leaves_out_what_the_other_makes(tmp_path):
     other = holder(tmp_path / "sgd-seed0")
     try:
         with pytest.raises(Stopped, match="at work elsewhere"):
-            run_all(runs_of("sgd", "sam", evaluations={}), tmp_path, Pool(wait=False))
+            run_all(runs_of("sgd", "sam", evaluations={}), tmp_path, Pool(no_wait=True))
         assert str(other.pid) in (tmp_path / "sgd-seed0/.lock").read_text()
     finally:
         other.kill()
