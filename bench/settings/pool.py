@@ -62,7 +62,7 @@ def refuse_missing(devices: tuple[str, ...]) -> None:
         if kind not in ("cpu", "cuda") or (number and not number.isdigit()):
             raise ValueError(f"--devices cannot be {name!r}; they are cpu, or cuda:0 cuda:1 ...")
         if kind != devices[0].partition(":")[0]:
-            raise ValueError(f"--devices {' '.join(devices)} give runs other bits by chance; choose "
-                             "one kind")  # fmt: skip
+            raise ValueError(f"--devices {' '.join(devices)} give runs other bits by chance: "
+                             "choose one kind")  # fmt: skip
         if kind == "cuda" and int(number or 0) >= (gpus := torch.cuda.device_count()):
             raise ValueError(f"device {name!r} is not here, of {gpus} GPUs; try --devices cpu cpu")
