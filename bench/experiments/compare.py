@@ -7,7 +7,7 @@ from typing import Any
 
 from bench.attacks.by_name import IN_BF16
 from bench.attacks.notation import eps_key, in_both_forms, labelled
-from bench.attacks.objectives import TEXT
+from bench.attacks.objectives import FIRST, LAST, in_words
 from bench.evaluation.evaluate import NORM_NAMES
 from bench.experiments.pool import run_all
 from bench.files import (
@@ -19,7 +19,8 @@ from bench.files import (
     write_text,
 )
 from bench.reports.tables import markdown
-from bench.settings.config import Config, Evaluation
+from bench.settings.config import SETTINGS, Config
+from bench.settings.evaluation import Evaluation
 from bench.settings.pool import Pool
 
 
@@ -76,13 +77,8 @@ def settings(config: dict[str, Any], among: Sequence[dict[str, Any]] = ()) -> st
 
     among: all methods' configs; whatever differs between them is told.
     """
-    names = ("rho", "sigma", "lmbda", "convention", "scale", "eta", "full_every", "projection",
-             "eps", "alpha", "attack_steps", "beta")  # fmt: skip
-    own = {k: config[k] for k in names if config.get(k) is not None}
-    usual = {"base": "sgd", "interval": 1, "late": 0.0, "ascent_part": 1.0, "micro": 1}
-    usual |= {"ascent_batches": 1}
-    usual |= {"awp_gamma": 0.0, "label_noise": 0.0}
-    own |= {k: config[k] for k, value in usual.items() if config.get(k, value) != value}
+    told = {k: of.value for k, of in SETTINGS.items() if of.told}
+    own = {k: config[k] for k, value in told.items() if config.get(k, value) != value}
     own |= {k: config[k] for k in differing(among) if config.get(k) is not None}
     own |= {k: eps_key(own[k]) for k in ("eps", "alpha") if k in own}
     return ", ".join(f"{k} {v}" for k, v in own.items())
@@ -112,7 +108,8 @@ def caption(rows: list[dict[str, Any]]) -> str:
         f"Test accuracy in % on {rows[0]['test_images']} images of {config['data']}, {network}, "
         f"last checkpoint, seeds {', '.join(map(str, rows[0]['seeds']))}; {devices}.\n"
         f"Methods: {in_both_forms(methods)}.\n"
-        f"Attacks: PGD-{evaluation['steps']}, random start, 1 restart, {TEXT}{passes}; "
+        f"Attacks: PGD-{evaluation['steps']}, random start, 1 restart, "
+        f"{in_words(FIRST, LAST)}{passes}; "
         "model.eval(), images in [0, 1]; "
         f"l_inf {', '.join(radii['linf'])} with alpha eps/4, l2 {', '.join(radii['l2'])} "
         "with alpha eps/8.\nCost: training time per image, relative to the cheapest method."

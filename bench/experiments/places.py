@@ -22,9 +22,11 @@ import torch
 
 from bench.experiments.train_and_evaluate import train_and_evaluate
 from bench.files import alone_in
-from bench.settings.config import Config, Evaluation
+from bench.settings.config import Config
+from bench.settings.evaluation import Evaluation
 from bench.training.diverged import Diverged
-from bench.training.session import Sitting, Stopped
+from bench.training.session import Sitting
+from bench.training.stopped import Stopped
 from bench.training.train import train
 
 Evaluations = dict[str, Evaluation]  # by the file of a run's directory that holds its summary

@@ -24,10 +24,11 @@ from bench.attacks.notation import labelled
 from bench.experiments.places import Cluster, Evaluations, Here, Outcome, Processes
 from bench.experiments.train_and_evaluate import finished, refuse_changed_data
 from bench.files import Busy
-from bench.settings.config import Config, check_judges
+from bench.settings.config import Config
+from bench.settings.evaluation import check_judges
 from bench.settings.pool import Pool
 from bench.training.diverged import Diverged
-from bench.training.session import Stopped, Terminated
+from bench.training.stopped import Stopped, Terminated
 from bench.training.train import refuse_early
 
 Summaries = list[dict[str, Any]]
@@ -37,7 +38,7 @@ ASKED_AGAIN = 2.0  # seconds between looks at what another process is at work on
 
 def place_of(pool: Pool, after_epoch: Callable[[dict[str, Any]], None]):
     if pool.ray is not None:
-        return Cluster(pool.ray, pool.cpus_per_run, pool.gpus_per_run)
+        return Cluster(" ".join(pool.ray), pool.cpus_per_run, pool.gpus_per_run)
     if pool.devices or pool.jobs > 1:
         return Processes(pool.devices or (None,), pool.jobs)
     return Here(after_epoch)

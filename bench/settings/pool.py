@@ -1,35 +1,41 @@
 """Where many runs are made, how many at a time, and how often one is begun again."""
 
 import importlib.util
-import math
 from dataclasses import dataclass
+
+from bench.settings.setting import check_settings, setting
 
 
 @dataclass(frozen=True)
 class Pool:
-    """jobs: runs at a time, on each device. devices: such as ("cuda:0", "cuda:1"), all of a kind; a
-    run sees its own as "cuda", so that it may go on on any. ray: the address of a Ray cluster, see
-    bench.experiments.places.connected; there a run has so many CPUs and GPUs, and with GPUs is on
-    "cuda". retries: how often a run is begun again whose process was killed or failed. time_budget:
-    minutes after which all save and stop. no_wait: for the runs of other processes. Raises
-    ValueError.
-    """
+    """A run sees its device as "cuda", so that it may go on on any, and on a Ray cluster it is on
+    "cuda" where it has GPUs. ray: no address, or one; None: no Ray. Raises ValueError."""
 
-    jobs: int = 1
-    devices: tuple[str, ...] = ()
-    ray: str | None = None
-    cpus_per_run: float = 1.0
-    gpus_per_run: float = 0.0
-    retries: int = 2
-    time_budget: float | None = None
-    no_wait: bool = False
+    jobs: int = setting(1, "runs at a time, on each of --devices", bounds="[1, inf)",
+                        default="1; 2 for study and --demo")  # fmt: skip
+    devices: tuple[str, ...] = setting(
+        (), "cuda:0 cuda:1 ...: processes of its own on each; seen as cuda", metavar="DEVICE..."
+    )
+    ray: tuple[str, ...] | None = setting(
+        None, "runs are tasks of a Ray cluster: at the address, RAY_ADDRESS's, this machine's, or "
+        "a new one", metavar="[ADDRESS]", may_be_empty=True,
+    )
+    cpus_per_run: float = setting(1.0, "with --ray", bounds="[0, inf)", default="--threads, or 1")
+    gpus_per_run: float = setting(0.0, "with --ray; above 0, runs are on cuda", bounds="[0, inf)")
+    retries: int = setting(
+        2, "how often a run is begun again whose process was killed or failed", bounds="[0, inf)"
+    )
+    time_budget: float | None = setting(
+        None, "all runs save and stop when they are over; repeat the command to go on",
+        metavar="MINUTES", bounds="(0, inf)",
+    )
+    no_wait: bool = setting(
+        False, "end when all that is left is at work in other processes; the last one makes the "
+        "table",
+    )
 
     def __post_init__(self) -> None:
-        for name, least in (("jobs", 1), ("retries", 0), ("cpus_per_run", 0), ("gpus_per_run", 0)):
-            if not least <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        if self.time_budget is not None and not 0 < self.time_budget < math.inf:
-            raise ValueError(f"time_budget must be above 0 minutes, got {self.time_budget}")
+        check_settings(self)
         if self.ray is None and (self.cpus_per_run, self.gpus_per_run) != (1, 0):
             raise ValueError("--cpus-per-run and --gpus-per-run are for --ray; runs on this "
                              "machine take --jobs, --devices and --threads")  # fmt: skip
@@ -42,6 +48,8 @@ class Pool:
             raise ValueError("Ray decides how many runs there are at a time, and on which devices: "
                              "leave out --devices and --jobs, and say what a run needs with "
                              "--cpus-per-run and --gpus-per-run")  # fmt: skip
+        if len(self.ray or ()) > 1:
+            raise ValueError(f"--ray takes one address, got {' '.join(self.ray or ())}")
         if importlib.util.find_spec("ray") is None:
             raise ValueError("--ray needs a package that is not here; pip install ray")
 

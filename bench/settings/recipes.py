@@ -6,7 +6,6 @@ where the setting comes from; "published", the numbers in % that the source repo
 what the source leaves open and what was chosen.
 """
 
-import difflib
 import fnmatch
 import json
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.settings.methods import with_relatives
+from bench.spelling import meant
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 KEYS = {"extends", "source", "published", "note", "config", "methods"}
@@ -56,13 +56,20 @@ def recipes_matching(patterns: list[str]) -> list[str]:
         own = pattern.endswith(".json") and Path(pattern).is_file()
         names = [pattern] if own else fnmatch.filter(known, pattern)
         if not names:
-            near = difflib.get_close_matches(pattern, known, 1, 0)
             raise ValueError(
-                f"no recipe matches {pattern!r}, did you mean {near[0]!r}? `python -m bench "
-                "recipes` lists them; quote a pattern, for the shell"
+                f"no recipe matches {pattern!r}{meant(pattern, known)}; `python -m bench recipes` "
+                "lists them"
             )
         found += names
     return list(dict.fromkeys(found))
+
+
+def preset_names() -> list[str]:
+    return sorted(p.stem for p in RECIPES.glob("presets/*.json"))
+
+
+def study_names() -> list[str]:
+    return sorted(p.stem for p in RECIPES.glob("studies/*.json"))
 
 
 def load_recipe(name: str) -> Recipe:
@@ -73,10 +80,10 @@ def load_recipe(name: str) -> Recipe:
     places = [RECIPES / f"{name}.json", RECIPES / "presets" / f"{name}.json", Path(name)]
     path = next((p for p in places if p.suffix == ".json" and p.is_file()), None)
     if path is None:
-        presets = ", ".join(sorted(p.stem for p in RECIPES.glob("presets/*.json")))
+        presets = preset_names()
         raise ValueError(
-            f"unknown recipe or preset {name!r}; `python -m bench recipes` lists the recipes, the "
-            f"presets are {presets}"
+            f"unknown recipe or preset {name!r}{meant(name, [*presets, *recipe_names()])}; `python "
+            f"-m bench recipes` lists the recipes, the presets are {', '.join(presets)}"
         )
     try:
         text = json.loads(path.read_text())
@@ -84,7 +91,10 @@ def load_recipe(name: str) -> Recipe:
     except (ValueError, AttributeError) as e:
         raise ValueError(f"{str(path)!r} is not a recipe ({e}); see bench/recipes/README.md") from e
     if odd:
-        raise ValueError(f"{str(path)!r} has the unknown keys {odd}; known are {sorted(KEYS)}")
+        raise ValueError(
+            f"{str(path)!r} has the unknown keys {odd}{meant(odd[0], KEYS)}; known are "
+            f"{sorted(KEYS)}"
+        )
     config, methods = text.get("config", {}), text.get("methods", {})
     base = load_recipe(text["extends"]) if "extends" in text else Recipe(name)
     inherited = {
