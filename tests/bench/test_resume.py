@@ -16,7 +16,8 @@ from bench.provenance import ROOT
 from bench.settings.config import Config, resolve
 from bench.training.checkpoint import load_checkpoint
 from bench.training.epoch_state import Position
-from bench.training.session import Sitting, Stopped
+from bench.training.session import Sitting
+from bench.training.stopped import Stopped
 from bench.training.train import set_up, train
 
 from ..helpers.survive import SMALL, difference, learning, same, state, survive
