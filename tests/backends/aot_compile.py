@@ -37,6 +37,9 @@ KERNELS = {"dots": norm.dots_kernel, "norm": norm.norm_kernel, "climb": climb.cl
 ASCENTS = [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (2, 0), (2, 1), (3, 0), (4, 0)]
 # (MIX, PERTURBED): none, GSAM, LookSAM's k-th steps and those between
 MIXES = [(0, False), (0, True), (1, True), (2, True), (3, False)]
+# (BASE, MIX, PERTURBED, ALONG_V): those over every base, and Momentum-SAM's
+STEPS = [*((base, *mix, False) for base, mix in product((0, 1, 2), MIXES)),
+         (1, 0, True, True), (2, 0, True, True)]
 CONSTANTS = {
     "dots": [dict(MODE=mode) for mode in (1, 2, -1)],
     "norm": [dict(MODE=mode, SCALING=scaling, MASTERS=masters)
@@ -45,16 +48,18 @@ CONSTANTS = {
     "climb": [dict(MODE=mode, SCALING=scaling, MASTERS=masters)
               for (mode, scaling), masters in product([*ASCENTS, (-1, 0), (-1, 1)],
                                                       (False, True))],
-    "step": [dict(BASE=base, MIX=mix, PERTURBED=perturbed, MASTERS=masters)
-             for base, (mix, perturbed), masters in product((0, 1, 2), MIXES, (False, True))],
+    "step": [dict(BASE=base, MIX=mix, PERTURBED=perturbed, ALONG_V=along_v, MASTERS=masters)
+             for (base, mix, perturbed, along_v), masters in product(STEPS, (False, True))],
 }
-FEW = {  # SAM, FisherSAM and Friendly-SAM in both conventions; SGD with momentum, and Adam
+FEW = {  # SAM, FisherSAM, Momentum-SAM, and Friendly-SAM in both conventions; SGD with momentum, and
+    # Adam
     "dots": [dict(MODE=1)],
     "norm": [dict(MODE=mode, SCALING=0, MASTERS=False) for mode in (0, 1)],
     "climb": [dict(MODE=mode, SCALING=scaling, MASTERS=False)
               for mode, scaling in ((0, 0), (0, 2), (1, 0), (2, 1))],
-    "step": [dict(BASE=base, MIX=0, PERTURBED=True, MASTERS=base == 2) for base in (1, 2)]
-            + [dict(BASE=2, MIX=0, PERTURBED=True, MASTERS=False)],
+    "step": [dict(BASE=base, MIX=0, PERTURBED=True, ALONG_V=along_v, MASTERS=masters)
+             for along_v, (base, masters) in product((False, True), (
+                 (1, False), (2, True), (2, False)))],
 }
 TYPES = {"fp32": tl.float32, "bf16": tl.bfloat16, "fp16": tl.float16}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -117,7 +122,8 @@ def compile_variant(name: str, constants: dict, elements: str, target: str):
     source = ASTSource(kernel, types, {index[k]: x for k, x in constants.items()}, aligned)
     target = TARGETS[target]
     options = common.options(DTYPES[element], target.arch,
-                             constants.get("MIX") == common.RENEW and constants["MASTERS"])
+                             constants.get("MIX") == common.RENEW and constants["MASTERS"],
+                             constants.get("ALONG_V", False))
     return triton.compile(source, target=target, options=options_for(target.backend, options))
 
 
