@@ -14,8 +14,7 @@ BIN := .venv/bin
 READY = $(BIN:bin=ready)
 VERSIONS := -c constraints.txt
 OLDEST := 2.9.1
-CORE := $(addprefix tests/test_,$(addsuffix .py,checkpoints invariants optimizer reference \
-	sequences state wrappers))
+CORE := tests/unit tests/integration/test_checkpoints.py
 
 comma := ,
 
@@ -34,12 +33,12 @@ mutants: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutants
 
 fuzz: $(READY)
-	$(BIN)/python -m tests.sequences --examples 20000
-	$(BIN)/python -m tests.sequences --examples 10000 --backend numba
-	$(BIN)/python -m tests.sequences --examples 2000 --backend triton --events 4
+	$(BIN)/python -m tests.helpers.sequences --examples 20000
+	$(BIN)/python -m tests.helpers.sequences --examples 10000 --backend numba
+	$(BIN)/python -m tests.helpers.sequences --examples 2000 --backend triton --events 4
 
 survive: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m tests.survive --kills 30
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.helpers.survive --kills 30
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -63,7 +62,7 @@ oldest: .venv-oldest/ready
 # than twice as long at its fastest (another program's load adds to the median, less to the
 # minimum). After `rm -r runs/benchmarks` the next call is the first.
 bench: $(READY)
-	$(BIN)/python -m pytest tests/test_speed.py --benchmark-enable --benchmark-only \
+	$(BIN)/python -m pytest tests/unit/test_speed.py --benchmark-enable --benchmark-only \
 		--benchmark-storage=file://runs/benchmarks --benchmark-columns=median,iqr,min,rounds \
 		$(if $(wildcard runs/benchmarks/*/0001_*.json),--benchmark-compare='*/0001' \
 		--benchmark-compare-fail=min:100%,--benchmark-autosave)

@@ -123,7 +123,7 @@ def add_evaluation_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_sitting_options(parser: argparse.ArgumentParser) -> None:
-    """Options of bench.sitting.Sitting, and those of several processes."""
+    """Options of bench.training.session.Sitting, and those of several processes."""
     add = parser.add_argument
     add("--save-every", type=float, metavar="MINUTES", help="checkpoints within an epoch (default "
         "10); every epoch ends with one")  # fmt: skip
@@ -153,7 +153,7 @@ def add_evaluate_command(evaluate: argparse.ArgumentParser) -> None:
 
 
 def add_step_command(commands: Any) -> None:
-    """The options of bench.step.StepConfig; absent ones stay out of the namespace."""
+    """The options of bench.speed.step.StepConfig; absent ones stay out of the namespace."""
     text = "time the optimizer's step alone beside its peers, after checking that they agree"
     add = commands.add_parser(
         "step", help=text, description=text, argument_default=argparse.SUPPRESS
@@ -206,7 +206,7 @@ def add_theory_command(commands: Any) -> None:
 
 
 def add_throughput_command(commands: Any) -> None:
-    """Options of Config and of bench.loops.Options; absent ones stay out of the namespace."""
+    """Options of Config and of training_loops.Options; absent ones stay out of the namespace."""
     text = "images/s of training and where the time goes, beside the plain recipe, on random images"
     add = commands.add_parser(
         "throughput", help=text, description=text, argument_default=argparse.SUPPRESS
@@ -337,8 +337,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def evaluation_of(data: str, options: dict[str, Any]):
-    from bench.config import resolve_evaluation
-    from bench.radii import parse_radii
+    from bench.attacks.notation import parse_radii
+    from bench.settings.config import resolve_evaluation
 
     given: dict[str, Any] = {
         norm: parse_radii(options[f"eval_{norm}"], norm, options["force"])
@@ -363,16 +363,16 @@ def evaluation_of(data: str, options: dict[str, Any]):
 
 
 def run_train(options: dict[str, Any]) -> int:
-    from bench import parallel
-    from bench.sitting import TERMINATED, Sitting, Stopped
+    from bench.training import processes
+    from bench.training.session import TERMINATED, Sitting, Stopped
 
     given = ("save_every", "time_budget", "tensorboard")
     sitting = Sitting(heeds_sigterm=True, **{k: options[k] for k in given if k in options})
-    with parallel.joined(options.get("device", "cpu")):
+    with processes.joined(options.get("device", "cpu")):
         try:
             train_in(sitting, options)
         except Stopped as where:
-            if parallel.rank() == 0:
+            if processes.rank() == 0:
                 print(f"stopped {where}: {sitting.why()}; repeat the command to go on")
             return TERMINATED if sitting.terminated else 0
     return 0
@@ -381,21 +381,21 @@ def run_train(options: dict[str, Any]) -> int:
 def train_in(sitting: Any, options: dict[str, Any]) -> None:
     from tqdm import tqdm
 
-    from bench import parallel
-    from bench.config import check_used, preset_of, resolve
-    from bench.evaluate import report
-    from bench.recipe import load_recipe
-    from bench.summary import finished, train_and_evaluate
-    from bench.train import refuse_early
+    from bench.evaluation.evaluate import report
+    from bench.experiments.train_and_evaluate import finished, train_and_evaluate
+    from bench.settings.config import check_used, preset_of, resolve
+    from bench.settings.recipes import load_recipe
+    from bench.training import processes
+    from bench.training.train import refuse_early
 
-    options = options | {"processes": parallel.processes()}
+    options = options | {"processes": processes.processes()}
     config = resolve(options["method"], preset_of(options), options)
     check_used([config.method], options)
     evaluation = evaluation_of(config.data, options)
     out = options["out"] or Path("runs", preset_of(options), config.name)
     finished(config, evaluation, out)  # what these two refuse comes before the bar is drawn
     refuse_early(config, out, options["download"])
-    quiet = parallel.rank() > 0
+    quiet = processes.rank() > 0
     say_alpha([] if quiet else [config], options)
     with tqdm(total=config.epochs, unit="epoch", desc=config.name, disable=quiet) as bar:
 
@@ -418,8 +418,8 @@ def train_in(sitting: Any, options: dict[str, Any]) -> None:
 
 def say_alpha(configs: list[Any], options: dict[str, Any]) -> None:
     """Say on stderr which alpha an --eps without --alpha takes."""
-    from bench.config import takes_alpha
-    from bench.radii import both_forms
+    from bench.attacks.notation import both_forms
+    from bench.settings.config import takes_alpha
 
     found = {(c.method, c.attack) for c in configs if c.attack and takes_alpha(options)}
     for method, attack in sorted(found, key=lambda pair: (pair[0], pair[1].eps)):
@@ -429,7 +429,7 @@ def say_alpha(configs: list[Any], options: dict[str, Any]) -> None:
 
 def combined(methods: list[str], optimizer: str | None) -> list[str]:
     """Return a comparison's methods with its --optimizer in those that name none."""
-    from bench.methods import ADVERSARIES, method_of
+    from bench.settings.methods import ADVERSARIES, method_of
 
     open_ones = {*ADVERSARIES, "standard"} & set(methods)
     if optimizer is not None and not open_ones:
@@ -440,8 +440,8 @@ def combined(methods: list[str], optimizer: str | None) -> list[str]:
 
 
 def run_compare(options: dict[str, Any]) -> None:
-    from bench.compare import compare
-    from bench.config import check_used, preset_of, resolve
+    from bench.experiments.compare import compare
+    from bench.settings.config import check_used, preset_of, resolve
 
     if options["demo"]:
         options |= {"preset": "digits", "seeds": [0, 1], "jobs": 2, "threads": 1}
@@ -458,8 +458,8 @@ def run_compare(options: dict[str, Any]) -> None:
 
 
 def run_sweep(options: dict[str, Any]) -> None:
-    from bench.config import preset_of
-    from bench.sweep import parse_grid, runs_of, sweep
+    from bench.experiments.sweep import parse_grid, runs_of, sweep
+    from bench.settings.config import preset_of
 
     methods = combined(options["methods"], options.pop("optimizer", None))
     grid = parse_grid(options["grid"], options)
@@ -472,7 +472,7 @@ def run_sweep(options: dict[str, Any]) -> None:
 
 
 def run_study_command(options: dict[str, Any]) -> None:
-    from bench.study import run_study, show
+    from bench.experiments.study import run_study, show
 
     name = options["name"]
     if options["show"]:
@@ -487,8 +487,8 @@ def run_study_command(options: dict[str, Any]) -> None:
 def data_of(checkpoint: dict[str, Any], config: dict[str, Any], options: dict[str, Any]):
     """Return the data to evaluate a checkpoint on: what it was trained on, or, with --other-data,
     what its user says it was not. Raises ValueError for any other."""
-    from bench.checkpoint import changed_data
-    from bench.data import load_data
+    from bench.data.datasets import load_data
+    from bench.training.checkpoint import changed_data
 
     path, name = str(options["checkpoint"]), config["data"]
     data = load_data(
@@ -519,12 +519,13 @@ def run_evaluate(options: dict[str, Any]) -> None:
 
     import torch
 
-    from bench.checkpoint import load_checkpoint, rebuild
-    from bench.config import check_judges, usable_device
-    from bench.data import test_images_of
-    from bench.evaluate import evaluate, report
-    from bench.record import append_jsonl, git_hash, refuse_unwritable, stamp, write_json
-    from bench.robustbench import leaderboard, model_info
+    from bench.data.datasets import test_images_of
+    from bench.evaluation.evaluate import evaluate, report
+    from bench.evaluation.robustbench import leaderboard, model_info
+    from bench.files import append_jsonl, refuse_unwritable, write_json
+    from bench.provenance import git_hash, stamp
+    from bench.settings.config import check_judges, usable_device
+    from bench.training.checkpoint import load_checkpoint, rebuild
 
     for written in (options.get("rows"), options.get("robustbench")):
         refuse_unwritable(written)
@@ -560,7 +561,7 @@ def run_evaluate(options: dict[str, Any]) -> None:
 
 
 def run_recipes(options: dict[str, Any]) -> None:
-    from bench.recipe import listing, recipe_names
+    from bench.settings.recipes import listing, recipe_names
 
     names = [name for name in recipe_names() if options["part"] in name]
     if not names:
@@ -569,7 +570,7 @@ def run_recipes(options: dict[str, Any]) -> None:
 
 
 def run_unpack(options: dict[str, Any]) -> None:
-    from bench.archive import unpack
+    from bench.data.archive import unpack
 
     images = unpack(options["archive"], options["out"])
     counts = ", ".join(f"{n} images in {part}/" for part, n in images.items())
@@ -577,7 +578,7 @@ def run_unpack(options: dict[str, Any]) -> None:
 
 
 def run_step(options: dict[str, Any]) -> int:
-    from bench.step import StepConfig, step
+    from bench.speed.step import StepConfig, step
 
     given = {k: x for k, x in options.items() if k not in ("command", "rows", "host")}
     if options.get("host"):
@@ -588,7 +589,7 @@ def run_step(options: dict[str, Any]) -> int:
 
 
 def run_host(given: dict[str, Any], rows: Path | None) -> int:
-    from bench.host import HostConfig, host
+    from bench.speed.host import HostConfig, host
 
     other = given.keys() - {"tensors", "reps"}
     if other:
@@ -599,8 +600,8 @@ def run_host(given: dict[str, Any], rows: Path | None) -> int:
 
 
 def run_report(options: dict[str, Any]) -> None:
-    from bench.report_runs import report_runs
-    from bench.report_steps import report_steps
+    from bench.reports.runs import report_runs
+    from bench.speed.step_report import report_steps
 
     if bool(options["runs"]) == bool(options["step"]):
         raise ValueError("pass directories of runs (report DIR...), or --step FILE..., one of them")
@@ -611,7 +612,7 @@ def run_report(options: dict[str, Any]) -> None:
 
 
 def run_theory(options: dict[str, Any]) -> None:
-    from bench.theory_report import SETTINGS, Model, theory
+    from bench.theory.report import SETTINGS, Model, theory
 
     given = {k: options[k] for k in ("p", "eta", "n") if options[k] is not None}
     own = given or options["eps"] or options["rho"]
@@ -622,9 +623,9 @@ def run_theory(options: dict[str, Any]) -> None:
 def run_throughput(options: dict[str, Any]) -> int:
     from dataclasses import fields, replace
 
-    from bench.config import resolve
-    from bench.loops import Options
-    from bench.throughput import throughput
+    from bench.settings.config import resolve
+    from bench.speed.throughput import throughput
+    from bench.speed.training_loops import Options
 
     given = {f.name: options[f.name] for f in fields(Options) if f.name in options}
     if "beside" in given:
@@ -637,12 +638,12 @@ def run_throughput(options: dict[str, Any]) -> int:
 
 def run_gpu(options: dict[str, Any]) -> int:
     if options["predict"]:
-        from bench.predict import predict
+        from bench.speed.predict import predict
 
         return predict(options["gpu"], options["rows"])
     if options["rows"]:
         raise ValueError("--rows belongs to --predict; what is measured goes to --out")
-    from bench.gpu import gpu
+    from bench.speed.gpu_session import gpu
 
     return gpu(options["out"], options["minutes"], options["only"], options["list"])
 
@@ -656,7 +657,7 @@ def main(argv: list[str] | None = None) -> int:
                "recipes": run_recipes, "unpack": run_unpack, "sweep": run_sweep,
                "study": run_study_command, "step": run_step, "report": run_report,
                "theory": run_theory, "throughput": run_throughput, "gpu": run_gpu}  # fmt: skip
-    from bench.diverged import DIVERGED, Diverged
+    from bench.training.diverged import DIVERGED, Diverged
 
     try:
         if "TORCHELASTIC_RUN_ID" in os.environ and options["command"] != "train":

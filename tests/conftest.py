@@ -52,7 +52,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 
 LONGEST = ("test_sequences", "test_recipes", "test_aot", "test_kernels",
-           "test_distributed", "test_bench_resume")
+           "test_distributed", "test_resume")
 
 
 def pytest_collection_modifyitems(items: list) -> None:

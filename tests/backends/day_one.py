@@ -19,7 +19,7 @@ from triton.backends.driver import GPUDriver
 from triton.backends.nvidia import driver as nvidia
 from triton.runtime import build
 
-from bench.host import LIBCUDA
+from bench.speed.host import LIBCUDA
 from fastsam import SAM, choose, reference
 from fastsam.kernels import triton as kernels
 
@@ -34,7 +34,7 @@ int cuLaunchKernelEx() { return launch_result; }
 
 
 def pretended_libcuda() -> ctypes.CDLL:
-    """bench.host's, whose module loading and launches may fail; for Triton to find."""
+    """bench.speed.host's, whose module loading and launches may fail; for Triton to find."""
     library, source = Path(FOLDER.name, "libcuda.so.1"), LIBCUDA
     for own in ("ONE(cuModuleLoadData) ", "int cuLaunchKernelEx() { launches++; return 0; }"):
         source = source.replace(own, "")

@@ -16,8 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("triton", reason="the kernels need Triton")
 
-from bench.contenders import bytes_per_parameter  # noqa: E402
 from bench.models import MODELS  # noqa: E402
+from bench.speed.contenders import bytes_per_parameter  # noqa: E402
 from fastsam import (  # noqa: E402
     ASAM,
     GSAM,

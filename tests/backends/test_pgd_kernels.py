@@ -1,5 +1,5 @@
-"""PGD's fused steps against bench/attacks.py's plain expression and a float64 oracle: on a GPU, or
-on the CPU in the interpreter. And what the compiler makes of them, in a process of its own.
+"""PGD's fused steps against bench/attacks/pgd.py's plain expression and a float64 oracle: on a GPU,
+or on the CPU in the interpreter. And what the compiler makes of them, in a process of its own.
 
 The linf step in float32 gives plain PyTorch's bits. Elsewhere the error is at most twice that of
 plain PyTorch in the same dtype, plus a few float32 roundings.
@@ -20,7 +20,7 @@ import torch
 pytest.importorskip("triton", reason="the kernels need Triton")
 
 from bench import attacks  # noqa: E402
-from bench.attacks import Attack, pgd, plain_climb  # noqa: E402
+from bench.attacks.pgd import Attack, pgd, plain_climb  # noqa: E402
 from fastsam.kernels import triton as kernels  # noqa: E402
 
 launchers = importlib.import_module("fastsam.kernels.triton.pgd")

@@ -13,7 +13,7 @@ from fastsam.choose import BACKENDS
 from fastsam.hyper import COLUMN
 from fastsam.space import PAD, Kind, Space, Tables, is_dense, same_layout
 
-from ..oracle import Oracle, exact
+from ..helpers.oracle import Oracle, exact
 
 HYPER = dict(rho=0.3, sigma=0.7, lmbda=0.6, lr=0.1, momentum=0.9, weight_decay=0.02)
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from ...sequences import run
+from ...helpers.sequences import run
 
 pytestmark = [pytest.mark.long,
               pytest.mark.filterwarnings("ignore:the weights are 16-bit:UserWarning",

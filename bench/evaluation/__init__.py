@@ -1,0 +1,1 @@
+"""How right and how robust a trained network is."""

@@ -1,0 +1,179 @@
+"""Signs that a robust accuracy is not what it seems: what makes gradient attacks fail."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bench.attacks.objectives import log_odds
+from bench.attacks.pgd import ascent, largest
+
+SHARE = 0.01  # of the images; fewer vanishing gradients are no sign
+SLACK = 0.005  # of the images, and at least one: differences that chance can make
+GUARD = 1e-10  # the largest number that public attacks put in the place of a gradient's norm
+PILE = 0.2  # of the images: so many highest outputs at one value are a bound's doing
+CLOSE = 1e-3  # of the outputs' range
+
+
+def of_answers(answers: Tensor) -> list[str]:
+    """Return a sentence if answers are -1: bench.attacks.objectives.answers found outputs not
+    finite."""
+    lost, n = (answers == -1).sum().item(), len(answers)
+    if not lost:
+        return []
+    return [f"the model's outputs are NaN or inf for {lost} of {n} images, which count as wrong"]
+
+
+def of_attack(where: str, lost: int, n: int) -> list[str]:
+    """Return a sentence if an attack had no finite gradient or answer for some images."""
+    if not lost:
+        return []
+    return [
+        f"{where}: the gradient, or the model's output for the attacked image, is NaN or inf for "
+        f"{lost} of {n} images, which count as not robust"
+    ]
+
+
+def of_model(model: nn.Module, x: Tensor, y: Tensor, batch_size: int | None = None) -> list[str]:
+    """Return a sentence for every sign in the model's answers to images.
+
+    x: (B, C, H, W) in [0, 1]. y: (B,) labels. The model is in eval mode. batch_size: images at a
+    time, None: all.
+    """
+    parts = list(zip(x.split(batch_size or len(x)), y.split(batch_size or len(y)), strict=True))
+    with torch.no_grad():
+        z, again = (torch.cat([model(part) for part, _ in parts]) for _ in range(2))
+    return of_gradients(model, parts) + of_randomness(z, again) + of_outputs(z)
+
+
+Parts = list[tuple[Tensor, Tensor]]  # images and labels
+
+
+def sizes(model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], parts: Parts) -> Tensor:
+    """Return every image's largest |g|. loss: (logits, labels) -> (B,)."""
+    return torch.cat([largest(ascent(lambda x, y=y: loss(model(x), y), x)) for x, y in parts])
+
+
+def vanishing(g: Tensor) -> tuple[int, str]:
+    """Return how many gradients of these sizes are 0 or denormal, and what to say of them."""
+    still = (g < torch.finfo(g.dtype).tiny).sum().item()
+    return still, "exactly 0" if (g == 0).sum() == still else "0 or too small for float32"
+
+
+def of_survivors(where: str, model: nn.Module, parts: Parts) -> list[str]:
+    """Say where the gradient has vanished on an attack's way, at images that it did not fool."""
+    if not parts:
+        return []
+    g = sizes(model, log_odds, parts)
+    still, size = vanishing(g)
+    if still <= max(1, SHARE * len(g)):
+        return []
+    return [
+        f"{where}: where it ended, the gradient is {size} for {still} of {len(g)} images that it "
+        "did not fool: attacks by gradients get no further there"
+    ]
+
+
+def of_gradients(model: nn.Module, parts: Parts) -> list[str]:
+    """Say where no attack, or none that follows cross-entropy as it stands, finds a direction."""
+    ours = sizes(model, log_odds, parts)
+    plain = sizes(model, partial(F.cross_entropy, reduction="none"), parts)
+    n, (still, size) = len(ours), vanishing(ours)
+    if still > SHARE * n:
+        return [
+            f"the gradient is {size} for {still} of {n} images: attacks by gradients cannot move "
+            "them"
+        ]
+    faint = (plain < GUARD).sum().item()
+    if faint > SHARE * n:
+        none = (plain == 0).sum().item()
+        return [
+            f"cross-entropy's gradient is below {GUARD:g} for {faint} of {n} images (the gradient "
+            f"is exactly 0 for {none}): its own attacks scale the logits, but others that follow "
+            "cross-entropy as it stands cannot move them"
+        ]
+    return []
+
+
+def of_randomness(z: Tensor, again: Tensor) -> list[str]:
+    finite = z.isfinite().all(1) & again.isfinite().all(1)
+    z, gap = z[finite], (again - z)[finite].abs()
+    if not len(z) or (gap := gap.max().item()) <= 1e-4 * z.abs().max().item():
+        return []
+    return [
+        f"two passes over the same images differ by up to {gap:.2g}: the model is random, and "
+        "these attacks do not average over that"
+    ]
+
+
+def of_outputs(z: Tensor) -> list[str]:
+    """Say what the outputs look like where they are no logits, which have neither bounds nor a sum.
+
+    Log-probabilities as log_softmax gives them are as good as logits.
+    """
+    z = z[z.isfinite().all(1)].double()
+    if not len(z) or z.min() == z.max():
+        return []
+    width = (z.max() - z.min()).item()
+    flat = "give the attacks the logits: {} flattens their gradients"
+    softmax = flat.format("softmax")
+    sums = z.sum(1)
+    if constant(sums, width) and (sums.abs() > CLOSE * width).all():
+        if z.min() >= 0 and (sums - 1).abs().max() < CLOSE:
+            return [f"the outputs look like probabilities (in [0, 1], of sum 1): {softmax}"]
+        if (z < z.min() + CLOSE * width).double().mean() > PILE:
+            return [
+                "the outputs look like scaled or shifted probabilities (their sum is "
+                f"{sums.mean():.3g} always, many are {z.min():.3g}): {softmax}"
+            ]
+    if z.min() >= 0 and z.max() <= 1:
+        return [f"the outputs all lie in [0, 1], as sigmoids do: {flat.format('a sigmoid')}"]
+    total, at_the_floor = z.logsumexp(1), (z < z.min() + CLOSE * width).double().mean() > PILE
+    if constant(total, 1.0):
+        if at_the_floor or (total.abs() > 1e-5).any():
+            return [
+                "the outputs look like log-probabilities that were shifted or cut off (their "
+                f"logsumexp is {total.mean():.3g} always, the lowest is {z.min():.3g}): give the "
+                "attacks the logits, small probabilities are lost in these"
+            ]
+        return []
+    top = z.amax(1)
+    piled = (top > z.max() - CLOSE * width).sum().item()
+    if piled > max(1, PILE * len(z)):
+        return [
+            f"the highest output is {z.max():.3g} for {piled} of {len(z)} images, as if it had a "
+            f"bound: {flat.format('what bounds them')}"
+        ]
+    return []
+
+
+def constant(values: Tensor, width: float) -> bool:
+    return (values.max() - values.min()).item() < CLOSE * width
+
+
+def of_numbers(result: dict[str, Any]) -> list[str]:
+    """Return a sentence for every pair of accuracies that no sound evaluation has.
+
+    result: what bench.evaluation.evaluate.evaluate returns.
+    """
+    found, slack = [], max(1.5 / result["images"], SLACK)
+    for norm, by_eps in result["each"].items():
+        for eps, own in by_eps.items():
+            iterated = [a for name, a in own.items() if name.startswith("pgd")]
+            if "fgsm" in own and iterated and own["fgsm"] < min(iterated) - slack:
+                found.append(
+                    f"{norm} {eps}: one step of FGSM ({own['fgsm']:.2%}) fools more images than "
+                    f"PGD ({min(iterated):.2%}): too few steps of PGD, or masked gradients"
+                )
+    for norm, by_eps in result["robust"].items():
+        by_radius = sorted(by_eps.items(), key=lambda item: float(item[0].removesuffix("/255")))
+        for (eps, accuracy), (larger, above) in zip(by_radius, by_radius[1:], strict=False):
+            if above > accuracy + slack:
+                found.append(
+                    f"{norm}: robust accuracy is {above:.2%} at {larger} and {accuracy:.2%} at the "
+                    f"smaller {eps}: the attack is too weak, or gradients are masked"
+                )
+    return found

@@ -1,0 +1,153 @@
+"""The product of methods, seeds and values of any options; a table with a line a setting.
+
+A run's directory is named by its method, its values and its seed. A value that a method does not
+use is not in its config, so that such runs coincide and are made once.
+"""
+
+from itertools import product
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+from bench.attacks.notation import eps_key, labelled, refuse_mixed
+from bench.evaluation.evaluate import NORM_NAMES
+from bench.experiments.compare import aggregate, append_rows, run_all
+from bench.files import alone_in, refuse_unwritable, remove_unfinished, write_json, write_text
+from bench.reports.tables import markdown
+from bench.settings.config import Config, Evaluation, check_used, resolve
+
+Grid = dict[str, list[Any]]
+KINDS = {
+    name: next(kind for kind in (bool, int, float, str) if kind in (get_args(hint) or (hint,)))
+    for name, hint in get_type_hints(Config).items()
+    if name not in ("method", "seed", "recipe", "data", "processes")
+}
+
+
+def parse_grid(texts: list[str], options: dict[str, Any]) -> Grid:
+    """["rho=0.1,0.2", "label-noise=0.4"] -> {"rho": [0.1, 0.2], "label_noise": [0.4]}.
+
+    eps and alpha stay text, such as 8/255. Raises ValueError for what is no option of a run, is
+    given twice or has another kind of value.
+    """
+    grid: Grid = {}
+    for text in texts:
+        option, equals, values = text.partition("=")
+        name = option.replace("-", "_")
+        if not equals or not values:
+            raise ValueError(f"--grid {text!r} has no values; write it as rho=0.05,0.1")
+        if KINDS.get(name, bool) is bool:
+            known = [k.replace("_", "-") for k, kind in KINDS.items() if kind is not bool]
+            raise ValueError(
+                f"--grid {text!r}: {option!r} is not an option with values to sweep over; choose "
+                f"from {', '.join(sorted(known))}; --methods and --seeds are options of their own, "
+                "and a sweep has one data set and one recipe"
+            )
+        if name in grid or name in options:
+            raise ValueError(f"{option} is given twice; leave it in --grid alone")
+        kind = str if name in ("eps", "alpha") else KINDS[name]
+        try:
+            grid[name] = [kind(value) for value in values.split(",")]
+        except ValueError as e:
+            raise ValueError(f"--grid {text!r}: {option} needs values of {kind.__name__}") from e
+        if kind is str and name in ("eps", "alpha"):
+            refuse_mixed(grid[name], f"--grid {text}")
+    return grid
+
+
+def shown(name: str, value: Any) -> str:
+    """Return a config's value as tables write it; "-" where the method does not use it."""
+    if value is None:
+        return "-"
+    return labelled(eps_key(value)) if name in ("eps", "alpha") else f"{value}"
+
+
+def runs_of(
+    methods: list[str], seeds: list[int], grid: Grid, preset: str, options: dict[str, Any]
+) -> dict[str, Config]:
+    """Return the configs by their directories' names, all settings of a seed before the next.
+
+    Raises ValueError as resolve, and for an option or a grid that no method uses.
+    """
+    check_used(methods, options)
+    for name, values in grid.items():
+        check_used(methods, {name: values})
+    runs = {}
+    for seed, method, *values in product(seeds, methods, *grid.values()):
+        given = dict(zip(grid, values, strict=True))
+        config = resolve(method, preset, options | given | {"seed": seed})
+        own = {k: getattr(config, k) for k in grid}
+        parts = [f"{k}{v}" for k, v in own.items() if v is not None]
+        runs["-".join([config.method, *parts, f"seed{seed}"])] = config
+    return runs
+
+
+def by_setting(summaries: list[dict[str, Any]], names: list[str]) -> list[dict[str, Any]]:
+    """Return an `aggregate` a setting: a method and its values of `names`, in "setting"."""
+    groups: dict[tuple, list[dict[str, Any]]] = {}
+    for summary in summaries:
+        key = (summary["method"], *(summary["config"][k] for k in names))
+        groups.setdefault(key, []).append(summary)
+    return [
+        aggregate(method, group) | {"setting": dict(zip(names, values, strict=True))}
+        for (method, *values), group in sorted_groups(groups)
+    ]
+
+
+def sorted_groups(groups: dict[tuple, Any]) -> list[tuple[tuple, Any]]:
+    """Order by method as first met, then by value."""
+    order = {method: i for i, method in enumerate(dict.fromkeys(key[0] for key in groups))}
+
+    def place(item: tuple[tuple, Any]) -> tuple:
+        method, *values = item[0]
+        return order[method], *map(value_key, values)
+
+    return sorted(groups.items(), key=place)
+
+
+def value_key(value: Any) -> tuple:
+    return (value is not None, value if isinstance(value, int | float) else 0, str(value))
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Return `by_setting` as a Markdown table; accuracies in %, mean ± std over several
+    seeds."""
+    names = list(rows[0]["setting"])
+    columns = [(norm, eps) for norm, radii in rows[0]["robust"].items() for eps in radii]
+    heads = [k.replace("_", " ") for k in names] + ["seeds", "natural"]
+    lines = []
+    for row in rows:
+        values = [(row["natural"], row["natural_std"])]
+        values += [(row["robust"][n][e], row["robust_std"][n][e]) for n, e in columns]
+        setting = [shown(k, v) for k, v in row["setting"].items()]
+        several = len(row["seeds"]) > 1
+        cells = [f"{100 * mean:.1f}" + f" ± {100 * std:.1f}" * several for mean, std in values]
+        lines.append([row["method"], *setting, str(len(row["seeds"])), *cells])
+    heads += [f"{NORM_NAMES[norm]} {labelled(eps)}" for norm, eps in columns]
+    return markdown(["method", *heads], lines, left=1)
+
+
+def sweep(
+    runs: dict[str, Config],
+    names: list[str],
+    evaluation: Evaluation,
+    out: Path,
+    jobs: int = 1,
+    rows_path: Path | None = None,
+    download: bool = False,
+) -> list[dict[str, Any]]:
+    """Make the runs that `out` does not hold finished; write, print and return a row a setting.
+
+    runs: see runs_of. names: the options that differ. rows_path: a JSONL file to append one row a
+    run to. Raises ValueError as run_all, before anything is written.
+    """
+    refuse_unwritable(rows_path)
+    summaries = run_all(runs, evaluation, out, jobs, download)
+    rows = by_setting(summaries, names)
+    with alone_in(out, wait=True):
+        remove_unfinished(out)
+        write_json(out / "summary.json", rows)
+        write_text(out / "table.md", f"{table(rows)}\n")
+    paths = [out / "summary.json", out / "table.md", *append_rows(rows_path, summaries)]
+    print(f"\n{table(rows)}\n")
+    print("\n".join(f"wrote {path}" for path in paths))
+    return rows

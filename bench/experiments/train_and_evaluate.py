@@ -1,0 +1,151 @@
+"""A finished run's summary: accuracy of the last and of the best checkpoint, cost, provenance."""
+
+import json
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from bench.data.datasets import Split, test_images_of
+from bench.data.photographs import Photographs
+from bench.evaluation.evaluate import evaluate
+from bench.files import alone_in, read_json, write_json
+from bench.provenance import git_hash, stamp
+from bench.settings.config import Config, Evaluation, check_judges, differences
+from bench.training import processes
+from bench.training.checkpoint import changed_data, load_checkpoint, rebuild
+from bench.training.session import Sitting
+from bench.training.train import Run, data_of, train
+
+NEEDED = (
+    "method", "natural", "robust", "best", "images_per_second", "train_seconds", "test_images",
+    "attacks", "config", "evaluation", "versions", "git", "device",
+)  # fmt: skip
+
+
+def read_summary(path: Path) -> dict[str, Any]:
+    """Return a run's summary. Raises ValueError with the path of a damaged one."""
+    remedy = "remove it and repeat the run's command, which then evaluates its checkpoints again"
+    summary = read_json(path, remedy)
+    known = summary if isinstance(summary, dict) else {}
+    if missing := [key for key in NEEDED if key not in known]:
+        raise ValueError(f"{str(path)!r} is no row of a run: no {missing[0]}; {remedy}")
+    return summary
+
+
+def finished(
+    config: Config, evaluation: Evaluation, out: Path, file: str = "summary.json"
+) -> dict[str, Any] | None:
+    """Return the summary in `out` if it is of this config and evaluation, else None."""
+    path = out / file
+    if not path.exists():
+        return None
+    summary = read_summary(path)
+    usual = asdict(Evaluation(linf=(), l2=()))  # what an older summary does not say
+    wanted = json.loads(json.dumps([usual | summary["evaluation"], asdict(evaluation)]))
+    same = wanted[0] == wanted[1]
+    return summary if same and not differences(summary["config"], config) else None
+
+
+def refuse_changed_data(
+    config: Config, summary: dict[str, Any], out: Path, download: bool = False
+) -> None:
+    """Raise ValueError for a finished run of other images than the data holds now."""
+    if parts := changed_data(summary, data_of(config, download)):
+        raise ValueError(
+            f"the {parts} images of {config.data!r} changed since {str(out)!r} was finished; "
+            "restore them or choose another --out"
+        )
+
+
+def judges_of(run: Run, evaluation: Evaluation) -> Split | Photographs:
+    """Return the images that an evaluation is on, on the run's device."""
+    if evaluation.data is not None:
+        images = test_images_of(evaluation.data, run.data, run.config.image_size)
+    else:
+        images = run.data.val if evaluation.on == "held-out" else run.data.test
+    return images.to(run.device)
+
+
+def summarise(
+    run: Run, evaluation: Evaluation, out: Path, git: str | None, bar: bool = False
+) -> dict[str, Any]:
+    """Evaluate last.pt and best.pt of a finished run, once if they are equal.
+
+    images_per_second is the median epoch's, so that a moment's interference does not count.
+    """
+    device = str(run.device)
+    images = judges_of(run, evaluation)
+    best_epoch = load_checkpoint(out / "best.pt", device)["epoch"]
+    results = {}
+    for name in ("last", "best"):
+        if name == "best" and best_epoch == run.config.epochs - 1:
+            results[name] = results["last"]
+            continue
+        path = out / f"{name}.pt"
+        model = rebuild(load_checkpoint(path, device), path, device)
+        if run.config.channels_last:
+            model = model.to(memory_format=torch.channels_last)
+        results[name] = evaluate(model, images, evaluation, bar=bar)
+    last = results["last"]
+    return {
+        "method": run.config.method,
+        "natural": last["natural"],
+        "robust": last["robust"],
+        "best": {**{k: results["best"][k] for k in ("natural", "robust")}, "epoch": best_epoch},
+        "images_per_second": median(row["images_per_second"] for row in run.history),
+        "train_seconds": sum(row["seconds"] for row in run.history),
+        "train_images": len(run.data.train),
+        "wrong_labels": run.data.wrong_labels,
+        "fingerprint": run.data.fingerprint,
+        "test_fingerprint": run.data.test_fingerprint,
+        "test_images": last["images"],
+        **{k: last[k] for k in ("of", "attacks", "warnings")},
+        "config": asdict(run.config),
+        "evaluation": asdict(evaluation),
+        **stamp(device, git),
+    }
+
+
+def train_and_evaluate(
+    config: Config,
+    evaluation: Evaluation,
+    out: Path,
+    download: bool = False,
+    after_epoch: Callable[[dict[str, Any]], None] = lambda row: None,
+    sitting: Sitting | None = None,
+    file: str = "summary.json",
+    bar: bool = False,
+) -> dict[str, Any]:
+    """Return the summary of a run, training and evaluating what of it is not yet in `out`.
+
+    file: where it is kept there, so that one run can have several evaluations.
+    bar: show the evaluation's progress on stderr.
+    Of several processes the first alone evaluates; the others return {}. Raises Stopped where
+    `sitting` ends before the training does, Diverged, and Busy where another process trains in
+    `out`.
+    """
+    check_judges(evaluation, config.val)
+
+    def found() -> dict[str, Any] | None:
+        summary = finished(config, evaluation, out, file)
+        for _ in range(config.epochs if summary else 0):
+            after_epoch({})
+        return summary
+
+    if (summary := found()) is not None:
+        return summary
+    git, first = git_hash(), processes.rank() == 0
+    with alone_in(out) if first else nullcontext():
+        if processes.processes() == 1 and (summary := found()) is not None:
+            return summary  # another process made it meanwhile
+        run = train(config, out, download, after_epoch, sitting)
+        if not first:
+            return {}
+        summary = summarise(run, evaluation, out, git, bar)
+        write_json(out / file, summary)
+    return summary

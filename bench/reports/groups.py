@@ -1,0 +1,334 @@
+"""Finished runs, read back and put together: the seeds of one setting, the settings that can be
+compared, and what the papers report for them."""
+
+import json
+import shlex
+from collections.abc import Callable, Iterable
+from dataclasses import MISSING, asdict, dataclass, fields
+from functools import cache
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from bench.attacks.notation import eps_key, in_both_forms, parse_eps
+from bench.experiments.compare import aggregate, spread
+from bench.experiments.train_and_evaluate import NEEDED, read_summary
+from bench.settings.config import Config, Evaluation, resolve, resolve_evaluation
+from bench.settings.methods import ADVERSARIES, OPTIMIZERS, USED_BY, split_method
+from bench.settings.recipes import load_recipe, recipe_names
+
+DEFAULTS = {f.name: f.default for f in fields(Config) if f.default is not MISSING}
+# Where a run happens. It decides bits, not what the setting is.
+MACHINE = {"seed", "device", "threads", "workers", "backend", "channels_last", "data_dir"}
+
+
+# ---- reading
+
+
+def checked(text: str, where: str) -> dict[str, Any]:
+    """Return the row in `text`; raise ValueError for what is no row of a run."""
+    try:
+        row = json.loads(text)
+        missing = [key for key in NEEDED if key not in row]
+    except (json.JSONDecodeError, TypeError):
+        missing = ["JSON object"]
+    if missing:
+        raise ValueError(f"{where} is no row of a run: no {missing[0]}")
+    return completed(row)
+
+
+def completed(row: dict[str, Any]) -> dict[str, Any]:
+    return row | {"config": DEFAULTS | row["config"], "history": []}
+
+
+def lines_of(path: Path) -> list[str]:
+    """Return a text file's lines. Raises ValueError with the path for what is no text."""
+    try:
+        return path.read_text().splitlines()
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{str(path)!r} is no text ({e}); give another file") from e
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    return [checked(line, f"{str(path)!r}, line {i},") for i, line in enumerate(lines_of(path), 1)]
+
+
+def read_history(path: Path) -> list[dict[str, Any]]:
+    """Return a run's epochs' metrics. Raises ValueError with the path and line of damage."""
+    rows = []
+    for i, line in enumerate(lines_of(path), 1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            row = None
+        if not isinstance(row, dict) or not row.keys() >= {"epoch", "seconds"}:
+            raise ValueError(
+                f"{str(path)!r}, line {i}, is damaged; remove the file, and the report has no "
+                "curves of this run"
+            )
+        rows.append(row)
+    return rows
+
+
+def read_directory(path: Path) -> tuple[list[dict[str, Any]], list[Path]]:
+    """Return the finished runs at any depth, with their epochs' metrics as "history", and the
+    directories of the unfinished ones."""
+    rows, unfinished = [], []
+    for folder in sorted(p.parent for p in path.rglob("config.json")):
+        summary, metrics = folder / "summary.json", folder / "metrics.jsonl"
+        if not summary.exists():
+            unfinished.append(folder)
+            continue
+        row = completed(read_summary(summary))
+        if metrics.exists():
+            row["history"] = read_history(metrics)
+        rows.append(row)
+    return rows, unfinished
+
+
+def read_runs(paths: list[Path]) -> tuple[list[dict[str, Any]], list[Path]]:
+    """Return the rows of all runs in directories and JSONL files, and the unfinished runs'
+    directories. Of two rows of one config, evaluation and data the last counts.
+
+    Raises ValueError naming the path that is missing, empty or holds something else.
+    """
+    latest: dict[str, dict[str, Any]] = {}
+    unfinished = []
+    for path in paths:
+        if not path.exists():
+            raise ValueError(f"{str(path)!r} is not there; `bench compare --out {path}` writes it")
+        rows, open_runs = read_directory(path) if path.is_dir() else (read_jsonl(path), [])
+        unfinished += open_runs
+        if not rows:
+            raise ValueError(
+                f"{str(path)!r} holds no finished run; `bench compare --out DIR` writes a "
+                "directory of them, and --rows FILE a row for each"
+            )
+        for row in rows:
+            key = identity(row["config"], row["evaluation"], measured(row))
+            if not row["history"]:
+                row["history"] = latest.get(key, row)["history"]
+            latest.pop(key, None)
+            latest[key] = row
+    return list(latest.values()), unfinished
+
+
+def identity(*values: Any) -> str:
+    return json.dumps(values, sort_keys=True)
+
+
+# ---- grouping
+
+
+@dataclass
+class Group:
+    """The runs of one setting that differ in the seed alone.
+
+    label: the method, and what tells the group from others of its section. last, best: means over
+    the seeds (`aggregate`) at the two checkpoints.
+    """
+
+    label: str
+    runs: list[dict[str, Any]]
+    last: dict[str, Any]
+    best: dict[str, Any]
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return self.runs[0]["config"]
+
+    @property
+    def seeds(self) -> list[int]:
+        return [run["config"]["seed"] for run in self.runs]
+
+    @property
+    def histories(self) -> list[list[dict[str, Any]]]:
+        """One list a seed of its epochs' metrics; none unless every seed has them."""
+        histories = [run["history"] for run in self.runs]
+        return histories if all(histories) else []
+
+
+@dataclass
+class Section:
+    """Groups that one table can hold: the same data, attacks and number of test images."""
+
+    title: str
+    groups: list[Group]
+
+    @property
+    def attacks(self) -> dict[str, dict[str, str]]:
+        return self.groups[0].runs[0]["attacks"]
+
+
+def measured(row: dict[str, Any]) -> str:
+    """Return what two rows must share for their accuracies to be comparable."""
+    return identity(row["config"]["data"], row["attacks"], row["test_images"], judged_on(row))
+
+
+def judged_on(row: dict[str, Any]) -> str:
+    """Return "test", "held-out", or "test" with the directory of other test images."""
+    on, data = row["evaluation"].get("on", "test"), row["evaluation"].get("data")
+    return f"{on} ({data})" if data else on
+
+
+def grouped(rows: Iterable[dict[str, Any]], key) -> list[list[dict[str, Any]]]:
+    """Return the rows in lists of equal key, in the order in which the keys first appear."""
+    lists: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        lists.setdefault(key(row), []).append(row)
+    return list(lists.values())
+
+
+def recipe_named(row: dict[str, Any]) -> str | None:
+    return row["config"].get("recipe") or row.get("recipe")
+
+
+def setting_among(rows: list[dict[str, Any]]) -> Callable[[dict[str, Any]], str]:
+    """Return a row -> all of its values but the seed. A run that names no recipe is of the first
+    one that a run with equal values names."""
+    recipes: dict[str, str | None] = {}
+
+    def values(row: dict[str, Any]) -> str:
+        return identity(row["config"] | {"seed": None, "recipe": None})
+
+    for row in rows:
+        recipes[values(row)] = recipes.get(values(row)) or recipe_named(row)
+    return lambda row: identity(values(row), recipe_named(row) or recipes[values(row)])
+
+
+def sections_of(rows: list[dict[str, Any]]) -> list[Section]:
+    """Return the rows as sections of groups, by method, then by what tells them apart."""
+    sections = []
+    for of_section in grouped(rows, measured):
+        groups = grouped(of_section, setting_among(of_section))
+        told = told_apart([group[0]["config"] for group in groups])
+        pairs = sorted(zip(told, groups, strict=True), key=lambda pair: place(*pair))
+        first = of_section[0]
+        title = f"{first['config']['data']}, {first['test_images']} {judged_on(first)} images"
+        sections.append(Section(title, [group_of(keys, runs) for keys, runs in pairs]))
+    return sections
+
+
+def place(told: list[str], runs: list[dict[str, Any]]) -> tuple:
+    config = runs[0]["config"]
+    adversary, optimizer = split_method(config["method"])
+    methods = [None, *ADVERSARIES].index(adversary), list(OPTIMIZERS).index(optimizer)
+    values = [config[k] for k in told]
+    numbers = [v if isinstance(v, int | float) else -1 for v in values]
+    return methods, numbers, list(map(str, values))
+
+
+def group_of(told: list[str], runs: list[dict[str, Any]]) -> Group:
+    """Return the runs of one setting as a group; told: the values that its label names."""
+    runs, config = sorted(runs, key=lambda run: run["config"]["seed"]), runs[0]["config"]
+    values = [f"{k} {shown(k, config[k])}" for k in told if config[k] is not None]
+    label = f"{config['method']} {', '.join(values)}".strip()
+    last = aggregate(label, runs)
+    best = aggregate(label, [run | run["best"] for run in runs])
+    times = [run["train_seconds"] for run in runs]
+    time = {"train_seconds": fmean(times), "train_seconds_std": spread(times)}
+    return Group(label, runs, last | time, best | time)
+
+
+def told_apart(configs: list[dict[str, Any]]) -> list[list[str]]:
+    """Return for each config the names of the values in which it differs from others.
+
+    A value that belongs to methods (rho) counts where the same method has several; any other
+    (epochs) where any two configs differ.
+    """
+    result = []
+    for config in configs:
+        alike = [c for c in configs if c["method"] == config["method"]]
+        result.append([
+            k for k in config if k not in ("seed", "method", "recipe")
+            and len({identity(c.get(k)) for c in (alike if k in USED_BY else configs)}) > 1
+        ])  # fmt: skip
+    return result
+
+
+def shown(key: str, value: Any) -> str:
+    return in_both_forms(eps_key(value)) if key in ("eps", "alpha") and value else str(value)
+
+
+# ---- the papers
+
+
+def recipe_of(group: Group) -> str | None:
+    """Return the name of the recipe that the runs came from, or that has all of their values."""
+    named = next(filter(None, map(recipe_named, group.runs)), None)
+    equal = (name for name in recipe_names() if not differing(name, group.config))
+    return named or next(equal, None)
+
+
+@cache
+def values_of_recipe(name: str) -> dict[str, Any]:
+    values = asdict(resolve(None, name, {}))
+    return {k: v for k, v in values.items() if k not in MACHINE | {"recipe"}}
+
+
+def differing(name: str, config: dict[str, Any]) -> dict[str, Any]:
+    """Return the values of a recipe that a config does not have, the machine's own left out."""
+    return {k: v for k, v in values_of_recipe(name).items() if v != config[k]}
+
+
+def known_recipe(group: Group) -> str | None:
+    """Return that name if such a recipe exists here."""
+    try:
+        return recipe_of(group) and load_recipe(recipe_of(group)).name
+    except ValueError:
+        return None
+
+
+def published(group: Group) -> dict[str, float]:
+    """Return what the paper reports for the group's recipe, in %: "natural", "std" (of natural),
+    "linf 1/255", ...; nothing for runs without a recipe."""
+    name = known_recipe(group)
+    return load_recipe(name).published if name else {}
+
+
+def deviations(group: Group) -> str:
+    """Return "epochs 200 -> 2, ..." for the values in which the runs differ from their recipe."""
+    wanted = differing(recipe_of(group), group.config)
+    return ", ".join(f"{k} {shown(k, v)} -> {shown(k, group.config[k])}" for k, v in wanted.items())
+
+
+# ---- commands
+
+
+def command(group: Group) -> str:
+    """Return the command line that repeats the group's runs."""
+    config, recipe = group.config, known_recipe(group)
+    start = ["--recipe", recipe] if recipe else ["--data", config["data"]]
+    words = ["python", "-m", "bench", "compare", *start]
+    words += ["--methods", config["method"], "--seeds", *map(str, group.seeds)]
+    given = {} if recipe else {"data": config["data"]}
+    usual = asdict(resolve(config["method"], recipe, given))
+    for k, value in config.items():
+        if k in ("seed", "recipe") or value is None or value == usual.get(k):
+            continue
+        option = "--" + k.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(option if value else "--no-" + option[2:])
+        else:
+            words += [option, text_of(value) if k in ("eps", "alpha") else str(value)]
+    return shlex.join(words + evaluation_words(config["data"], group.runs[0]["evaluation"]))
+
+
+def evaluation_words(data: str, evaluation: dict[str, Any]) -> list[str]:
+    """Return the options of an evaluation that differs from the data's usual one."""
+    usual, words = asdict(resolve_evaluation(data, {})), []
+    for f in fields(Evaluation):
+        value = evaluation.get(f.name, f.default)
+        value = tuple(value) if isinstance(value, list) else value
+        if value is None or value == usual[f.name]:
+            continue
+        words.append("--eval-" + f.name.replace("_", "-"))
+        words += [text_of(v) if isinstance(v, float) else str(v)
+                  for v in (value if isinstance(value, tuple) else (value,))]  # fmt: skip
+    return words
+
+
+def text_of(eps: float) -> str:
+    """Return eps as the command line reads it back, to the bit: "8/255", or "0.0301/1"."""
+    key = eps_key(eps)
+    return key if parse_eps(key, "l2") == eps else f"{eps!r}/1"

@@ -1,0 +1,1 @@
+"""What can be set, by whom, and what it means."""

@@ -1,0 +1,1 @@
+"""Time: of a step, of training, of a GPU that is or is not here."""

@@ -1,0 +1,1 @@
+"""The SAM/AT paper's binary model."""

@@ -1,0 +1,93 @@
+"""One sitting of a run: how often it saves, when it stops before its end, what it shows."""
+
+import math
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+
+from bench.training import processes
+
+SAVE, STOP = 1, 2
+ASKED_EVERY = 10  # steps, where several processes must agree
+TERMINATED = 128 + signal.SIGTERM  # the exit code that shells give
+
+
+class Stopped(Exception):
+    """A run that ended before its last epoch, with all that it needs to go on in last.pt."""
+
+
+@dataclass
+class Sitting:
+    """Nothing here changes the trained weights.
+
+    save_every: minutes between checkpoints within an epoch; every epoch ends with one anyway.
+    time_budget: minutes after which the run saves and stops; None: none. tensorboard: write
+    TensorBoard's files beside metrics.jsonl. heeds_sigterm: save and stop on SIGTERM too. Raises
+    ValueError for negative minutes, and when tensorboard is not installed.
+    """
+
+    save_every: float = 10.0
+    time_budget: float | None = None
+    tensorboard: bool = False
+    heeds_sigterm: bool = False
+    began: float = field(default_factory=time.monotonic)
+    terminated: bool = False
+
+    def __post_init__(self) -> None:
+        self.saved = self.began
+        for name in ("save_every", "time_budget"):
+            minutes = getattr(self, name)
+            if minutes is not None and not 0 <= minutes < math.inf:
+                raise ValueError(f"{name} must be at least 0 minutes, got {minutes}")
+        if self.tensorboard:
+            try:
+                import torch.utils.tensorboard  # noqa: F401
+            except ImportError as e:
+                raise ValueError(
+                    f"--tensorboard needs a package that is not here ({e}); pip install "
+                    "tensorboard, or leave the option out: metrics.jsonl holds the same numbers"
+                ) from e
+
+    def wish(self) -> int:
+        """Return 0, SAVE or STOP, by this process's clock and signals."""
+        now, budget = time.monotonic(), self.time_budget
+        if self.terminated or (budget is not None and now - self.began >= 60 * budget):
+            return STOP
+        return SAVE if now - self.saved >= 60 * self.save_every else 0
+
+    def demand(self, device: torch.device, step: int) -> int:
+        """Return what all processes agree to do after a step, the most that one of them wishes."""
+        if processes.processes() > 1 and step % ASKED_EVERY:
+            return 0
+        return processes.highest(self.wish(), device)
+
+    def why(self) -> str:
+        if self.terminated:
+            return "SIGTERM"
+        if self.time_budget is not None:
+            return f"the time budget of {self.time_budget:g} minutes is used up"
+        return "SIGTERM in another process"
+
+    @contextmanager
+    def training(self) -> Iterator[None]:
+        """Inside, SIGTERM stops the run at its next step, with a checkpoint; a second one, at once.
+
+        Outside there is nothing to save, and SIGTERM does what it always does.
+        """
+        if not self.heeds_sigterm:
+            yield
+            return
+
+        def heed(*_) -> None:
+            self.terminated = True
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+        before = signal.signal(signal.SIGTERM, heed)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,314 @@
+"""GraphedStep: the same weights as the loop it stands for, with a graph on a GPU; and what the host
+does around a graph, with a pretended one."""
+
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from fastsam import ASAM, SAM, FriendlySAM, GraphedStep, freeze_bn_stats
+from fastsam.graph import refuse_uncapturable, set_counts, state_of
+
+from ..helpers.contract import assert_bits, batch, bits, network
+
+CASES = {
+    "sam": lambda ps: SAM(ps, torch.optim.SGD, 0.08, lr=0.07, momentum=0.9),
+    "fsam-adamw": lambda ps: FriendlySAM(ps, torch.optim.AdamW, 0.1, 0.7, 0.6, lr=0.01),
+    "fsam-cosine": lambda ps: FriendlySAM(ps, torch.optim.SGD, 0.1, 0.7, 0.6, lr=0.05,
+                                          projection="cosine"),
+    "every third": lambda ps: SAM(ps, torch.optim.SGD, 0.08, lr=0.07, interval=3, start=2),
+}
+
+
+def attack(model, x, y):
+    """One step of FGSM."""
+    x = x.detach().clone().requires_grad_()
+    g, = torch.autograd.grad(cross_entropy(model(x), y), x)
+    return (x + 0.03 * g.sign()).detach()
+
+
+def plain_step(net, opt, x, y, attack=None) -> torch.Tensor:
+    """The loop of GraphedStep's docstring, written out."""
+    x = x if attack is None else attack(net, x, y)
+    opt.zero_grad()
+    loss = cross_entropy(net(x), y)
+    loss.backward()
+    if opt.climbs_next:
+        opt.first_step(zero_grad=True)
+        with freeze_bn_stats(net):
+            cross_entropy(net(x), y).backward()
+        opt.second_step()
+    else:
+        opt.step()
+    return loss.detach()
+
+
+def schedule(opt, t: int) -> None:
+    for group in opt.param_groups:
+        group["lr"], group["rho"] = 0.05 / (1 + t), 0.02 * (1 + t)
+
+
+@pytest.mark.parametrize("attacked", [None, attack], ids=["clean", "attacked"])
+@pytest.mark.parametrize("case", CASES)
+def test_it_trains_as_the_loop_does(case, attacked, device):
+    ours, theirs = network(device), network(device)
+    opt, plain = CASES[case](ours.parameters()), CASES[case](theirs.parameters())
+    step = GraphedStep(ours, cross_entropy, opt, batch(0, device), attack=attacked)
+    for t in range(8):
+        schedule(opt, t)
+        schedule(plain, t)
+        x, y = batch(t, device)
+        loss = step(x, y)
+        assert torch.equal(loss, plain_step(theirs, plain, x, y, attacked))
+        assert_bits(ours, bits(theirs))
+        for b, c in zip(ours.buffers(), theirs.buffers(), strict=True):
+            assert torch.equal(b, c)
+        assert opt.param_groups[0]["sam_steps"] == t + 1
+
+
+def test_it_goes_on_from_a_loaded_state(device):
+    ours, theirs = network(device), network(device)
+    opt, plain = CASES["fsam-adamw"](ours.parameters()), CASES["fsam-adamw"](theirs.parameters())
+    step = GraphedStep(ours, cross_entropy, opt, batch(0, device))
+    for t in range(3):
+        step(*batch(t, device))
+        plain_step(theirs, plain, *batch(t + 10, device))
+    ours.load_state_dict(theirs.state_dict())
+    opt.load_state_dict(plain.state_dict())
+    for t in range(3):
+        step(*batch(t, device))
+        plain_step(theirs, plain, *batch(t, device))
+        assert_bits(ours, bits(theirs))
+
+
+def test_the_losses_it_returns_stay(device):
+    net = network(device)
+    step = GraphedStep(net, cross_entropy, CASES["sam"](net.parameters()), batch(0, device))
+    first = step(*batch(0, device))
+    before = first.clone()
+    step(*batch(1, device))
+    assert torch.equal(first, before) and step.output.shape == (12, 4)
+
+
+def test_autocast_is_around_both_passes(device):
+    net = network(device)
+    seen = []
+    net.head.register_forward_hook(lambda module, args, out: seen.append(out.dtype))
+    step = GraphedStep(net, cross_entropy, CASES["sam"](net.parameters()), batch(0, device),
+                       autocast=torch.bfloat16)
+    step(*batch(0, device))
+    assert len(seen) >= 2 and set(seen) == {torch.bfloat16}
+
+
+def test_what_it_refuses(device):
+    net = network(device)
+    x, y = batch(0, device)
+    with pytest.raises(ValueError, match="SGD: GraphedStep takes an optimizer of fastsam"):
+        GraphedStep(net, cross_entropy, torch.optim.SGD(net.parameters(), lr=0.1), (x, y))
+    step = GraphedStep(net, cross_entropy, CASES["sam"](net.parameters()), (x, y))
+    with pytest.raises(ValueError, match="drop_last"):
+        step(x[:5], y[:5])
+    with pytest.raises(ValueError, match="float64"):
+        step(x.double(), y)
+
+
+def test_tables_that_change_during_a_capture_are_uploaded_after_it(device):
+    """A copy from the host's memory cannot be part of a graph that is replayed later."""
+    net = network(device)
+    opt = CASES["sam"](net.parameters())
+    plain_step(net, opt, *batch(0, device))
+    with opt.capture() as tables:
+        assert all(t.late for t in tables)
+        cross_entropy(net(batch(0, device)[0]), batch(0, device)[1]).backward()
+        opt.first_step()
+        assert not tables[0].w.any() and not tables[0].g1.any()
+    (space,) = opt.spaces
+    assert tables[0].w.tolist() == [p.data_ptr() for p in space.params]
+    assert tables[0].g1.tolist() == [p.grad.data_ptr() for p in space.params]
+
+
+# ---- around a graph: captures and replays as the host sees them
+
+
+class Pretended:
+    """A graph on the CPU, of steps by the reference: a capture changes no tensor, a replay takes
+    the step and counts nothing."""
+
+    step: GraphedStep
+    captures = 0
+
+    @contextmanager
+    def capture(self, graph, **how):
+        graph.owner = self
+        kept = [(t, t.detach().clone()) for t in state_of(self.step.model, self.step.optimizer)]
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for t, value in kept:
+                    t.copy_(value)
+            Pretended.captures += 1
+
+
+class Graph:
+    def replay(self):
+        step = self.owner.step
+        counts = [group["sam_steps"] for group in step.optimizer.param_groups]
+        step._graphs[step.optimizer.climbs_next].loss.copy_(step._eager())
+        set_counts(step.optimizer, counts)
+
+
+@pytest.fixture
+def graphed(monkeypatch):
+    """Makes a GraphedStep of CPU tensors that takes its device for a GPU."""
+    pretended, stream = Pretended(), SimpleNamespace(wait_stream=lambda other: None)
+    monkeypatch.setattr(Pretended, "captures", 0)
+    for name, value in {
+        "CUDAGraph": Graph, "graph": pretended.capture, "Stream": lambda: stream,
+        "current_stream": lambda: stream, "stream": nullcontext, "device": nullcontext,
+        "get_rng_state": torch.get_rng_state, "set_rng_state": torch.set_rng_state,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, value)
+
+    def make(net, opt, loss=cross_entropy, **how) -> GraphedStep:
+        pretended.step = GraphedStep(net, loss, opt, batch(0, "cpu"), **how)
+        pretended.step.device = torch.device("cuda")
+        return pretended.step
+
+    monkeypatch.setattr(torch, "autocast", lambda *how, **more: nullcontext())
+    return make
+
+
+def reference(ps, cls=SAM, **own):
+    return cls(ps, torch.optim.SGD, backend="reference", lr=0.07, **own)
+
+
+def test_a_graph_is_captured_once_for_each_kind_of_step(graphed):
+    ours, theirs = network("cpu"), network("cpu")
+    opt, plain = (reference(net.parameters(), rho=0.08, momentum=0.9, interval=2, start=1)
+                  for net in (ours, theirs))
+    step = graphed(ours, opt)
+    for t in range(5):
+        schedule(opt, t)
+        schedule(plain, t)
+        x, y = batch(t, "cpu")
+        assert torch.equal(step(x, y), plain_step(theirs, plain, x, y))
+        assert_bits(ours, bits(theirs))
+        assert opt.param_groups[0]["sam_steps"] == t + 1
+    assert Pretended.captures == 2
+
+
+@pytest.mark.parametrize("change", [
+    dict(momentum=0.9), dict(adaptive=False), dict(eta=0.5), dict(perturb=False)], ids=str)
+def test_what_the_kernels_branch_on_makes_another_graph_at_once(change, graphed):
+    net = network("cpu")
+    opt = reference(net.parameters(), ASAM, scale="weights")
+    step = graphed(net, opt)
+    for captures in (1, 1, 2, 2):
+        opt.param_groups[0].update(change if captures == 2 else {})
+        schedule(opt, captures)
+        step(*batch(0, "cpu"))
+        assert Pretended.captures == captures
+
+
+def test_a_frozen_layer_makes_another_graph_and_stays(graphed):
+    net = network("cpu")
+    step = graphed(net, reference(net.parameters(), momentum=0.9))
+    step(*batch(0, "cpu"))
+    net.conv.weight.requires_grad_(False)
+    before = net.conv.weight.clone()
+    step(*batch(1, "cpu"))
+    assert Pretended.captures == 2 and torch.equal(net.conv.weight, before)
+
+
+def test_the_state_of_a_reordered_parameter_is_shown_in_its_new_order(graphed):
+    net = network("cpu")
+    opt = reference(net.parameters(), momentum=0.9)
+    step = graphed(net, opt)
+    step(*batch(0, "cpu"))
+    net.to(memory_format=torch.channels_last)
+    step(*batch(1, "cpu"))
+    shown, slot = opt.state[net.conv.weight]["momentum_buffer"], opt.spaces[0].slots
+    (own,) = (s.v for s in slot if s.param is net.conv.weight)
+    assert shown.stride() == own.stride() == net.conv.weight.stride()
+    assert torch.equal(shown, own) and Pretended.captures == 2
+
+
+def test_warm_ups_leave_parameters_of_the_loss_alone(graphed):
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.tensor(2.0))
+
+        def forward(self, output, target):
+            return cross_entropy(self.scale * output, target)
+
+    net, twin, loss, same = network("cpu"), network("cpu"), Scaled(), Scaled()
+    opt = reference([*net.parameters(), *loss.parameters()])
+    plain = reference([*twin.parameters(), *same.parameters()])
+    graphed(net, opt, loss)(*batch(0, "cpu"))
+    x, y = batch(0, "cpu")
+    same(twin(x), y).backward()
+    plain.first_step(zero_grad=True)
+    with freeze_bn_stats(twin):
+        same(twin(x), y).backward()
+    plain.second_step()
+    assert_bits(net, bits(twin))
+    assert torch.equal(loss.scale, same.scale)
+
+
+@pytest.mark.parametrize("failing", range(8), ids=lambda i: f"forward {i + 1}")
+def test_a_step_that_cannot_be_captured_changes_nothing(failing, graphed):
+    """Three warm-ups and the capture, of two forward passes each; the loop goes on without it."""
+    net, twin = network("cpu"), network("cpu")
+    opt, plain = (reference(n.parameters(), momentum=0.9) for n in (net, twin))
+    plain_step(net, opt, *batch(0, "cpu"))
+    plain_step(twin, plain, *batch(0, "cpu"))
+    w, buffers = bits(net), [b.clone() for b in net.buffers()]
+    state = [{k: x.clone() for k, x in opt.state[p].items()} for p in net.parameters()]
+    calls = []
+
+    def read_by_the_host(module, args, output):
+        calls.append(1)
+        if len(calls) == failing + 1:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    hook = net.head.register_forward_hook(read_by_the_host)
+    with pytest.raises(RuntimeError, match="not permitted"):
+        graphed(net, opt)(*batch(1, "cpu"))
+    hook.remove()
+    assert not opt.is_perturbed and opt.param_groups[0]["sam_steps"] == 1
+    assert_bits(net, w)
+    assert all(torch.equal(b, c) for b, c in zip(net.buffers(), buffers, strict=True))
+    for p, entry in zip(net.parameters(), state, strict=True):
+        assert p.grad is None
+        assert all(torch.equal(opt.state[p][k], x) for k, x in entry.items())
+    opt.restore()
+    assert_bits(net, w)
+    for n, o in ((net, opt), (twin, plain)):
+        plain_step(n, o, *batch(2, "cpu"))
+    assert_bits(net, bits(twin))
+
+
+def test_an_eager_step_between_replays_leaves_a_graphs_tables_alone():
+    net = network("cpu")
+    opt = reference(net.parameters())
+    cross_entropy(net(batch(0, "cpu")[0]), batch(0, "cpu")[1]).backward()
+    with pytest.raises(RuntimeError, match="not permitted"), opt.capture() as tables:
+        opt.first_step()
+        raise RuntimeError("operation not permitted when stream is capturing")
+    held = tables[0].g1.clone()
+    assert held.all() and not opt.is_perturbed
+    plain_step(net, opt, *batch(1, "cpu"))
+    assert torch.equal(tables[0].g1, held)
+
+
+def test_what_a_graph_cannot_hold_is_refused():
+    p = nn.Parameter(torch.ones(3))
+    with pytest.raises(ValueError, match="'reference' .asked for.* learning rate would stay"):
+        refuse_uncapturable(reference([p]))
+    with pytest.raises(ValueError, match="RMSprop takes a step of its own"):
+        refuse_uncapturable(SAM([p], torch.optim.RMSprop, lr=0.1))

@@ -1,0 +1,301 @@
+"""The invariants of a step: exact return, fixed storage, no host sync, rho = 0, precision."""
+
+import copy
+from contextlib import nullcontext
+from importlib import import_module
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastsam import SAM, PhaseError, freeze_bn_stats
+from fastsam.choose import MODULES
+
+from ..helpers.contract import (
+    HYPER,
+    assert_bits,
+    backward,
+    base_of,
+    batch,
+    bits,
+    build,
+    network,
+    pytest_generate_tests,  # noqa: F401
+    two_passes,
+)
+
+# ---- invariant 1: the weights come back bit for bit
+
+
+def test_restore_gives_the_weights_back(variant, backend, device):
+    net = network(device)
+    opt = build(net, variant, backend)
+    two_passes(net, opt, 0, device)
+    w = bits(net)
+    backward(net, 1, device)
+    opt.first_step()
+    assert opt.is_perturbed
+    assert any(not torch.equal(p, q) for p, q in zip(net.parameters(), w, strict=True))
+    opt.restore()
+    assert not opt.is_perturbed
+    assert_bits(net, w)
+    opt.restore()  # a second time is harmless
+    assert_bits(net, w)
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_a_gradient_that_is_not_finite_skips_the_step(variant, backend, device, bad):
+    net = network(device)
+    opt = build(net, variant, backend)
+    two_passes(net, opt, 0, device)
+    w, state = bits(net), copy.deepcopy(opt.state_dict()["state"])
+    backward(net, 1, device)
+    net.head.bias.grad[1] = bad
+    opt.first_step(zero_grad=True)
+    assert_bits(net, w)
+    backward(net, 1, device)
+    opt.second_step()
+    assert_bits(net, w)
+    assert opt.skipped_steps == 1
+    for i, entry in opt.state_dict()["state"].items():
+        for name, value in entry.items():
+            assert torch.equal(value, state[i][name]), name
+    two_passes(net, opt, 2, device)
+    assert opt.skipped_steps == 1
+    assert all(p.isfinite().all() for p in net.parameters())
+
+
+def test_an_exception_in_the_second_pass_restores(variant, backend, device):
+    net = network(device)
+    opt = build(net, variant, backend)
+    w, calls = bits(net), []
+
+    def closure():
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        opt.zero_grad()
+        return backward(net, 0, device)
+
+    with pytest.raises(KeyboardInterrupt):
+        opt.step(closure)
+    assert not opt.is_perturbed
+    assert_bits(net, w)
+
+
+@pytest.mark.parametrize("which", [1, 2])
+def test_an_exception_inside_the_climb_restores(backend, device, which, monkeypatch):
+    w = [nn.Parameter(torch.randn(5, device=device)),
+         nn.Parameter(torch.randn(5, device=device, dtype=torch.bfloat16))]
+    opt = SAM(w, torch.optim.SGD, rho=0.3, lr=0.1, backend=backend)
+    before = [p.detach().clone() for p in w]
+    backend = import_module(MODULES[backend])
+    climb, calls = backend.climb, []
+
+    def failing(*args):
+        calls.append(1)
+        if len(calls) == which:
+            raise torch.cuda.OutOfMemoryError("made up")
+        return climb(*args)
+
+    monkeypatch.setattr(backend, "climb", failing)
+    for p in w:
+        p.grad = torch.ones_like(p)
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        opt.first_step()
+    assert not opt.is_perturbed
+    assert all(torch.equal(p, q) for p, q in zip(w, before, strict=True))
+
+
+def test_second_step_starts_from_the_saved_weights(variant, backend, device):
+    net = network(device)
+    opt = build(net, variant, backend, lr=0.0)
+    w = bits(net)
+    for i in range(3):
+        two_passes(net, opt, i, device)
+    assert_bits(net, w)
+
+
+# ---- invariant 2: no storage is replaced
+
+
+def test_storages_stay_where_they_are(variant, backend, device):
+    net = network(device)
+    opt = build(net, variant, backend)
+    before = [(p.data_ptr(), p.untyped_storage().data_ptr()) for p in net.parameters()]
+    for i in range(3):
+        two_passes(net, opt, i, device)
+    opt.load_state_dict(copy.deepcopy(opt.state_dict()))
+    two_passes(net, opt, 3, device)
+    assert before == [(p.data_ptr(), p.untyped_storage().data_ptr()) for p in net.parameters()]
+
+
+# ---- invariant 3: no host synchronisation
+
+
+class NoSync(TorchDispatchMode):
+    """Fails on every read of a device value by the host."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default,
+                    torch.ops.aten.nonzero.default, torch.ops.aten.equal.default):
+            raise AssertionError(f"{func} waits for the device")
+        result = func(*args, **(kwargs or {}))
+        sources = [a for a in args if isinstance(a, torch.Tensor)]
+        if (isinstance(result, torch.Tensor) and result.device.type == "cpu"
+                and any(a.device.type != "cpu" for a in sources)):
+            raise AssertionError(f"{func} copies from the device to the host")
+        return result
+
+
+def test_no_host_sync_inside_a_step(variant, backend, device):
+    """But where the base is not fused, whose steps are skipped from the host."""
+    net = network(device)
+    opt = build(net, variant, backend)
+    two_passes(net, opt, 0, device)
+    for i in range(1, 3):
+        opt.param_groups[0].update(lr=0.05 / i, rho=0.1 / i)
+        backward(net, i, device)
+        with NoSync():
+            opt.first_step(zero_grad=True)
+        backward(net, i, device)
+        with NoSync() if opt.backend_report()["fused_base"] else nullcontext():
+            opt.second_step(zero_grad=True)
+
+
+def test_the_sync_detector_detects(device):
+    with pytest.raises(AssertionError, match="waits for the device"), NoSync():
+        torch.ones((), device=device).item()
+
+
+# ---- invariant 4: rho = 0 is the base optimizer
+
+
+def assert_rho_zero_is(base, twin, net, opt, device) -> None:
+    """opt, with rho 0, takes the base optimizer's steps: weights, buffers and state."""
+    for i in range(6):
+        two_passes(net, opt, i, device)
+        base.zero_grad()
+        backward(twin, i, device)
+        base.step()
+        for (name, a), (_, b) in zip(net.state_dict().items(), twin.state_dict().items(),
+                                     strict=True):
+            torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-7, msg=name)
+        for p, q in zip(net.parameters(), twin.parameters(), strict=True):
+            for name, value in base.state[q].items():
+                torch.testing.assert_close(opt.state[p][name].to(value), value, rtol=1e-4,
+                                           atol=1e-6, msg=name)
+    assert int(net.bn.num_batches_tracked) == 6
+
+
+def test_rho_zero_is_the_base_optimizer_with_its_buffers(variant, backend, device):
+    net, twin = network(device), network(device)
+    base, hyper = base_of(variant)
+    assert_rho_zero_is(base(twin.parameters(), **hyper), twin, net,
+                       build(net, variant, backend, rho=0.0), device)
+
+
+def test_rho_zero_is_sgd_with_nesterov_momentum(backend, device):
+    net, twin = network(device), network(device)
+    changes = dict(dampening=0.0, nesterov=True)
+    base = torch.optim.SGD(twin.parameters(), **{**HYPER, **changes})
+    assert_rho_zero_is(base, twin, net, build(net, "fsam", backend, rho=0.0, **changes), device)
+
+
+def test_freeze_bn_stats_keeps_the_buffers_and_nests():
+    net = nn.Sequential(nn.BatchNorm1d(3, momentum=None), nn.SyncBatchNorm(3),
+                        nn.LazyBatchNorm1d())
+    x = torch.randn(8, 3)
+    net[2](x), net[0](x)
+    before = copy.deepcopy(net.state_dict())
+    with freeze_bn_stats(net), freeze_bn_stats(net):
+        net[2](net[0](x * torch.inf))
+    for name, value in net.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    net[0](x)
+    assert int(net[0].num_batches_tracked) == 2
+
+
+# ---- mixed precision
+
+
+def test_autocast_does_not_train_on_stale_weights(backend, device):
+    net, twin = network(device), network(device)
+    opt, other = build(net, "sam", backend, rho=5.0), build(twin, "sam", backend, rho=5.0)
+    with torch.autocast(device.type, torch.bfloat16):
+        two_passes(net, opt, 0, device)
+    for phase in ("first", "second"):
+        with torch.autocast(device.type, torch.bfloat16):
+            x, y = batch(0, device)
+            loss = cross_entropy(twin(x), y)
+        loss.backward()
+        getattr(other, f"{phase}_step")(zero_grad=True)
+    assert_bits(net, bits(twin))
+
+
+def test_grad_scaler_is_divided_out_and_backs_off(variant, backend, device):
+    net, twin = network(device), network(device)
+    opt, plain = build(net, variant, backend), build(twin, variant, backend)
+    scaler = torch.amp.GradScaler(device.type, init_scale=1024.0, growth_interval=1000)
+    for i in range(3):
+        for phase in ("first", "second"):
+            x, y = batch(i, device)
+            scaler.scale(cross_entropy(net(x), y)).backward()
+            if phase == "first":
+                opt.first_step(zero_grad=True, scaler=scaler)
+            else:
+                scaler.step(opt)
+                scaler.update()
+                opt.zero_grad()
+            backward(twin, i, device)
+            getattr(plain, f"{phase}_step")(zero_grad=True)
+        for p, q in zip(net.parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+    w = bits(net)
+    backward(net, 4, device)
+    net.head.bias.grad[0] = torch.inf
+    opt.first_step(zero_grad=True, scaler=scaler)
+    x, y = batch(4, device)
+    scaler.scale(cross_entropy(net(x), y)).backward()  # finite: only the first pass overflowed
+    scaler.step(opt)
+    scaler.update()
+    assert_bits(net, w)
+    assert opt.skipped_steps == 1 and scaler.get_scale() == 512.0
+
+
+def test_grad_scaler_misuse_is_refused(backend, device):
+    net = network(device)
+    opt = build(net, "fsam", backend)
+    w = bits(net)
+    scaler = torch.amp.GradScaler(device.type, init_scale=1024.0)
+    backward(net, 0, device)
+    with pytest.raises(ValueError, match="has not scaled a loss"):
+        opt.first_step(scaler=scaler)
+    scaler.scale(torch.zeros((), device=device))
+    scaler.unscale_(opt)
+    with pytest.raises(ValueError, match="twice"):
+        opt.first_step(scaler=scaler)
+    scaler.update()
+    opt.first_step(scaler=scaler)
+    with pytest.raises(PhaseError, match="scaler.step"):
+        opt.second_step()
+    opt.restore()
+    with pytest.raises(PhaseError, match="closure"):
+        scaler.step(opt, lambda: None)
+    assert_bits(net, w)
+
+
+def test_a_disabled_grad_scaler_does_nothing(backend, device):
+    net, twin = network(device), network(device)
+    opt, plain = build(net, "fsam", backend), build(twin, "fsam", backend)
+    scaler = torch.amp.GradScaler(device.type, enabled=False)
+    backward(net, 0, device)
+    opt.first_step(zero_grad=True, scaler=scaler)
+    scaler.scale(backward(net, 0, device))
+    scaler.step(opt)
+    for phase in (plain.first_step, plain.second_step):
+        backward(twin, 0, device)
+        phase(zero_grad=True)
+    assert_bits(net, bits(twin))

@@ -1,0 +1,454 @@
+"""Momentum-SAM, GSAM and LookSAM: against their authors' code, across backends, and what is theirs
+alone. What they share with SAM is in the tests of the contract (`contract.RELATIVES`)."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from fastsam import GSAM, SAM, LookSAM, MomentumSAM, PhaseError
+from fastsam.choose import BACKENDS
+
+from ..helpers import published
+from ..helpers.contract import assert_bits, backward, bits, network
+
+SHAPES = [(7,), (4, 3), (1,), (2, 3, 2, 2), (33, 40), ()]
+HYPER = dict(lr=0.07, momentum=0.8, weight_decay=0.02)
+ADAM = dict(lr=0.02, betas=(0.8, 0.97), eps=1e-3)
+EXACT = ["reference", "numba"]  # take float64
+
+
+def pytest_generate_tests(metafunc):
+    if "backend" in metafunc.fixturenames and "every_backend" not in metafunc.function.__name__:
+        metafunc.parametrize("backend", BACKENDS)
+
+
+def normals(seed: int, dtype=torch.float64) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(s, generator=generator, dtype=torch.float64).to(dtype) for s in SHAPES]
+
+
+def parameters(seed: int = 0, dtype=torch.float64) -> list[nn.Parameter]:
+    return [nn.Parameter(t) for t in normals(seed, dtype)]
+
+
+def give(params, grads) -> None:
+    for p, g in zip(params, grads, strict=True):
+        p.grad = g.clone().to(p)
+
+
+def assert_close(params, expected, what: str = "") -> None:
+    for p, q in zip(params, expected, strict=True):
+        torch.testing.assert_close(p.detach(), q, rtol=1e-11, atol=1e-12, msg=lambda m: what + m)
+
+
+# ---- the authors' code, on the same gradients, in float64
+
+
+@pytest.mark.parametrize("exact", EXACT)
+def test_momentum_sam_over_sgd_is_the_authors(exact):
+    """Their weight decay is of w' where the base's is of w, so its gradient says the difference."""
+    w = parameters()
+    theirs = published.MomentumSAM(published.SGD(w, **HYPER), rho=0.4)
+    opt = MomentumSAM(w, torch.optim.SGD, rho=0.4, backend=exact, **HYPER)
+    for t in range(12):
+        opt.first_step()
+        assert_close(w, theirs.moved, f"moved at {t}: ")
+        give(w, normals(10 + t))
+        opt.second_step(zero_grad=True)
+        theirs.step(normals(10 + t))
+        assert_close(w, theirs.base.w, f"after step {t}: ")
+
+
+@pytest.mark.parametrize("exact", EXACT)
+def test_momentum_sam_over_adamw_is_the_authors(exact):
+    w = parameters()
+    theirs = published.MomentumSAM(published.AdamW(w, **ADAM), rho=0.4)
+    opt = MomentumSAM(w, torch.optim.AdamW, rho=0.4, backend=exact, weight_decay=0.0, **ADAM)
+    for t in range(12):
+        opt.first_step()
+        assert_close(w, theirs.moved, f"moved at {t}: ")
+        give(w, normals(10 + t))
+        opt.second_step(zero_grad=True)
+        theirs.step(normals(10 + t))
+        assert_close(w, theirs.base.w, f"after step {t}: ")
+
+
+@pytest.mark.parametrize("exact", EXACT)
+@pytest.mark.parametrize("base", ["sgd", "adamw"])
+def test_gsam_is_the_authors(exact, base):
+    w = parameters()
+    sgd = base == "sgd"
+    kind, hyper = (torch.optim.SGD, HYPER) if sgd else (torch.optim.AdamW, ADAM)
+    theirs = published.GSAM((published.SGD if sgd else published.AdamW)(w, **hyper), 0.3, 0.7)
+    opt = GSAM(w, kind, rho=0.3, alpha=0.7, backend=exact, **{"weight_decay": 0.0, **hyper})
+    for t in range(10):
+        first, second = normals(10 + t), normals(50 + t)
+        give(w, first)
+        opt.first_step(zero_grad=True)
+        assert_close(w, theirs.climbed(first), f"moved at {t}: ")
+        give(w, second)
+        opt.second_step(zero_grad=True)
+        theirs.step(first, second)
+        assert_close(w, theirs.base.w, f"after step {t}: ")
+
+
+@pytest.mark.parametrize("exact", EXACT)
+@pytest.mark.parametrize("base", ["sgd", "adamw"])
+def test_looksam_is_the_authors(exact, base):
+    w = parameters()
+    sgd = base == "sgd"
+    kind, hyper = (torch.optim.SGD, HYPER) if sgd else (torch.optim.AdamW, ADAM)
+    theirs = published.LookSAM((published.SGD if sgd else published.AdamW)(w, **hyper), 0.3, 0.7)
+    opt = LookSAM(w, kind, rho=0.3, alpha=0.7, k=4, backend=exact, **{"weight_decay": 0.0, **hyper})
+    for t in range(11):
+        first, second = normals(10 + t), normals(50 + t)
+        assert opt.climbs_next == (t % 4 == 0)
+        give(w, first)
+        if opt.climbs_next:
+            opt.first_step(zero_grad=True)
+            assert_close(w, theirs.climbed(first), f"moved at {t}: ")
+            give(w, second)
+            opt.second_step(zero_grad=True)
+            theirs.sam_step(first, second)
+        else:
+            opt.step()
+            theirs.step_between(first)
+        assert_close(w, theirs.base.w, f"after step {t}: ")
+
+
+# ---- every backend and dtype, one step from the same state
+
+
+RELATIVES = {"msam": (MomentumSAM, dict(rho=0.3)), "gsam": (GSAM, dict(rho=0.3, alpha=0.7)),
+             "gsam-adaptive": (GSAM, dict(rho=0.9, alpha=-0.3, adaptive=True)),
+             "looksam": (LookSAM, dict(rho=0.3, alpha=0.7, k=3))}
+BASES = {"sgd": (torch.optim.SGD, dict(lr=0.07, momentum=0.8, weight_decay=0.02, nesterov=True)),
+         "adam": (torch.optim.Adam, dict(**ADAM, weight_decay=0.1))}
+FP32, BF16, FP64 = torch.float32, torch.bfloat16, torch.float64
+
+
+class Trial:
+    """One optimizer of three groups, one of which does not climb."""
+
+    def __init__(self, name: str, base: str, backend: str, dtype, masters: bool = False):
+        (cls, own), (kind, hyper) = RELATIVES[name], BASES[base]
+        self.w = parameters(0, dtype)
+        groups = [dict(params=self.w[:2]), dict(params=self.w[2:5], rho=0.2),
+                  dict(params=self.w[5:], perturb=False)]
+        if name != "msam":
+            groups[1]["alpha"] = 0.2
+        self.opt = cls(groups, kind, backend=backend, master_weights=masters, **own, **hyper)
+
+    def follow(self, other: "Trial") -> None:
+        state = other.opt.state_dict()
+        with torch.no_grad():
+            for p, q in zip(self.w, other.w, strict=True):
+                p.copy_(other.opt.state[q].get("master", q))
+        self.opt.load_state_dict({**state, "state": {
+            i: {k: x for k, x in entry.items() if k != "master"}
+            for i, entry in copy.deepcopy(state["state"]).items()}})
+
+    def step(self, first, second) -> None:
+        climbs = self.opt.climbs_next
+        give(self.w, first)
+        if climbs:
+            self.opt.first_step(zero_grad=True)
+            give(self.w, second)
+        self.opt.step()
+        self.opt.zero_grad()
+
+    def found(self) -> dict[str, torch.Tensor]:
+        entries = self.opt.state_dict()["state"]
+        return {f"w{i}": self.opt.state[p].get("master", p.detach()).double()
+                for i, p in enumerate(self.w)} | {
+            f"{name}{i}": x.double() for i, entry in entries.items()
+            for name, x in entry.items() if name != "master"}
+
+
+@pytest.mark.filterwarnings("ignore:the weights are 16-bit")
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "reference"])
+@pytest.mark.parametrize("dtype, masters", [(FP32, False), (BF16, True)], ids=str)
+@pytest.mark.parametrize("name, base", [
+    ("msam", "sgd"), ("gsam", "sgd"), ("gsam-adaptive", "adam"), ("looksam", "sgd"),
+    ("looksam", "adam")])
+def test_every_backend_errs_at_most_twice_as_much_as_plain_torch(name, base, dtype, masters,
+                                                                 backend):
+    ours, plain = (Trial(name, base, b, dtype, masters) for b in (backend, "reference"))
+    truth = Trial(name, base, "reference", FP64)
+    for t in range(5):
+        if t:
+            plain.opt.load_state_dict(copy.deepcopy(ours.opt.state_dict()))
+            with torch.no_grad():
+                for p, q in zip(plain.w, ours.w, strict=True):
+                    p.copy_(q)
+            truth.follow(ours)
+        else:
+            truth.follow(plain)
+        grads = [[g.to(dtype) for g in normals(seed + t)] for seed in (10, 50)]
+        for trial in (ours, plain, truth):
+            trial.step(*grads)
+        for (what, x), y, z in zip(ours.found().items(), plain.found().values(),
+                                   truth.found().values(), strict=True):
+            allowed = 2 * float((y - z).abs().max()) + 4 * torch.finfo(FP32).eps * max(
+                1.0, float(z.abs().max()))
+            assert float((x - z).abs().max()) <= allowed, f"{what} after step {t}"
+
+
+# ---- Momentum-SAM
+
+
+def test_momentum_sam_calls_the_closure_once_at_the_moved_weights(backend, device):
+    net = network(device)
+    opt = MomentumSAM(net.parameters(), torch.optim.SGD, rho=0.3, lr=0.05, momentum=0.9,
+                      backend=backend)
+    seen = []
+
+    def closure():
+        seen.append((opt.is_perturbed, bits(net)))
+        return backward(net, len(seen), device)
+
+    opt.step(closure)
+    w = bits(net)
+    v = [opt.state[p]["momentum_buffer"].clone() for p in net.parameters()]
+    assert len(seen) == 1 and opt.step(closure) > 0 and len(seen) == 2
+    assert not opt.is_perturbed and seen[1][0]
+    norm = math.sqrt(sum(float((x * x).sum()) for x in v))
+    for p, q, x in zip(seen[1][1], w, v, strict=True):
+        torch.testing.assert_close(p, q - 0.3 * x / norm)
+    assert opt.last_radius == pytest.approx(0.3, rel=1e-4)
+
+
+def test_the_first_step_of_momentum_sam_moves_nothing(backend, device):
+    net = network(device)
+    opt = MomentumSAM(net.parameters(), torch.optim.AdamW, rho=0.3, lr=0.05, backend=backend)
+    w = bits(net)
+    opt.first_step()
+    assert_bits(net, w)
+    assert opt.is_perturbed
+
+
+def test_an_exception_in_momentum_sam_s_pass_restores(backend, device):
+    net = network(device)
+    opt = MomentumSAM(net.parameters(), torch.optim.SGD, rho=0.3, lr=0.05, momentum=0.9,
+                      backend=backend)
+    opt.step(lambda: backward(net, 0, device))
+    w = bits(net)
+
+    def closure():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        opt.step(closure)
+    assert not opt.is_perturbed
+    assert_bits(net, w)
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_momentum_sam_with_a_grad_scaler(backend, device, told):
+    net, twin = network(device), network(device)
+    opt, plain = (MomentumSAM(n.parameters(), torch.optim.SGD, rho=0.2, lr=0.05, momentum=0.9,
+                              backend=backend) for n in (net, twin))
+    scaler = torch.amp.GradScaler(device.type, init_scale=1024.0)
+    for i in range(3):
+        opt.first_step(scaler=scaler if told else None)
+        if told:
+            with pytest.raises(PhaseError, match="scaler.step"):
+                opt.second_step()
+        scaler.scale(torch.ones((), device=device))
+        for n, o in ((net, opt), (twin, plain)):
+            if n is twin:
+                o.first_step()
+            loss_scale = 1024.0 if n is net else 1.0
+            backward(n, i, device)
+            with torch.no_grad():
+                for p in n.parameters():
+                    p.grad.mul_(loss_scale)
+        scaler.step(opt)
+        scaler.update()
+        opt.zero_grad()
+        plain.second_step(zero_grad=True)
+        for p, q in zip(net.parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+    net.head.bias.grad = torch.full_like(net.head.bias, torch.inf)
+    w = bits(net)
+    opt.first_step()
+    scaler.step(opt)
+    scaler.update()
+    assert_bits(net, w)
+    assert opt.skipped_steps == 1 and scaler.get_scale() == 512.0
+
+
+def test_a_momentum_that_others_change_is_the_one_climbed_along(backend):
+    w = [nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(2))]
+    opt = MomentumSAM(w, torch.optim.SGD, rho=1.0, lr=0.0, momentum=0.5, backend=backend)
+    for p in w:
+        p.grad = torch.ones_like(p)
+    opt.first_step()
+    opt.second_step()
+    opt.state[w[0]]["momentum_buffer"].mul_(0)
+    opt.state[w[1]]["momentum_buffer"] = torch.tensor([3.0, -4.0])
+    opt.first_step()
+    torch.testing.assert_close(w[0].detach(), torch.zeros(3))
+    torch.testing.assert_close(w[1].detach(), torch.tensor([-0.6, 0.8]))
+    opt.restore()
+    opt.param_groups[0]["rho"] = 5.0
+    opt.first_step()
+    torch.testing.assert_close(w[1].detach(), torch.tensor([-3.0, 4.0]))
+
+
+def test_momentum_sam_refuses_what_it_cannot_climb_along():
+    w = parameters()
+    with pytest.raises(ValueError, match="momentum=0 leaves nothing"):
+        MomentumSAM(w, torch.optim.SGD, lr=0.1)
+    with pytest.raises(ValueError, match="RMSprop"):
+        MomentumSAM(w, torch.optim.RMSprop, lr=0.1)
+    with pytest.raises(TypeError, match="adaptive"):
+        MomentumSAM(w, torch.optim.SGD, lr=0.1, momentum=0.9, adaptive=True)
+    opt = MomentumSAM([dict(params=w[:3]), dict(params=w[3:], perturb=False, momentum=0.0)],
+                      torch.optim.SGD, lr=0.1, momentum=0.9)
+    opt.param_groups[0]["momentum"] = 0.0
+    with pytest.raises(ValueError, match="momentum=0 leaves nothing"):
+        opt.first_step()
+    opt.param_groups[0]["momentum"] = 0.9
+    with pytest.raises(TypeError, match="ascent_closure"):
+        opt.step(lambda: None, ascent_closure=lambda: None)
+    with pytest.raises(PhaseError, match="no first pass"):
+        opt.local_first_pass(nn.Linear(1, 1))
+    state = opt.state_dict()
+    state["param_groups"][0]["momentum"] = 0.0
+    with pytest.raises(ValueError, match="momentum=0 leaves nothing"):
+        opt.load_state_dict(state)
+    assert opt.param_groups[0]["momentum"] == 0.9
+
+
+# ---- GSAM and LookSAM
+
+
+@pytest.mark.parametrize("cls", [GSAM, LookSAM])
+def test_alpha_0_is_sam(cls, backend, device):
+    net, twin = network(device), network(device)
+    opt = cls(net.parameters(), torch.optim.SGD, rho=0.2, alpha=0.0, lr=0.05, momentum=0.9,
+              backend=backend)
+    sam = SAM(twin.parameters(), torch.optim.SGD, rho=0.2, lr=0.05, momentum=0.9, backend=backend,
+              interval=5 if cls is LookSAM else 1)
+    for i in range(7):
+        opt.step(lambda i=i: backward(net, i, device))
+        sam.step(lambda i=i: backward(twin, i, device))
+    assert_bits(net, bits(twin))
+
+
+def test_looksam_calls_the_closure_twice_at_every_kth_step(backend, device):
+    net, calls = network(device), []
+    opt = LookSAM(net.parameters(), torch.optim.SGD, k=3, lr=0.05, momentum=0.9, backend=backend)
+
+    def closure():
+        calls[-1] += 1
+        return backward(net, 0, device)
+
+    for _ in range(7):
+        calls.append(0)
+        opt.step(closure)
+    assert calls == [2, 1, 1, 2, 1, 1, 2]
+
+
+def test_looksam_goes_on_between_its_climbs_where_it_was(backend, device):
+    net = network(device)
+    make = lambda n: LookSAM(n.parameters(), torch.optim.SGD, rho=0.2, k=4, lr=0.05,  # noqa: E731
+                             momentum=0.9, backend=backend)
+    opt = make(net)
+    for i in range(6):
+        opt.step(lambda i=i: backward(net, i, device))
+    twin = copy.deepcopy(net)
+    other = make(twin)
+    other.load_state_dict(copy.deepcopy(opt.state_dict()))
+    for i in range(6, 11):
+        opt.step(lambda i=i: backward(net, i, device))
+        other.step(lambda i=i: backward(twin, i, device))
+        assert_bits(net, bits(twin))
+
+
+def test_a_climb_that_is_given_up_leaves_looksam_s_g_v(backend, device):
+    net = network(device)
+    opt = LookSAM(net.parameters(), torch.optim.SGD, rho=0.2, k=1, lr=0.05, momentum=0.9,
+                  backend=backend)
+    opt.step(lambda: backward(net, 0, device))
+    g_v = [opt.state[p]["g_v"].clone() for p in net.parameters()]
+    assert all(x.abs().sum() > 0 for x in g_v[1:])
+    backward(net, 1, device)
+    opt.first_step()
+    opt.restore()
+    backward(net, 2, device)
+    net.head.bias.grad[0] = torch.nan
+    opt.first_step(zero_grad=True)
+    backward(net, 2, device)
+    opt.second_step(zero_grad=True)
+    assert opt.skipped_steps == 1
+    for p, x in zip(net.parameters(), g_v, strict=True):
+        assert torch.equal(opt.state[p]["g_v"], x)
+
+
+@pytest.mark.parametrize("climbs", [True, False])
+@pytest.mark.parametrize("cls", [GSAM, LookSAM])
+def test_a_bad_gradient_does_not_spread_to_all_weights(cls, climbs, backend, device):
+    net = network(device)
+    opt = cls(net.parameters(), torch.optim.SGD, rho=0.2, lr=0.05, momentum=0.9, backend=backend)
+    opt.step(lambda: backward(net, 0, device))
+    if climbs:
+        opt.param_groups[0]["sam_steps"] = 0
+        backward(net, 1, device)
+        opt.first_step(zero_grad=True)
+    elif cls is GSAM:
+        return  # a plain step of the base
+    backward(net, 1, device)
+    net.head.bias.grad[1] = torch.inf
+    opt.restore() if not climbs else None
+    before = copy.deepcopy(opt.state[net.head.bias]["momentum_buffer"])
+    opt.step()
+    opt.zero_grad()
+    assert opt.skipped_steps == 1
+    assert torch.equal(before, opt.state[net.head.bias]["momentum_buffer"])
+    assert all(p.isfinite().all() for p in net.parameters())
+    opt.step(lambda: backward(net, 2, device))
+    assert opt.skipped_steps == 1
+
+
+def test_a_gradient_of_one_pass_only_is_not_mixed(backend):
+    """The second parameter has no first gradient: as by SGD, and not in the inner product."""
+    w = [nn.Parameter(torch.tensor([1.0, 2.0])), nn.Parameter(torch.tensor([5.0]))]
+    opt = GSAM(w, torch.optim.SGD, rho=0.1, alpha=0.5, lr=1.0, backend=backend)
+    w[0].grad = torch.tensor([3.0, 0.0])
+    opt.first_step(zero_grad=True)
+    w[0].grad, w[1].grad = torch.tensor([1.0, 1.0]), torch.tensor([100.0])
+    opt.second_step(zero_grad=True)
+    # h = (3, 0) - 3/2 (1, 1) = (1.5, -1.5)
+    torch.testing.assert_close(w[0].detach(), torch.tensor([1.0 - 0.25, 2.0 - 1.75]))
+    torch.testing.assert_close(w[1].detach(), torch.tensor([-95.0]))
+
+
+@pytest.mark.parametrize("cls", [GSAM, LookSAM])
+def test_what_gsam_and_looksam_refuse(cls):
+    w = parameters()
+    with pytest.raises(ValueError, match="RMSprop"):
+        cls(w, torch.optim.RMSprop, lr=0.1)
+    with pytest.raises(ValueError, match="alpha=nan"):
+        cls(w, torch.optim.SGD, lr=0.1, alpha=math.nan)
+    with pytest.raises(ValueError, match="alpha is a tensor"):
+        cls(w, torch.optim.SGD, lr=0.1, alpha=torch.tensor(0.1))
+    opt = cls(w, torch.optim.SGD, lr=0.1)
+    with pytest.raises(PhaseError, match="whole batch"):
+        opt.stash_grad()
+    with pytest.raises(PhaseError, match="whole batch"):
+        opt.local_first_pass(nn.Linear(1, 1))
+
+
+def test_looksam_refuses_a_k_and_what_it_has_not():
+    w = parameters()
+    with pytest.raises(ValueError, match="interval=0"):
+        LookSAM(w, torch.optim.SGD, lr=0.1, k=0)
+    with pytest.raises(TypeError, match="use k="):
+        LookSAM(w, torch.optim.SGD, lr=0.1, interval=3)
+    with pytest.raises(TypeError, match="adaptive"):
+        LookSAM(w, torch.optim.SGD, lr=0.1, adaptive=True)

@@ -1,0 +1,176 @@
+"""Saving, loading, copying: every way continues bit for bit."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from fastsam import SAM, FriendlySAM
+
+from ..helpers.contract import (
+    HYPER,
+    assert_bits,
+    backward,
+    bits,
+    build,
+    network,
+    pytest_generate_tests,  # noqa: F401
+    trained,
+    two_passes,
+)
+
+
+@pytest.mark.parametrize("way", ["torch.save", "deepcopy", "pickle"])
+def test_save_load_continue_is_bit_equal(variant, backend, device, way):
+    net, opt = trained(variant, backend, device)
+    twin = network(device)
+    if way == "torch.save":
+        file = io.BytesIO()
+        torch.save([net.state_dict(), opt.state_dict()], file)
+        file.seek(0)
+        model_state, state = torch.load(file, weights_only=True)
+        twin.load_state_dict(model_state)
+        other = build(twin, variant, backend, lr=0.5, weight_decay=0.1)
+        other.load_state_dict(state)
+    elif way == "deepcopy":
+        twin, other = copy.deepcopy((net, opt))
+    else:
+        twin, other = pickle.loads(pickle.dumps((net, opt)))
+    state = other.state_dict()["state"][0]
+    assert state.get("momentum_buffer", state.get("exp_avg")).abs().sum() > 0
+    for i in range(3, 6):
+        two_passes(net, opt, i, device)
+        two_passes(twin, other, i, device)
+        assert_bits(net, bits(twin))
+
+
+def test_a_pickled_optimizer_is_whole(backend, device):
+    """A schedule, a skip, a restore and its state, not only the next weights."""
+    net, opt = trained("fsam", backend, device)
+    twin, other = pickle.loads(pickle.dumps((net, opt)))
+    for n, o in ((net, opt), (twin, other)):
+        o.param_groups[0]["lr"] = 0.01
+        backward(n, 3, device)
+        n.head.bias.grad[0] = torch.nan
+        o.first_step()
+        o.second_step(zero_grad=True)
+        two_passes(n, o, 4, device)
+        backward(n, 5, device)
+        w = bits(n)
+        o.first_step()
+        o.restore()
+        assert_bits(n, w)
+        assert o.skipped_steps == 1
+    assert_bits(net, bits(twin))
+    for i, entry in opt.state_dict()["state"].items():
+        for name, value in entry.items():
+            assert torch.equal(value, other.state_dict()["state"][i][name]), name
+
+
+def test_a_state_of_another_model_changes_nothing(backend, device):
+    net, opt = trained("fsam", backend, device)
+    before = copy.deepcopy(opt.state_dict())
+    for key, value, match in (("ema", torch.ones(3), "does not fit"),
+                              ("momentum_buffer", torch.ones(1, 1), "does not fit")):
+        state = copy.deepcopy(before)
+        state["param_groups"][0]["lr"] = 9.0
+        state["state"][0][key] = value
+        with pytest.raises(ValueError, match=match):
+            opt.load_state_dict(state)
+    maximizing = torch.optim.SGD(network(device).parameters(), lr=9.0, maximize=True)
+    with pytest.raises(ValueError, match="maximize=True"):
+        opt.load_state_dict(maximizing.state_dict())
+    fewer = SAM([nn.Parameter(torch.ones(2))], torch.optim.SGD, lr=9.0)
+    with pytest.raises(ValueError, match="parameter group"):
+        opt.load_state_dict(fewer.state_dict())
+    after = opt.state_dict()
+    assert after["param_groups"] == before["param_groups"]
+    assert all(torch.equal(x, after["state"][i][k]) for i, entry in before["state"].items()
+               for k, x in entry.items())
+
+
+def test_group_keys_that_a_state_lacks_stay(device):
+    ps = [nn.Parameter(torch.ones(2)) for _ in range(2)]
+    opt = SAM([dict(params=[ps[0]], rho=0.3), dict(params=[ps[1]], perturb=False)],
+              torch.optim.SGD, lr=0.1)
+    plain = torch.optim.SGD([dict(params=[ps[0]]), dict(params=[ps[1]])], lr=0.5)
+    opt.load_state_dict(plain.state_dict())
+    assert [g["lr"] for g in opt.param_groups] == [0.5, 0.5]
+    assert opt.param_groups[0]["rho"] == 0.3 and opt.param_groups[1]["perturb"] is False
+
+
+def test_the_published_fsam_state_keeps_its_average(device):
+    net, opt = trained("fsam-official", "reference", device)
+    state = opt.state_dict()
+    published = {i: {"old_p": x["ema"], "momentum": x["ema"]} for i, x in state["state"].items()}
+    other = build(network(device), "fsam-official", "reference")
+    other.load_state_dict({**state, "state": published})
+    for i, entry in other.state_dict()["state"].items():
+        assert torch.equal(entry["ema"], state["state"][i]["ema"]) and entry["ema_steps"] == 1
+
+
+def test_a_torch_sgd_state_is_taken_over(backend, device):
+    net, twin = network(device), network(device)
+    base = torch.optim.SGD(twin.parameters(), **HYPER)
+    for i in range(2):
+        base.zero_grad()
+        backward(twin, i, device)
+        base.step()
+    net.load_state_dict(twin.state_dict())
+    opt = build(net, "sam", backend)
+    opt.load_state_dict(base.state_dict())
+    assert opt.param_groups[0]["rho"] == 0.08
+    wrapped = copy.deepcopy(twin)
+    inner = torch.optim.SGD(wrapped.parameters(), **HYPER)
+    inner.load_state_dict(base.state_dict())
+    outer = SAM.wrap(inner, rho=0.08, backend=backend)
+    for i in range(2, 4):
+        two_passes(net, opt, i, device)
+        two_passes(wrapped, outer, i, device)
+        assert_bits(net, bits(wrapped))
+
+
+def test_the_public_class_state_with_old_p_is_tolerated(backend, device):
+    net, opt = trained("sam", backend, device)
+    state = opt.state_dict()
+    state["state"] = {0: {"old_p": torch.zeros(1)}}
+    opt.load_state_dict(state)
+    assert "old_p" not in opt.state_dict()["state"][0]
+
+
+# ---- parameters whose memory someone re-ordered, as model.to(memory_format=...) does
+
+
+def reordered(backend, device, **kwargs):
+    """An optimizer with state, its parameter, and that state, before the next step sees that the
+    parameter has other strides."""
+    p = nn.Parameter(torch.randn(3, 5, device=device))
+    opt = FriendlySAM([p], torch.optim.SGD, rho=0.1, lr=0.1, backend=backend, **kwargs)
+    p.grad = torch.randn(3, 5, device=device)
+    opt.first_step()
+    opt.second_step()
+    before = {k: x.clone() for k, x in opt.state[p].items()}
+    p.data = p.data.t().contiguous().t()
+    return p, opt, before
+
+
+@pytest.mark.parametrize("way", ["deepcopy", "pickle"])
+def test_a_copy_of_a_reordered_parameter_keeps_its_state(backend, device, way):
+    p, opt, before = reordered(backend, device, momentum=0.9)
+    copied = copy.deepcopy((p, opt)) if way == "deepcopy" else pickle.loads(pickle.dumps((p, opt)))
+    for q, o in (copied, (p, opt)):
+        for name, value in before.items():
+            assert torch.equal(o.state[q][name], value), name
+
+
+def test_momentum_that_begins_after_a_reordering_leaves_the_average_alone(device):
+    p, opt, before = reordered("reference", device)
+    late = nn.Parameter(torch.randn(4, device=device, dtype=torch.bfloat16))
+    opt.add_param_group(dict(params=[late], momentum=0.9))
+    p.grad = torch.zeros(3, 5, device=device)
+    opt.first_step()
+    opt.restore()
+    assert torch.equal(opt.state[p]["ema"], 0.9 * before["ema"])
