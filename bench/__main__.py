@@ -11,7 +11,7 @@ from typing import Any
 
 OPTIMIZERS = (
     "sgd, adamw, sam, asam, fishersam, fsam, fasam, sam-interval, sam-late, sam-part, sam-micro, "
-    "sam-full, sam-noise, sam-db, sam-batches"
+    "sam-full, sam-noise, sam-db, sam-batches, msam, looksam, gsam"
 )
 METHODS = f"{OPTIMIZERS}, at-linf, at-l2, fgsm-rs, n-fgsm, trades, or two of them as at-linf+sam"
 PIPE_CLOSED = 128 + signal.SIGPIPE  # the exit code that shells give
@@ -61,7 +61,9 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     add("--convention", help="F-SAM: algorithm1 (the paper's, default) or official (the published "
         "code's, whose average starts at the first gradient)")  # fmt: skip
     add("--eta", type=float, help="ASAM: added to |w|; FisherSAM: weight of the Fisher diagonal")
-    add("--interval", type=int, help="sam-interval: climb at every so-many-th step")
+    add("--interval", type=int, help="sam-interval, looksam (k): climb at every so-many-th step")
+    add("--look-alpha", type=float, help="looksam: the length of what is reused, in the gradient's")
+    add("--gsam-alpha", type=float, help="gsam: how much of the surrogate gap's gradient is used")
     add("--late", type=float, help="sam-late: share of the epochs before the first climb")
     add("--ascent-part", type=float, help="sam-part: share of the batch to climb from")
     add("--ascent-batches", type=int, help="sam-batches: of how many batches, this one among them, "

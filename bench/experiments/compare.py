@@ -211,8 +211,8 @@ def settings(config: dict[str, Any], among: Sequence[dict[str, Any]] = ()) -> st
 
     among: all methods' configs; whatever differs between them is told.
     """
-    names = ("rho", "sigma", "lmbda", "convention", "scale", "eta", "full_every", "projection",
-             "eps", "alpha", "attack_steps", "beta")  # fmt: skip
+    names = ("rho", "sigma", "lmbda", "convention", "scale", "eta", "look_alpha", "gsam_alpha",
+             "full_every", "projection", "eps", "alpha", "attack_steps", "beta")  # fmt: skip
     own = {k: config[k] for k in names if config.get(k) is not None}
     usual = {"base": "sgd", "interval": 1, "late": 0.0, "ascent_part": 1.0, "micro": 1}
     usual |= {"ascent_batches": 1}

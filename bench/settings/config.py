@@ -16,6 +16,7 @@ from bench.settings.methods import (
     PLAIN,
     SINGLE_STEP,
     USED_BY,
+    WHOLE_BATCH,
     method_of,
     split_method,
     values_of,
@@ -65,8 +66,9 @@ class Config:
     square (224 if None). padding, cutout: see bench.data.augmentation.Augmentation. normalisation:
     see bench.data.datasets.constants. weights: a file with the network's weights to start from.
     schedule, warmup: see bench.training.optimizers.lr_at. base: the optimizer under SAM. rho,
-    sigma, lmbda, eta, scale, interval: as in fastsam's optimizers. convention: as in
-    fastsam.FriendlySAM, None: "algorithm1". late: the share of the epochs before SAM's first climb.
+    sigma, lmbda, eta, scale, interval: as in fastsam's optimizers; looksam's interval is LookSAM's
+    k. look_alpha, gsam_alpha: fastsam.LookSAM's alpha and fastsam.GSAM's, which are two things.
+    convention: as in fastsam.FriendlySAM, None: "algorithm1". late: the share of the epochs before SAM's first climb.
     ascent_part: the share of the batch that the climb's gradient comes from. ascent_batches: from
     how many batches it comes, the step's own and others drawn from the training set. micro: in how
     many parts a batch is climbed from, each by itself. full_every: sam-full and sam-noise measure
@@ -112,6 +114,8 @@ class Config:
     convention: str | None = None
     eta: float | None = None
     scale: str | None = None
+    look_alpha: float | None = None
+    gsam_alpha: float | None = None
     interval: int = 1
     late: float = 0.0
     ascent_part: float = 1.0
@@ -296,6 +300,7 @@ def check(config: Config) -> None:
             "late must be in [0, 1) and ascent_part in (0, 1], "
             f"got {config.late} and {config.ascent_part}"
         )
+    check_relatives(config)
     check_processes(config)
     check_other_images(config)
     if config.amp == "fp16" and (config.attack is not None or config.awp_gamma):
@@ -306,16 +311,28 @@ def check(config: Config) -> None:
     usable_device(config.device)
 
 
+def check_relatives(config: Config) -> None:
+    for name in ("look_alpha", "gsam_alpha"):
+        value = getattr(config, name)
+        if value is not None and not math.isfinite(value):
+            raise ValueError(f"{name} must be finite, got {value}")
+    if config.optimizer == "msam" and config.base == "sgd" and config.momentum == 0:
+        raise ValueError("msam climbs along SGD's momentum, of which momentum 0.0 leaves nothing; "
+                         "use momentum 0.9, or base adamw")  # fmt: skip
+
+
 def check_processes(config: Config) -> None:
     for name in ("sync_bn", "local_ascent"):
         if getattr(config, name) and config.processes == 1:
             raise ValueError(f"{name} has no effect in one process; start several with torchrun")
     if config.sync_bn and torch.device(config.device).type == "cpu":
         raise ValueError("sync_bn needs GPUs, torch has it for no CPU; leave it out")
-    if config.local_ascent and (config.rho is None or config.sigma is not None):
+    if config.local_ascent and (
+        config.rho is None or config.sigma is not None or config.optimizer in WHOLE_BATCH
+    ):
         raise ValueError(
-            f"local_ascent is not for {config.method!r}: it needs SAM without F-SAM's average, of "
-            "which every process would have another; use sam or asam"
+            f"local_ascent is not for {config.method!r}: it needs a first pass, and no state of "
+            "it, of which every process would have another; use sam or asam"
         )
 
 

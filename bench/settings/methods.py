@@ -28,6 +28,11 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "fsam": SAM | {"sigma": 1.0, "lmbda": 0.6, "convention": None},  # F-SAM table 1, ResNet-18
     # rho is not stated in F-SAM table 3: as ASAM's
     "fasam": SAM | {"rho": 2.0, "sigma": 1.0, "lmbda": 0.6, "convention": None},
+    # Becker et al. 2024, their code's configurations: 3 on CIFAR-100 and ImageNet; SAM's 0.2 there
+    "msam": SAM | {"rho": 3.0},
+    # Liu et al. 2022: every 5th step climbs; alpha 0.7, as in the code of Becker et al.
+    "looksam": SAM | {"interval": 5, "look_alpha": 0.7},
+    "gsam": SAM | {"gsam_alpha": 0.4},  # Zhuang et al. 2022, their code's CIFAR example
 }
 ADVERSARIES: dict[str, dict[str, Any]] = {
     # SAM_AT 5.2: PGD-10; its code: eps 8/255, alpha 2/255, random start
@@ -42,12 +47,14 @@ ADVERSARIES: dict[str, dict[str, Any]] = {
 }
 SINGLE_STEP = ("fgsm-rs", "n-fgsm")
 RELATIVES = {  # take a preset's values for the method they vary, where it names none of their own
-    "sam": ("sam-interval", "sam-late", "sam-part", "sam-micro", "sam-full", "sam-noise", "sam-db"),
+    "sam": ("sam-interval", "sam-late", "sam-part", "sam-micro", "sam-full", "sam-noise", "sam-db",
+            "looksam", "gsam"),
     "at-linf": (*SINGLE_STEP, "trades"),
 }
 FULL = ("sam-full", "sam-noise")  # need the gradient G of all training images
 OTHER_IMAGES = (*FULL, "sam-db", "sam-batches")  # climb by other images than the batch's
-PLAIN = ("sgd", "adamw")  # optimizers that make one pass
+PLAIN = ("sgd", "adamw")  # optimizers without a climb
+WHOLE_BATCH = ("msam", "looksam", "gsam")  # do not climb by a part of the batch, or a process's
 
 USED_BY = {
     key: [m for table in (OPTIMIZERS, ADVERSARIES) for m, values in table.items() if key in values]
