@@ -52,6 +52,19 @@ class Gpu:
     shared: int = 228 * 1024
 
 
+# Multiprocessors and peak bandwidths, as published:
+# A100, of 80 GB, SXM: images.nvidia.com/aem-dam/en-zz/Solutions/data-center/
+#   nvidia-ampere-architecture-whitepaper.pdf; glennklockwood.com/garden/processors/A100
+# H100, SXM (a PCIe card has 114 and 2.0 TB/s):
+#   archive-lib.hpctech.co.jp/gpuproduct/nvidia-h100.html;
+#   docs.nvidia.com/launchpad/ai/h100-mig/latest/h100-mig-gpu.html
+# H200: openmetal.io/resources/blog/how-the-h200-is-built-for-memory-bound-ai-workloads, with the
+#   H100 SXM's chip
+# B200: chipsandcheese.com/p/nvidias-b200-keeping-the-cuda-juggernaut (148);
+#   docs.vultr.com/inference-cookbook/cuda/getting-started/hardware-overview (8.0 TB/s)
+# RTX 4090: thefpsreview.com/gpu-family/nvidia-geforce-rtx-4090-gpu-family-specifications
+# Threads and shared memory of a multiprocessor: CUDA C++ Programming Guide, technical
+# specifications per compute capability.
 GPUS = {
     "A100": Gpu("A100", "sm_80", 108, 2.039e12, 550e-9, 250e-9, 1.4e9, shared=164 * 1024),
     "H100": Gpu("H100", "sm_90", 132, 3.35e12, 600e-9, 270e-9, 1.7e9),

@@ -1,5 +1,5 @@
-"""Momentum-SAM's step leaves the norm of the new momentum to the next climb, which takes no pass for
-it then. Whether it was left or taken is to be seen nowhere: the same bits either way."""
+"""Momentum-SAM's step leaves the norm of the new momentum to the next climb, which takes no pass
+for it then. Whether it was left or taken is to be seen nowhere: the same bits either way."""
 
 import copy
 import random
@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 from fastsam import GraphedStep, MomentumSAM
 from fastsam.choose import BACKENDS
 
-from ..contract import assert_bits, backward, batch, bits, network
+from ..helpers.contract import assert_bits, backward, batch, bits, network
 
 BASES = {
     "sgd": (torch.optim.SGD, dict(lr=0.05, momentum=0.9, weight_decay=0.01, dampening=0.1)),
