@@ -56,6 +56,8 @@ def step_by_step(config: Config, out) -> int:
         ("sam-full", {"full_every": 3}),
         ("sam-noise", {"full_every": 3}),
         ("sam-db", {}),
+        ("msam", {"amp": "fp16"}),
+        ("at-linf+looksam", {"attack_steps": 1, "interval": 3}),
         ("sam-late", {"late": 0.5, "model": "vgg16bn"}),  # has dropout
     ],
 )
