@@ -1,6 +1,5 @@
 """One sitting of a run: how often it saves, when it stops before its end, what it shows."""
 
-import math
 import signal
 import time
 from collections.abc import Iterator
@@ -9,6 +8,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from bench.settings.setting import check_settings
+from bench.settings.sitting import SittingSettings
 from bench.training import processes
 
 SAVE, STOP = 1, 2
@@ -21,28 +22,20 @@ class Stopped(Exception):
 
 
 @dataclass
-class Sitting:
+class Sitting(SittingSettings):
     """Nothing here changes the trained weights.
 
-    save_every: minutes between checkpoints within an epoch; every epoch ends with one anyway.
-    time_budget: minutes after which the run saves and stops; None: none. tensorboard: write
-    TensorBoard's files beside metrics.jsonl. heeds_sigterm: save and stop on SIGTERM too. Raises
-    ValueError for negative minutes, and when tensorboard is not installed.
+    heeds_sigterm: save and stop on SIGTERM too. Raises ValueError for negative minutes, and when
+    tensorboard is not installed.
     """
 
-    save_every: float = 10.0
-    time_budget: float | None = None
-    tensorboard: bool = False
     heeds_sigterm: bool = False
     began: float = field(default_factory=time.monotonic)
     terminated: bool = False
 
     def __post_init__(self) -> None:
         self.saved = self.began
-        for name in ("save_every", "time_budget"):
-            minutes = getattr(self, name)
-            if minutes is not None and not 0 <= minutes < math.inf:
-                raise ValueError(f"{name} must be at least 0 minutes, got {minutes}")
+        check_settings(self)
         if self.tensorboard:
             try:
                 import torch.utils.tensorboard  # noqa: F401
