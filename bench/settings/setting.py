@@ -171,7 +171,8 @@ def described(name: str, value: Any, of: Setting, hint: Any) -> Described:
     return Described(name, value, of, get_args(hint)[0] if several else hint, several, optional)
 
 
-def check_settings(values: Any) -> None:
+def check_settings(values: object) -> None:
     """Raise ValueError for a value of a dataclass's settings that cannot be."""
-    for name, of in settings_of(type(values)).items():
+    owner: Any = type(values)
+    for name, of in settings_of(owner).items():
         of.check(getattr(values, name))
