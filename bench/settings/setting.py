@@ -77,14 +77,10 @@ class Described:
 
     def check(self, value: Any) -> None:
         """Raise ValueError for a value of another kind, none of the choices, or out of bounds."""
-        name = self.setting.option or self.name
         if value is None and self.optional:
             return
-        if self.several:
-            for one in value:
-                check_one(self, name, one)
-        else:
-            check_one(self, name, value)
+        for one in value if self.several else [value]:
+            check_one(self, one)
 
     @property
     def help(self) -> str:
@@ -102,11 +98,14 @@ class Described:
         return "" if self.value in (MISSING, None) else written(self.value)
 
 
-def check_one(of: Described, name: str, value: Any) -> None:
+def check_one(of: Described, value: Any) -> None:
     kind, choices, bounds = of.kind, of.setting.choices, of.setting.bounds
+    where = f"--{of.option}: " if of.setting.option else ""
+    name = where + of.name
     if choices and value not in choices:
         raise ValueError(
-            f"unknown {name} {value!r}{meant(value, choices)}; choose from {', '.join(choices)}"
+            f"{where}unknown {of.name} {value!r}{meant(value, choices)}; choose from "
+            f"{', '.join(choices)}"
         )
     accepted = (int, float) if kind is float else (kind,)
     if kind in KINDS and (not isinstance(value, accepted) or isinstance(value, bool) is not
