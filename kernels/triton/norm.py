@@ -12,7 +12,6 @@ from .common import (
     EMA_SHARE,
     FULL,
     GRADIENT,
-    HALVINGS,
     HYPER,
     INV_SCALE1,
     INV_SCALE2,
@@ -35,7 +34,6 @@ from .common import (
     read,
     run_of_blocks,
     share_of_blocks,
-    sum_by_halves,
     weights,
     wide_place,
     wide_pointer,
@@ -146,10 +144,10 @@ def norm_kernel(w_table, g_table, saved, m, partials, blocks, layout, scalings, 
                 few_along_d += folded(x, SUMS)
                 if MODE > PLAIN:
                     few_along_g += folded(y, SUMS)
-    total = sum_by_halves(along_d, HALVINGS) + sum_by_halves(few_along_d, HALVINGS)
+    total = tl.sum(along_d) + tl.sum(few_along_d)
     tl.store(partials + tl.program_id(0), total)
     if MODE > PLAIN:
-        total = sum_by_halves(along_g, HALVINGS) + sum_by_halves(few_along_g, HALVINGS)
+        total = tl.sum(along_g) + tl.sum(few_along_g)
         tl.store(partials + PARTIALS + tl.program_id(0), total)
 
 
