@@ -14,6 +14,7 @@ from bench.experiments.compare import aggregate, append_rows, run_all
 from bench.files import alone_in, refuse_unwritable, remove_unfinished, write_json, write_text
 from bench.reports.tables import markdown
 from bench.settings.config import Config, Evaluation, check_used, resolve
+from bench.settings.names import method_name
 
 Grid = dict[str, list[Any]]
 KINDS = {
@@ -121,7 +122,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         setting = [shown(k, v) for k, v in row["setting"].items()]
         several = len(row["seeds"]) > 1
         cells = [f"{100 * mean:.1f}" + f" ± {100 * std:.1f}" * several for mean, std in values]
-        lines.append([row["method"], *setting, str(len(row["seeds"])), *cells])
+        lines.append([method_name(row["method"]), *setting, str(len(row["seeds"])), *cells])
     heads += [f"{NORM_NAMES[norm]} {labelled(eps)}" for norm, eps in columns]
     return markdown(["method", *heads], lines, left=1)
 

@@ -15,6 +15,7 @@ from bench.experiments.compare import aggregate, spread
 from bench.experiments.train_and_evaluate import NEEDED, read_summary
 from bench.settings.config import Config, Evaluation, resolve, resolve_evaluation
 from bench.settings.methods import ADVERSARIES, OPTIMIZERS, USED_BY, split_method
+from bench.settings.names import method_name
 from bench.settings.recipes import load_recipe, recipe_names
 
 DEFAULTS = {f.name: f.default for f in fields(Config) if f.default is not MISSING}
@@ -222,9 +223,9 @@ def group_of(told: list[str], runs: list[dict[str, Any]]) -> Group:
     """Return the runs of one setting as a group; told: the values that its label names."""
     runs, config = sorted(runs, key=lambda run: run["config"]["seed"]), runs[0]["config"]
     values = [f"{k} {shown(k, config[k])}" for k in told if config[k] is not None]
-    label = f"{config['method']} {', '.join(values)}".strip()
-    last = aggregate(label, runs)
-    best = aggregate(label, [run | run["best"] for run in runs])
+    label = f"{method_name(config['method'])} {', '.join(values)}".strip()
+    last = aggregate(config["method"], runs) | {"label": label}
+    best = aggregate(config["method"], [run | run["best"] for run in runs]) | {"label": label}
     times = [run["train_seconds"] for run in runs]
     time = {"train_seconds": fmean(times), "train_seconds_std": spread(times)}
     return Group(label, runs, last | time, best | time)
