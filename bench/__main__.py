@@ -129,7 +129,8 @@ def add_sitting_options(parser: argparse.ArgumentParser) -> None:
         "10); every epoch ends with one")  # fmt: skip
     add("--time-budget", type=float, metavar="MINUTES", help="save and stop when they are over; "
         "repeat the command to go on")  # fmt: skip
-    add("--tensorboard", action="store_true", help="write TensorBoard's files too")
+    add("--track", metavar="TRACKER", help="tensorboard, wandb, mlflow or trackio: give it the "
+        "numbers of metrics.jsonl too")  # fmt: skip
     add("--sync-bn", action="store_true", help="under torchrun on GPUs: BatchNorm over the whole "
         "batch (default: over each process's share)")  # fmt: skip
     add("--local-ascent", action="store_true", help="under torchrun: SAM climbs in each process by "
@@ -366,7 +367,7 @@ def run_train(options: dict[str, Any]) -> int:
     from bench.training import processes
     from bench.training.session import TERMINATED, Sitting, Stopped
 
-    given = ("save_every", "time_budget", "tensorboard")
+    given = ("save_every", "time_budget", "track")
     sitting = Sitting(heeds_sigterm=True, **{k: options[k] for k in given if k in options})
     with processes.joined(options.get("device", "cpu")):
         try:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 
 from bench.training import processes
+from bench.training.tracking import refuse_missing
 
 SAVE, STOP = 1, 2
 ASKED_EVERY = 10  # steps, where several processes must agree
@@ -25,14 +26,15 @@ class Sitting:
     """Nothing here changes the trained weights.
 
     save_every: minutes between checkpoints within an epoch; every epoch ends with one anyway.
-    time_budget: minutes after which the run saves and stops; None: none. tensorboard: write
-    TensorBoard's files beside metrics.jsonl. heeds_sigterm: save and stop on SIGTERM too. Raises
-    ValueError for negative minutes, and when tensorboard is not installed.
+    time_budget: minutes after which the run saves and stops; None: none. track: a name of
+    bench.training.tracking.PACKAGES, where the numbers of metrics.jsonl go too. heeds_sigterm: save
+    and stop on SIGTERM too. Raises ValueError for negative minutes, and for a tracker that is not
+    installed.
     """
 
     save_every: float = 10.0
     time_budget: float | None = None
-    tensorboard: bool = False
+    track: str | None = None
     heeds_sigterm: bool = False
     began: float = field(default_factory=time.monotonic)
     terminated: bool = False
@@ -43,14 +45,8 @@ class Sitting:
             minutes = getattr(self, name)
             if minutes is not None and not 0 <= minutes < math.inf:
                 raise ValueError(f"{name} must be at least 0 minutes, got {minutes}")
-        if self.tensorboard:
-            try:
-                import torch.utils.tensorboard  # noqa: F401
-            except ImportError as e:
-                raise ValueError(
-                    f"--tensorboard needs a package that is not here ({e}); pip install "
-                    "tensorboard, or leave the option out: metrics.jsonl holds the same numbers"
-                ) from e
+        if self.track is not None:
+            refuse_missing(self.track)
 
     def wish(self) -> int:
         """Return 0, SAVE or STOP, by this process's clock and signals."""

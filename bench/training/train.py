@@ -27,7 +27,6 @@ from bench.models.pretrained import start_from
 from bench.settings.config import Config, differences, usable_device
 from bench.training import processes
 from bench.training.adversarial import attacked, watch_single_step
-from bench.training.board import open_board, write_row
 from bench.training.checkpoint import changed_data, load_checkpoint, load_weights, save_checkpoint
 from bench.training.diverged import Diverged
 from bench.training.epoch_state import Position
@@ -35,6 +34,7 @@ from bench.training.optimizers import build_optimizer, lr_at
 from bench.training.run import Run, forward_of
 from bench.training.session import STOP, Sitting, Stopped
 from bench.training.step import step
+from bench.training.tracking import tracked
 
 FITTED_TO = 5000  # images, as in airbench; evenly spread, for they may lie class by class
 
@@ -244,12 +244,12 @@ def train(
         write_json(out / "config.json", asdict(config))
     for row in run.history:
         after_epoch(row)
-    done = len(run.history)
-    board = open_board(out / "tensorboard", done) if first and sitting.tensorboard else None
-    with sitting.training():
-        for epoch in range(done, config.epochs):
+    tracker = sitting.track if first else None
+    with tracked(tracker, config, out, run.history) as track, sitting.training():
+        for epoch in range(len(run.history), config.epochs):
             row = train_epoch(run, epoch, out, sitting)
-            finish_epoch(run, row, out, board)
+            finish_epoch(run, row, out)
+            track(run.history)
             after_epoch(row)
             sitting.saved = time.monotonic()
             if sitting.demand(run.device, 0) == STOP:
@@ -281,14 +281,12 @@ def refuse_divergence(run: Run, row: dict[str, Any], loss: Tensor, out: Path) ->
     )
 
 
-def finish_epoch(run: Run, row: dict[str, Any], out: Path, board: Any) -> None:
+def finish_epoch(run: Run, row: dict[str, Any], out: Path) -> None:
     """Validate, complete the epoch's row, and write what an epoch leaves."""
     processes.same_statistics(run.model)
     row |= validate(run) | processes.from_first(watch_single_step, run)
     run.history.append(row)
     first = processes.rank() == 0
-    if board is not None:
-        write_row(board, row)
     if first and row["best"]:
         save_checkpoint(out / "best.pt", run.config, run.data, run.model, epoch=row["epoch"])
     save(run, out)
