@@ -1,5 +1,5 @@
 """python -m bench train | compare | sweep | study | evaluate | recipes | unpack | step |
-throughput | gpu | report | theory: the command line, in a checkout."""
+throughput | gpu | report | export | theory: the command line, in a checkout."""
 
 import argparse
 import os
@@ -194,6 +194,14 @@ def add_report_command(commands: Any) -> None:
     sub.add_argument("--out", type=Path, default=Path("runs/report"), help="default runs/report")
 
 
+def add_export_command(commands: Any) -> None:
+    text = "a finished run's network for others: safetensors, its source, a model card"
+    add = commands.add_parser("export", help=text, description=text).add_argument
+    add("run", type=Path, metavar="RUN", help="directory of a finished run")
+    add("out", type=Path, metavar="OUT", help="directory to write to")
+    add("--checkpoint", default="last", metavar="WHICH", help="last (default) or best")
+
+
 def add_theory_command(commands: Any) -> None:
     text = "the SAM/AT paper's binary model: what of its theory is exact, and what is not"
     add = commands.add_parser("theory", help=text, description=text).add_argument
@@ -331,6 +339,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_evaluate_command(evaluate)
     add_step_command(commands)
     add_report_command(commands)
+    add_export_command(commands)
     add_theory_command(commands)
     add_throughput_command(commands)
     add_gpu_command(commands)
@@ -612,6 +621,13 @@ def run_report(options: dict[str, Any]) -> None:
         report_runs(options["runs"], options["out"])
 
 
+def run_export(options: dict[str, Any]) -> None:
+    from bench.reports.export import export
+
+    for path in export(options["run"], options["out"], options["checkpoint"]):
+        print(f"wrote {path}")
+
+
 def run_theory(options: dict[str, Any]) -> None:
     from bench.theory.report import SETTINGS, Model, theory
 
@@ -657,6 +673,7 @@ def main(argv: list[str] | None = None) -> int:
     command = {"train": run_train, "compare": run_compare, "evaluate": run_evaluate,
                "recipes": run_recipes, "unpack": run_unpack, "sweep": run_sweep,
                "study": run_study_command, "step": run_step, "report": run_report,
+               "export": run_export,
                "theory": run_theory, "throughput": run_throughput, "gpu": run_gpu}  # fmt: skip
     from bench.training.diverged import DIVERGED, Diverged
 
