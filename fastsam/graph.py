@@ -171,9 +171,8 @@ class Captured:
 
     def replay(self, optimizer: SAM) -> Tensor:
         """One step with the batch that lies in the static buffers."""
-        self.graph.replay()
-        for group in optimizer.param_groups:
-            group["sam_steps"] += 1
+        with optimizer.replay():
+            self.graph.replay()
         return self.loss.clone()
 
 

@@ -136,6 +136,7 @@ class Layout:
         self._last: dict[tuple[int, bool], Last] = {}
         self._state: tuple = (None, [])
         self.containers: tuple = (groups, None)  # of groups and state, as they were last seen
+        self._normed: list | None = None  # the v and the slots whose norm is in the partials
         self._buffers = [t for space in self.spaces for slot in space.slots
                          for t in (slot.m, slot.v, slot.u, slot.saved if space.kind.masters
                                    else None) if t is not None]
@@ -294,6 +295,21 @@ class Layout:
         return [Climb(space, m, tables.bring("g1", [NOWHERE * x for x in m])) for space, m, tables
                 in zip(self.spaces, moved, self.tables, strict=True)] if climbs else []
 
+    # ---- the norm of v, which a step leaves to the next climb
+
+    def keep_norm(self, climbing: Sequence[Sequence[bool]] | None) -> None:
+        """Remember that the partials are those of v as it is now, over these slots of each space;
+        for None, that they are not."""
+        self._normed = None if climbing is None else self._to_norm(climbing)
+
+    def has_norm(self) -> bool:
+        """Whether the partials are what `norm` would make of v, over what climbs now."""
+        return self._normed is not None and self._normed == self._to_norm(self.values.perturb)
+
+    def _to_norm(self, climbing: Sequence[Sequence[bool]]) -> list:
+        return [(version(space.v), list(moved))
+                for space, moved in zip(self.spaces, climbing, strict=True)]
+
     # ---- the memory
 
     def read(self, i: int, first: bool, tables: Tables) -> Pass | None:
@@ -339,7 +355,8 @@ class Layout:
         taken = only(takes_part, read)
         p = Pass(space, w, taken, dtype, values.rows, values.scaling[i], values.ab[i],
                  space.cells.inv_scale1 if along_v else None,
-                 tables.bring("w", places), tables.bring(column, table_of(taken)))
+                 tables.bring("w", places), tables.bring(column, table_of(taken)),
+                 along_v=along_v)
         if self._plain[i] and all(map(is_, read, grads)):
             self._last[i, first] = Last(Memory(space.params, grads), values, tables,
                                         tables.held("w"), p._replace(g=[]))
@@ -364,6 +381,11 @@ def only(takes_part: Sequence[bool] | None, grads: Sequence[Tensor | None],
     if takes_part is None or all(takes_part):
         return grads
     return [g if taken else None for g, taken in zip(grads, takes_part, strict=True)]
+
+
+def version(t: Tensor | None) -> object:
+    """What changes when a tensor is changed in place; where nobody counts, never twice the same."""
+    return None if t is None else object() if t.is_inference() else t._version
 
 
 def is_constant(x: Any) -> bool:

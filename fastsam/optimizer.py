@@ -269,7 +269,8 @@ class SAM(Optimizer):
         climbs: list[Climb] = []
         try:
             passes = self._projected(passes)
-            self._norm(passes)
+            if not phase.layout.has_norm():
+                self._norm(passes)
             for p in passes:
                 climbs.append(phase.layout.backend.climb(p, global_sums(passes, p.space)))
         except BaseException:
@@ -459,12 +460,24 @@ class SAM(Optimizer):
         if mix is not None:
             passes, bad = self._mixed(passes, climbs, mix)
             found_inf = bad if found_inf is None else bad + found_inf.to(bad)
+        layout = phase.layout
+        along_v = self._leaves_norm(layout.spaces)
+        layout.keep_norm(None)
         for i, (p, climb) in enumerate(zip(passes, climbs, strict=True)):
-            phase.layout.set_cell(i, "found_inf", found_inf, 0)
-            phase.layout.backend.step(p, climb)
+            layout.set_cell(i, "found_inf", found_inf, 0)
+            layout.backend.step(p._replace(along_v=along_v), climb)
+        if along_v:
+            layout.keep_norm([climb.moved for climb in phase.climbs])
         vars(self.base_optimizer)["_opt_called"] = True  # for a scheduler that was built around it
         phase.leave()
         announce(written(passes, climbs))
+
+    def _leaves_norm(self, spaces: Sequence[Space]) -> bool:
+        """Whether the coming base step leaves the norm of v for the next climb. Not of sharded
+        parameters: whether to take it anew, with a sum over processes, has to be the same on all.
+        """
+        return (self._traits.along_v and self._phase.perturbed
+                and not any(space.kind.shards for space in spaces))
 
     def _foreign_step(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         """Restore and let the base optimizer step. Whether the step is a skip is read on the
@@ -547,6 +560,7 @@ class SAM(Optimizer):
         in tables of the graph's own, which are filled when the block ends. Keep them (what `as`
         gives) as long as the graph.
         """
+        self._bring_norm()
         layout = self._follow()
         eager, layout.tables = layout.tables, [Tables(s, late=True) for s in layout.spaces]
         try:
@@ -556,6 +570,26 @@ class SAM(Optimizer):
             self._phase.leave()
             for table in tables:
                 table.upload_late()
+
+    @contextmanager
+    def replay(self) -> Iterator[None]:
+        """Around the replay of a captured step, which the optimizer itself does not see."""
+        climbs = self.climbs_next
+        if climbs:
+            self._bring_norm()
+        yield
+        if not climbs:
+            self._phase.layout.keep_norm(None)
+        for group in self.param_groups:
+            group["sam_steps"] += 1
+
+    @torch.no_grad()
+    def _bring_norm(self) -> None:
+        """Take the norm of a v that no step has left it of: a graph has no launch for it."""
+        layout = self._follow()
+        if self._traits.along_v and not layout.has_norm():
+            self._norm(self._read(True, None))
+            self._phase.layout.keep_norm(self._phase.layout.values.perturb)
 
     # ---- what can be asked
 

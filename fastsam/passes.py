@@ -35,6 +35,8 @@ class Pass(NamedTuple):
             m, alpha and the control cell `share`, c:
             None: g. "gsam": g - alpha (kept - c g), where the slot climbed.
             "renew": g, and m becomes g - c kept, where the slot climbed. "reuse": g + alpha c m.
+        along_v: the climb is along -v. A first pass's g are the v; a second leaves ||v||^2, over
+            what climbed, in `space.partials`, as `norm` would for the climb to come, bit for bit.
     """
 
     space: Space
@@ -48,6 +50,7 @@ class Pass(NamedTuple):
     w_table: Tensor
     g_table: Tensor
     mix: str | None = None
+    along_v: bool = False
 
 
 class Climb(NamedTuple):

@@ -257,6 +257,9 @@ def step(p: Pass, climb: Climb | None) -> None:
         if kind.masters:
             slot.saved.copy_(w)
     cells.skipped.add_(~ok)
+    if p.along_v and climb is not None:
+        norm(p._replace(g=[slot.v if moved else None for slot, moved in zip(
+            p.space.slots, climb.moved, strict=True)], inv_scale=None))
 
 
 def update(p: Pass, i: int, slot: Slot, old: Tensor, ok: Tensor, mix: str | None) -> Tensor:

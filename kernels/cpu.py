@@ -178,12 +178,17 @@ def step(p: Pass, climb: Climb | None) -> None:
     moved = f.layout[:, 0] * 0 if climb is None else climb.table.numpy()
     if f.control[FOUND_INF] != 0 or climb is not None and f.control[OK] == 0:
         f.counters[SKIPPED] += 1
-        return go_back(p, moved != 0)
+        go_back(p, moved != 0)
+        if p.along_v:
+            norm(p._replace(g_table=climb.table, g_dtype=kind.acc))
+        return
     stepped, steps = p.g_table.numpy() != 0, s.steps.numpy()[1]
     if not stepped.all():
         go_back(p, (moved != 0) & ~stepped)
-    loop = cpu_loops.step(kind.base, p.mix, kind.masters, *dtypes(p))
-    run(loop, p, f, steps, moved, *map(address, (s.saved, s.v, s.u, s.m, s.kept)))
+    loop = cpu_loops.step(kind.base, p.mix, p.along_v, kind.masters, *dtypes(p))
+    run(loop, p, f, steps, moved, *map(address, (s.saved, s.v, s.u, s.m, s.kept)), f.sums)
+    if p.along_v:
+        put(s.partials, f.sums)
     if kind.base != "adam":
         stepped &= f.hyper[f.groups, MOMENTUM] != 0
     steps += stepped

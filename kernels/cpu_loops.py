@@ -257,6 +257,19 @@ def dots(mode: str, dtype: str, g_dtype: str) -> Callable:
     return loop
 
 
+@njit(inline="always")
+def squares(v, n, size, dtype):
+    """||v||^2 of n elements, in the order of `norm`."""
+    x, length = scratch(dtype), 0.0
+    for start in range(0, n, CHUNK):
+        part = min(CHUNK, n - start)
+        for i in range(part):
+            old = load(v + start * size, i, "v", dtype)
+            store(x, i, old * old, "x", dtype)
+        length += total(x, part, "x", dtype)
+    return length
+
+
 @lru_cache
 def norm(mode: str | None, scaling: str | None, masters: bool, dtype: str, g_dtype: str,
          ) -> Callable:
@@ -398,41 +411,49 @@ def climb(mode: str | None, scaling: str | None, masters: bool, dtype: str, g_dt
 
 
 @lru_cache
-def step(base: str, mix: str | None, masters: bool, dtype: str, g_dtype: str) -> Callable:
-    """The base optimizer's update from the saved w, where `moved`, or from w."""
-    return (adam if base == "adam" else sgd)(base, mix, masters, dtype, g_dtype)
+def step(base: str, mix: str | None, along_v: bool, masters: bool, dtype: str, g_dtype: str,
+         ) -> Callable:
+    """The base optimizer's update from the saved w, where `moved`, or from w. With along_v,
+    sums[0, b] = ||v||^2 of block b, where `moved`, as `norm` adds it up."""
+    return (adam if base == "adam" else sgd)(base, mix, along_v, masters, dtype, g_dtype)
 
 
-def sgd(base: str, mix: str | None, masters: bool, dtype: str, g_dtype: str) -> Callable:
+def sgd(base: str, mix: str | None, along_v: bool, masters: bool, dtype: str, g_dtype: str,
+        ) -> Callable:
     W, G, A = dtype, g_dtype, accumulates_in(dtype)
     S = A if masters else W
     size, w_size, g_size, s_size = SIZES[A], SIZES[W], SIZES[G], SIZES[S]
     has_v = base == "sgd-momentum"
     gsam, renews, reuses = (mix == x for x in ("gsam", "renew", "reuse"))
 
-    @compiled(*tables(dtype), int64[::1], int64, int64, int64, int64, int64)
+    @compiled(*tables(dtype), int64[::1], int64, int64, int64, int64, int64, float64[:, ::1])
     def loop(ticket, blocks, layout, hyper, scalings, control, v_steps, w_table, g_table, moved,
-             saved, v, u, m, kept):
+             saved, v, u, m, kept, sums):
         inv_scale, c = control[INV_SCALE2], control[C]
         while True:
             block = take(ticket)
             if block >= len(blocks):
                 break
             slot, start = blocks[block, 0], blocks[block, 1] * BLOCK
-            if g_table[slot] == 0:
-                continue
             offset, end, group = layout[slot, 0], layout[slot, 1], layout[slot, 2]
+            n, v_at = min(BLOCK, end - start), v + (offset + start) * size
+            if along_v:
+                sums[0, block] = 0
+            if g_table[slot] == 0:
+                if along_v and moved[slot] != 0:
+                    sums[0, block] = squares(v_at, n, size, A)
+                continue
             lr, weight_decay = hyper[group, LR], hyper[group, WEIGHT_DECAY]
             momentum, share = hyper[group, MOMENTUM], hyper[group, MOMENTUM_SHARE]
             begins = v_steps[slot] == 0 and hyper[group, DAMPENING] != 0
             nesterov = hyper[group, NESTEROV] != 0
             w_at, g_at = w_table[slot] + start * w_size, g_table[slot] + start * g_size
-            saved_at, v_at = saved + (offset + start) * s_size, v + (offset + start) * size
+            saved_at = saved + (offset + start) * s_size
             returns = moved[slot] != 0
             old_at = saved_at if returns or masters else w_at
             alpha = hyper[group, ALPHA]
             m_at, kept_at = m + (offset + start) * size, kept + (offset + start) * size
-            for i in range(min(BLOCK, end - start)):
+            for i in range(n):
                 w = load(old_at, i, "old", S)
                 if masters:
                     stored = load(w_at, i, "w", W)
@@ -455,29 +476,37 @@ def sgd(base: str, mix: str | None, masters: bool, dtype: str, g_dtype: str) -> 
                 store(w_at, i, w, "w", W)
                 if masters:
                     store(saved_at, i, w, "old", A)
+            if along_v and returns:
+                sums[0, block] = squares(v_at, n, size, A)
 
     return loop
 
 
-def adam(base: str, mix: str | None, masters: bool, dtype: str, g_dtype: str) -> Callable:
+def adam(base: str, mix: str | None, along_v: bool, masters: bool, dtype: str, g_dtype: str,
+         ) -> Callable:
     W, G, A = dtype, g_dtype, accumulates_in(dtype)
     S = A if masters else W
     size, w_size, g_size, s_size = SIZES[A], SIZES[W], SIZES[G], SIZES[S]
     F = np.dtype(A).type
     gsam, renews, reuses = (mix == x for x in ("gsam", "renew", "reuse"))
 
-    @compiled(*tables(dtype), int64[::1], int64, int64, int64, int64, int64)
+    @compiled(*tables(dtype), int64[::1], int64, int64, int64, int64, int64, float64[:, ::1])
     def loop(ticket, blocks, layout, hyper, scalings, control, v_steps, w_table, g_table, moved,
-             saved, v, u, m, kept):
+             saved, v, u, m, kept, sums):
         inv_scale, c = control[INV_SCALE2], control[C]
         while True:
             block = take(ticket)
             if block >= len(blocks):
                 break
             slot, start = blocks[block, 0], blocks[block, 1] * BLOCK
-            if g_table[slot] == 0:
-                continue
             offset, end, group = layout[slot, 0], layout[slot, 1], layout[slot, 2]
+            n, v_at = min(BLOCK, end - start), v + (offset + start) * size
+            if along_v:
+                sums[0, block] = 0
+            if g_table[slot] == 0:
+                if along_v and moved[slot] != 0:
+                    sums[0, block] = squares(v_at, n, size, A)
+                continue
             lr, weight_decay, eps = hyper[group, LR], hyper[group, WEIGHT_DECAY], hyper[group, EPS]
             beta1, share1 = hyper[group, BETA1], hyper[group, BETA1_SHARE]
             beta2, share2 = hyper[group, BETA2], hyper[group, BETA2_SHARE]
@@ -489,13 +518,13 @@ def adam(base: str, mix: str | None, masters: bool, dtype: str, g_dtype: str) ->
             shrink = F(1 - float64(lr) * float64(weight_decay)) if decoupled else F(1)
             adds = weight_decay != 0 and not decoupled
             w_at, g_at = w_table[slot] + start * w_size, g_table[slot] + start * g_size
-            saved_at, v_at = saved + (offset + start) * s_size, v + (offset + start) * size
+            saved_at = saved + (offset + start) * s_size
             u_at = u + (offset + start) * size
             returns = moved[slot] != 0
             old_at = saved_at if returns or masters else w_at
             alpha = hyper[group, ALPHA]
             m_at, kept_at = m + (offset + start) * size, kept + (offset + start) * size
-            for i in range(min(BLOCK, end - start)):
+            for i in range(n):
                 w = load(old_at, i, "old", S)
                 if masters:
                     stored = load(w_at, i, "w", W)
@@ -517,5 +546,7 @@ def adam(base: str, mix: str | None, masters: bool, dtype: str, g_dtype: str) ->
                 store(w_at, i, w, "w", W)
                 if masters:
                     store(saved_at, i, w, "old", A)
+            if along_v and returns:
+                sums[0, block] = squares(v_at, n, size, A)
 
     return loop

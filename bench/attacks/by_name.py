@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from bench.attacks.apgd import TARGETS, apgd, apgd_targeted
 from bench.attacks.notation import both_forms
-from bench.attacks.objectives import TEXT
+from bench.attacks.objectives import FIRST, LAST, SPREAD, in_words
 from bench.attacks.pgd import Attack, Forward, Generators, evaluation_attack, fgsm, pgd
 from bench.provenance import package_version
 
@@ -64,13 +64,13 @@ def attempt(
     tries = f"{restarts} restart{'s' if restarts > 1 else ''}"
     ball = f"{norm}, eps {both_forms(eps)}"
     if kind == "fgsm":
-        text = f"FGSM, {ball}, one step of eps, no random start, {TEXT}{passes}"
+        text = f"FGSM, {ball}, one step of eps, no random start, {in_words(LAST)}{passes}"
         attack = Attack(norm, eps, eps, 1)
         return Attempt(name, text, lambda forward, x, y, rng, model: fgsm(forward, x, y, attack))
     if kind == "pgd":
         attack = evaluation_attack(norm, eps, own_steps or steps)
         text = (f"PGD-{attack.steps}, {ball}, alpha {both_forms(attack.alpha)}, random start, "
-                f"{tries}, {TEXT}{passes}")  # fmt: skip
+                f"{tries}, {in_words(FIRST, LAST)}{passes}")  # fmt: skip
         return Attempt(name, text, by_pgd(attack), restarts)
     if kind == "autoattack":
         return autoattack(norm, eps, classes)
@@ -78,7 +78,7 @@ def attempt(
     start = f"{ball}, step from 2 eps, random start, {tries}"
     if kind == "apgd-ce":
         return Attempt(
-            name, f"APGD-{own_steps}, {start}, {TEXT}{passes}",
+            name, f"APGD-{own_steps}, {start}, {in_words(SPREAD)}{passes}",
             lambda forward, x, y, rng, model: apgd(
                 forward, x, y, norm, eps, own_steps, None, rng, exact(model, forward)
             )[0],

@@ -4,7 +4,8 @@ z are logits, y the labels. Cross-entropy is log(1 + e^u), where u = log sum_k!=
 the log-odds against the label: it rises with u and has u's direction, and u neither underflows
 where the network is sure nor is lost in a mean over the batch. Yet e^(c z) weighs the other classes
 by another c differently: a network whose logits are small seems to withstand more than it does. So
-attacks see logits of one spread.
+attacks see logits of one spread: a low one in PGD's first steps, by which all wrong classes count,
+and a high one in its last, by which the likeliest does (few steps want it high, many low).
 """
 
 import torch
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 SPREAD = 8.0  # from the highest logit to the third: what well-trained networks have anyway
-TEXT = f"cross-entropy (logits scaled: 1st - 3rd = {SPREAD:g})"
+FIRST, LAST = 5.0, 10.0  # the same in PGD's first and last step, and LAST where it has only one
 
 
 def spread(z: Tensor) -> Tensor:
@@ -28,13 +29,22 @@ def spread(z: Tensor) -> Tensor:
     return torch.where(high > third, high - third, whole)
 
 
-def log_odds(z: Tensor, y: Tensor, scale: Tensor | None = None) -> Tensor:
-    """Return every image's log-odds against its label, of logits that are scaled to SPREAD.
+def in_words(*spreads: float) -> str:
+    return f"cross-entropy (logits scaled: 1st - 3rd = {' to '.join(f'{s:g}' for s in spreads)})"
+
+
+def rising(i: int, steps: int) -> float:
+    """Return the spread at PGD's step i of `steps`, a geometric course from FIRST to LAST."""
+    return LAST * (FIRST / LAST) ** ((steps - 1 - i) / max(steps - 1, 1))
+
+
+def log_odds(z: Tensor, y: Tensor, scale: Tensor | None = None, to: float = SPREAD) -> Tensor:
+    """Return every image's log-odds against its label, of logits that are scaled to a spread `to`.
 
     scale: what `spread` returned for other logits of these images; None: for these.
     """
     y = y[:, None]
-    distance = SPREAD * ((z - z.gather(1, y)) / (spread(z) if scale is None else scale))
+    distance = to * ((z - z.gather(1, y)) / (spread(z) if scale is None else scale))
     return distance.scatter(1, y, -torch.inf).logsumexp(1)
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from bench.attacks.notation import both_forms
-from bench.attacks.objectives import TEXT, departure, log_odds
+from bench.attacks.objectives import FIRST, LAST, departure, in_words, log_odds, rising
 from fastsam.choose import why_not_triton
 
 Forward = Callable[[Tensor], Tensor]
@@ -44,7 +44,7 @@ class Attack:
         """Return the whole configuration in one line, for printing beside a number."""
         return (
             f"PGD-{self.steps}, {self.norm}, eps {both_forms(self.eps)}, "
-            f"alpha {both_forms(self.alpha)}, random start, 1 restart, {TEXT}"
+            f"alpha {both_forms(self.alpha)}, random start, 1 restart, {in_words(FIRST, LAST)}"
         )
 
 
@@ -148,13 +148,13 @@ def pgd(
     channels_last.
     """
     x_adv = random_start(x, attack, generator)
-    return climbed(lambda x: log_odds(forward(x), y), x_adv, x, attack)
+    return climbed(lambda x, to: log_odds(forward(x), y, to=to), x_adv, x, attack)
 
 
-def ascent(loss_at: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Return every image's gradient of its own loss. loss_at: (B, C, H, W) -> (B,)."""
+def ascent(loss_at: Callable[..., Tensor], x: Tensor, *how: float) -> Tensor:
+    """Return every image's gradient of its own loss. loss_at: (B, C, H, W), *how -> (B,)."""
     x = x.detach().requires_grad_(True)
-    return torch.autograd.grad(loss_at(x).sum(), x)[0]
+    return torch.autograd.grad(loss_at(x, *how).sum(), x)[0]
 
 
 def lost_where(lost: Tensor, x_adv: Tensor) -> Tensor:
@@ -162,13 +162,16 @@ def lost_where(lost: Tensor, x_adv: Tensor) -> Tensor:
 
 
 def climbed(
-    loss_at: Callable[[Tensor], Tensor], x_adv: Tensor, x: Tensor, attack: Attack
+    loss_at: Callable[[Tensor, float], Tensor], x_adv: Tensor, x: Tensor, attack: Attack
 ) -> Tensor:
-    """Return x_adv after the attack's steps up `loss_at`, within eps of x and [0, 1]."""
+    """Return x_adv after the attack's steps up `loss_at`, within eps of x and [0, 1].
+
+    loss_at: images and the step's spread of logits -> (B,).
+    """
     climb = fused_climb if can_fuse(x) else plain_climb
     lost = torch.zeros(len(x), dtype=torch.bool, device=x.device)
-    for _ in range(attack.steps):
-        g = ascent(loss_at, x_adv)
+    for i in range(attack.steps):
+        g = ascent(loss_at, x_adv, rising(i, attack.steps))
         lost |= ~largest(g).isfinite()
         x_adv = climb(x_adv, g, x, attack)
     return lost_where(lost, x_adv)
@@ -176,7 +179,7 @@ def climbed(
 
 def fgsm(forward: Forward, x: Tensor, y: Tensor, attack: Attack) -> Tensor:
     """Return images one step from x (Goodfellow et al. 2015); for l2, along the gradient itself."""
-    return climbed(lambda x: log_odds(forward(x), y), x.clone(), x, attack)
+    return climbed(lambda x, to: log_odds(forward(x), y, to=to), x.clone(), x, attack)
 
 
 def n_fgsm(
@@ -187,7 +190,7 @@ def n_fgsm(
     The noise is uniform up to NOISE eps, and nothing is projected on the eps ball.
     """
     start = (x + drawn(x, uniform_within(NOISE * attack.eps), generator)).clamp(0, 1)
-    g = ascent(lambda x: log_odds(forward(x), y), start)
+    g = ascent(lambda x: log_odds(forward(x), y, to=LAST), start)
     moved = (start + attack.alpha * g.sign()).clamp(0, 1)
     return lost_where(~largest(g).isfinite(), moved)
 
@@ -200,4 +203,4 @@ def trades(forward: Forward, x: Tensor, attack: Attack, generator: Generators = 
     with torch.no_grad():
         logits = forward(x)
     start = (x + 0.001 * drawn(x, Tensor.normal_, generator)).clamp(0, 1)
-    return climbed(lambda x_adv: departure(logits, forward(x_adv)), start, x, attack)
+    return climbed(lambda x_adv, to: departure(logits, forward(x_adv)), start, x, attack)

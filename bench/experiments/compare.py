@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from bench.attacks.by_name import IN_BF16
 from bench.attacks.notation import eps_key, in_both_forms, labelled
-from bench.attacks.objectives import TEXT
+from bench.attacks.objectives import FIRST, LAST, in_words
 from bench.evaluation.evaluate import NORM_NAMES
 from bench.experiments.train_and_evaluate import finished, refuse_changed_data, train_and_evaluate
 from bench.files import (
@@ -251,7 +251,8 @@ def caption(rows: list[dict[str, Any]]) -> str:
         f"Test accuracy in % on {rows[0]['test_images']} images of {config['data']}, {network}, "
         f"last checkpoint, seeds {', '.join(map(str, rows[0]['seeds']))}; {devices}.\n"
         f"Methods: {in_both_forms(methods)}.\n"
-        f"Attacks: PGD-{evaluation['steps']}, random start, 1 restart, {TEXT}{passes}; "
+        f"Attacks: PGD-{evaluation['steps']}, random start, 1 restart, "
+        f"{in_words(FIRST, LAST)}{passes}; "
         "model.eval(), images in [0, 1]; "
         f"l_inf {', '.join(radii['linf'])} with alpha eps/4, l2 {', '.join(radii['l2'])} "
         "with alpha eps/8.\nCost: training time per image, relative to the cheapest method."

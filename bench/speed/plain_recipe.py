@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from bench.attacks.objectives import log_odds
+from bench.attacks.objectives import log_odds, rising
 from bench.attacks.pgd import Attack, random_start
 from bench.data.augmentation import Augmentation
 from bench.settings.config import Config
@@ -126,9 +126,9 @@ def attacked(
     model.train(not in_eval)
     x_adv = random_start(x, config.attack, generator)
     with nullcontext() if in_eval else freeze_bn_stats(model):
-        for _ in range(config.attack.steps):
+        for i in range(config.attack.steps):
             x_adv = x_adv.detach().requires_grad_()
-            log_odds(model(x_adv), y).sum().backward()
+            log_odds(model(x_adv), y, to=rising(i, config.attack.steps)).sum().backward()
             x_adv = climb(x_adv.detach(), x_adv.grad, x, config.attack)
     model.zero_grad()
     model.train()

@@ -19,6 +19,7 @@ BLOCK = 1024
 PROGRAMS = 640
 WARPS = 4
 SUMS = tl.constexpr(4 * 32 * WARPS)  # four side by side for each thread
+HALVINGS = tl.constexpr((4 * 32 * WARPS).bit_length() - 1)  # from SUMS numbers to one
 # Fusion off, so that a product and a sum round twice, as in plain PyTorch; the kernels wait for
 # memory. Without a bound of its own, ptxas spills accumulators to fit one more program.
 OPTIONS = {"num_warps": WARPS, "enable_fp_fusion": False}
@@ -63,19 +64,22 @@ jit = triton.jit(
     do_not_specialize_on_alignment=("w_table", "g_table", "climbed_table", "m_steps", "v_steps"))
 
 
-def options(dtype: torch.dtype, arch: int | str, renews: bool = False) -> dict:
+def options(dtype: torch.dtype, arch: int | str, renews: bool = False, along_v: bool = False,
+            ) -> dict:
     """How to compile for these weights and this GPU, as Triton names it.
 
     Args:
         renews: it is a `step` that renews LookSAM's g_v beside masters, which holds the most.
+        along_v: it is a `step` that leaves the norm of v.
     """
-    if "maxnreg" in OPTIONS and dtype.itemsize == 2:  # 80 spill there; five programs fit
+    narrow = dtype.itemsize == 2
+    if "maxnreg" in OPTIONS and (narrow or along_v):  # 80 spill there; five programs fit
         if arch == 90 and renews:
             return OPTIONS | {"maxnreg": 96}  # on each of an H100 SXM's 132; not of a PCIe's 114
-        if arch == 89:
+        if arch == 89 and narrow:
             return OPTIONS | {"maxnreg": 88}  # on each of an RTX 4090's 128
-        if arch in range(100, 110):
-            return OPTIONS | {"maxnreg": 96}  # on each of a B200's 148
+        if arch in range(100, 110) or (arch == 120 and along_v):
+            return OPTIONS | {"maxnreg": 96}  # on each of a B200's 148, an RTX 5090's 170
     return OPTIONS
 
 
@@ -160,6 +164,15 @@ def folded(x, SUMS: tl.constexpr):
     """SUMS sums of a block: of its stretches of SUMS elements, each thread's own, so that fewer
     registers carry them from block to block."""
     return tl.sum(tl.reshape(x, (x.shape[0] // SUMS, SUMS)), 0)
+
+
+@triton.jit
+def sum_by_halves(x, HALVINGS: tl.constexpr):
+    """The sum of SUMS numbers, two at a time, whose order has no meaning: the same bits whichever
+    thread holds what, which is the compiler's affair and another one in every kernel."""
+    for _ in tl.static_range(HALVINGS):
+        x = tl.sum(tl.reshape(x, (x.shape[0] // 2, 2)), 1)
+    return tl.sum(x)
 
 
 @triton.jit

@@ -96,7 +96,8 @@ def launch_ordinarily(kernel, p: Pass, moving: tuple[Tensor | None, ...], others
     arch = 0 if INTERPRETED else driver.active.get_current_target().arch
     with torch.cuda.device_of(space.partials):
         compiled = kernel[(programs,)](*moving, **named, **options(
-            kind.dtype, arch, others.get("MIX") == RENEW and kind.masters))
+            kind.dtype, arch, others.get("MIX") == RENEW and kind.masters,
+            others.get("ALONG_V", False)))
         if not (CAN_PREPARE and isinstance(compiled, CompiledKernel) and is_plain(kernel)):
             return
         rest = (named[name] for name in kernel.arg_names[len(moving):])

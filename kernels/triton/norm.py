@@ -12,6 +12,7 @@ from .common import (
     EMA_SHARE,
     FULL,
     GRADIENT,
+    HALVINGS,
     HYPER,
     INV_SCALE1,
     INV_SCALE2,
@@ -34,6 +35,7 @@ from .common import (
     read,
     run_of_blocks,
     share_of_blocks,
+    sum_by_halves,
     weights,
     wide_pointer,
 )
@@ -89,9 +91,10 @@ def squares(w, g, saved, m, flat, offs, mask, a, b, inv_scale, sigma, lmbda, sha
     return d * d, g * g
 
 
-def block_of(mode: int, scaling: str | None) -> int:
-    """Elements of K1's blocks: the less is read of each, the more are on their way at once."""
-    return 4 * BLOCK >> bool(mode) + bool(scaling)
+def block_of(mode: int, scaling: str | None, along_v: bool = False) -> int:
+    """Elements of K1's blocks: the less is read of each, the more are on their way at once. Of v,
+    K3's, which leaves the same sums."""
+    return BLOCK if along_v else 4 * BLOCK >> bool(mode) + bool(scaling)
 
 
 @jit
@@ -117,7 +120,7 @@ def norm_kernel(w_table, g_table, saved, m, partials, blocks, layout, scalings, 
             row = hyper + group * HYPER
             sigma = tl.load(row + SIGMA)
             lmbda, share = tl.load(row + LMBDA), tl.load(row + EMA_SHARE)
-            fours = in_fours(size, w | g)
+            fours = in_fours(size, w | g if SCALING == WEIGHTS else g)
             for i in range(0, fours, BLOCK):
                 x, y = squares(wide_pointer(w, TYPE) + i, wide_pointer(g, G_TYPE) + i, saved, m,
                                flat + i, offs, offs < fours - i, a, b, inv_scale, sigma, lmbda,
@@ -132,21 +135,21 @@ def norm_kernel(w_table, g_table, saved, m, partials, blocks, layout, scalings, 
                 along_d += folded(x, SUMS)
                 if MODE != PLAIN:
                     along_g += folded(y, SUMS)
-    tl.store(partials + tl.program_id(0), tl.sum(along_d))
+    tl.store(partials + tl.program_id(0), sum_by_halves(along_d, HALVINGS))
     if MODE != PLAIN:
-        tl.store(partials + PARTIALS + tl.program_id(0), tl.sum(along_g))
+        tl.store(partials + PARTIALS + tl.program_id(0), sum_by_halves(along_g, HALVINGS))
 
 
 def norm(p: Pass) -> None:
     """space.partials = the parts of ||T d||^2, and with a mode of ||T g||^2."""
-    launch(norm_kernel, p, (p.w_table, p.g_table), norm_arguments)
+    launch(norm_kernel, p, (p.w_table, p.g_table), norm_arguments, p.along_v)
 
 
-def norm_arguments(p: Pass) -> dict:
+def norm_arguments(p: Pass, along_v: bool) -> dict:
     space, mode = p.space, max(0, MODES[p.space.kind.mode])  # what is kept, is kept by K2
     return dict(saved=space.saved, m=space.m, partials=space.partials, scalings=space.scalings,
                 MODE=mode, SCALING=SCALINGS[p.scaling], MASTERS=space.kind.masters,
-                PARTIALS=PARTIALS, BLOCK=block_of(mode, p.scaling))
+                PARTIALS=PARTIALS, BLOCK=block_of(mode, p.scaling, along_v))
 
 
 @triton.jit

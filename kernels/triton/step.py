@@ -14,6 +14,7 @@ from .common import (
     EPS,
     FOUND_INF,
     GSAM,
+    HALVINGS,
     HYPER,
     INV_SCALE2,
     LOG_BETA1,
@@ -29,8 +30,10 @@ from .common import (
     SHARE,
     SKIPPED,
     STEP_TICKET,
+    SUMS,
     UNMIXED,
     WEIGHT_DECAY,
+    folded,
     from_element,
     in_fours,
     is_last_program,
@@ -39,6 +42,7 @@ from .common import (
     read,
     run_of_blocks,
     share_of_blocks,
+    sum_by_halves,
     weights,
     wide_pointer,
 )
@@ -50,18 +54,20 @@ SGD, SGD_MOMENTUM, ADAM = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 @triton.jit
 def sgd(w, g, v, mask, hyper, count, ok, HAS_MOMENTUM: tl.constexpr):
-    """torch.optim.SGD's update of w; stores v. What the reference branches on is data here, except
-    whether there is a momentum buffer."""
+    """torch.optim.SGD's update of w, and the v that it stores. What the reference branches on is
+    data here, except whether there is a momentum buffer."""
     lr, weight_decay, momentum, share, nesterov = hyper
     g = g + weight_decay * w
+    stored = g
     if HAS_MOMENTUM:
         old_v = read(v, mask)
         new_v = tl.where(count == 0, g, momentum * old_v + share * g)
         has_momentum = momentum != 0
-        tl.store(v, tl.where(ok & has_momentum, new_v, old_v), mask)
+        stored = tl.where(ok & has_momentum, new_v, old_v)
+        tl.store(v, stored, mask)
         ahead = tl.where(nesterov != 0, g + momentum * new_v, new_v)
         g = tl.where(has_momentum, ahead, g)
-    return w - lr * g
+    return w - lr * g, stored
 
 
 @triton.jit
@@ -82,16 +88,18 @@ def one_less_power(log_beta, t):
 
 @triton.jit
 def adam(w, g, v, u, mask, hyper, ok):
-    """torch.optim.Adam's update of w, AdamW's where decoupled; stores v and u."""
+    """torch.optim.Adam's update of w, AdamW's where decoupled, and the v that it stores; stores u
+    too."""
     decay, shrink, beta1, share1, beta2, share2, size, c2, eps = hyper
     g = g + decay * w
     w = w * shrink
     old_v, old_u = read(v, mask), read(u, mask)
     new_v = beta1 * old_v + share1 * g
     new_u = beta2 * old_u + share2 * g * g
-    tl.store(v, tl.where(ok, new_v, old_v), mask)
+    stored = tl.where(ok, new_v, old_v)
+    tl.store(v, stored, mask)
     tl.store(u, tl.where(ok, new_u, old_u), mask)
-    return w - tl.div_rn(size * new_v, tl.sqrt_rn(tl.div_rn(new_u, c2)) + eps)
+    return w - tl.div_rn(size * new_v, tl.sqrt_rn(tl.div_rn(new_u, c2)) + eps), stored
 
 
 @triton.jit
@@ -129,7 +137,7 @@ def update(w, g, saved, v, u, m, kept, flat, offs, mask, inv_scale, share, alpha
            CLIMBED: tl.constexpr, BASE: tl.constexpr, MIX: tl.constexpr, MASTERS: tl.constexpr,
            TYPE: tl.constexpr):
     """The base optimizer's update of one block, which lies at w, g and flat, from the saved w or
-    the one at w."""
+    the one at w. Returns the squares of the v that it stores."""
     if CLIMBED:
         old = read(saved + flat + offs, mask)
     else:
@@ -140,32 +148,53 @@ def update(w, g, saved, v, u, m, kept, flat, offs, mask, inv_scale, share, alpha
     if MIX == REUSE or (CLIMBED and MIX != UNMIXED):
         g = mixed(g, m, kept, flat + offs, mask, share, alpha, ok, MIX)
     if BASE == ADAM:
-        new = adam(w32, g, v + flat + offs, u + flat + offs, mask, hyper, ok)
+        new, v = adam(w32, g, v + flat + offs, u + flat + offs, mask, hyper, ok)
     elif BASE == SGD_MOMENTUM:
-        new = sgd(w32, g, v + flat + offs, mask, hyper, count, ok, True)
+        new, v = sgd(w32, g, v + flat + offs, mask, hyper, count, ok, True)
     else:
-        new = sgd(w32, g, v, mask, hyper, count, ok, False)
+        new, v = sgd(w32, g, v, mask, hyper, count, ok, False)
     stored = tl.where(ok, new.to(old.dtype), old)
     tl.store(w + offs, stored.to(TYPE), mask)
     if MASTERS:
         tl.store(saved + flat + offs, stored, mask)
+    return v * v
+
+
+@triton.jit
+def blocks_from(begin, size, BLOCK: tl.constexpr):
+    """How many blocks hold the elements from `begin` on: whole fours, and then the rest, as
+    `in_fours` parts them."""
+    return tl.cdiv(size // 4 * 4 - begin, BLOCK) + (size % 4 != 0).to(tl.int32)
+
+
+@triton.jit
+def block_from(k, begin, size, offs, BLOCK: tl.constexpr):
+    """Where the k-th of them begins, and which of its elements there are."""
+    fours = size // 4 * 4
+    i = tl.minimum(begin + k * BLOCK, fours)
+    return i, offs < tl.where(i < fours, fours, size) - i
 
 
 @jit
-def step_kernel(w_table, g_table, climbed_table, saved, v, u, m, kept, blocks, layout, hyper,
-                control, counters, v_steps, n_blocks, n_slots, BASE: tl.constexpr,
-                MIX: tl.constexpr, PERTURBED: tl.constexpr, MASTERS: tl.constexpr,
-                TYPE: tl.constexpr, G_TYPE: tl.constexpr, BLOCK: tl.constexpr):
+def step_kernel(w_table, g_table, climbed_table, saved, v, u, m, kept, partials, blocks, layout,
+                hyper, control, counters, v_steps, n_blocks, n_slots, BASE: tl.constexpr,
+                MIX: tl.constexpr, PERTURBED: tl.constexpr, ALONG_V: tl.constexpr,
+                MASTERS: tl.constexpr, TYPE: tl.constexpr, G_TYPE: tl.constexpr,
+                BLOCK: tl.constexpr):
     """w = base(saved w, g); where there is no g, w = saved w. Reads saved w, v, u, g; writes v, u,
     w.
 
     Where nothing was saved (it did not climb, or a plain step), w itself is the start. After a
     climb that was not ok, or with found_inf, every block only returns, and the skip is counted.
+
+    With ALONG_V, partials[0, p] = the sum of v^2 over what climbed of program p's blocks, in the
+    order and so with the bits of `norm_kernel`, wherever gradients and weights lie.
     """
     inv_scale, share = tl.load(control + INV_SCALE2), tl.load(control + SHARE)
     ok = tl.load(control + FOUND_INF) == 0
     if PERTURBED:
         ok = ok & (tl.load(control + OK) != 0)
+    along_v = tl.zeros((SUMS,), tl.float32)
     offs = tl.arange(0, BLOCK)
     block, last = share_of_blocks(n_blocks)
     while block < last:
@@ -184,23 +213,33 @@ def step_kernel(w_table, g_table, climbed_table, saved, v, u, m, kept, blocks, l
             alpha = tl.load(row + ALPHA)
             fours = in_fours(size, w | g) if climbed == PERTURBED else 0
             for i in range(0, fours, BLOCK):
-                update(wide_pointer(w, TYPE) + i, wide_pointer(g, G_TYPE) + i, saved, v, u, m, kept,
-                       flat + i, offs, offs < fours - i, inv_scale, share, alpha, h, count, ok,
-                       PERTURBED, BASE, MIX, MASTERS, TYPE)
-            for i in range(fours, size, BLOCK):
+                x = update(wide_pointer(w, TYPE) + i, wide_pointer(g, G_TYPE) + i, saved, v, u, m,
+                           kept, flat + i, offs, offs < fours - i, inv_scale, share, alpha, h,
+                           count, ok, PERTURBED, BASE, MIX, MASTERS, TYPE)
+                if ALONG_V:
+                    along_v += folded(x, SUMS)
+            for k in range(0, blocks_from(fours, size, BLOCK)):
+                i, mask = block_from(k, fours, size, offs, BLOCK)
                 if climbed:
-                    update(pointer(w, TYPE) + i, pointer(g, G_TYPE) + i, saved, v, u, m, kept,
-                           flat + i, offs, offs < size - i, inv_scale, share, alpha, h, count, ok,
-                           True, BASE, MIX, MASTERS, TYPE)
+                    x = update(pointer(w, TYPE) + i, pointer(g, G_TYPE) + i, saved, v, u, m, kept,
+                               flat + i, offs, mask, inv_scale, share, alpha, h, count, ok, True,
+                               BASE, MIX, MASTERS, TYPE)
+                    if ALONG_V:
+                        along_v += folded(x, SUMS)
                 else:
                     update(pointer(w, TYPE) + i, pointer(g, G_TYPE) + i, saved, v, u, m, kept,
-                           flat + i, offs, offs < size - i, inv_scale, share, alpha, h, count, ok,
-                           False, BASE, MIX, MASTERS, TYPE)
+                           flat + i, offs, mask, inv_scale, share, alpha, h, count, ok, False,
+                           BASE, MIX, MASTERS, TYPE)
         elif climbed:
-            for i in range(0, size, BLOCK):
-                mask = offs < size - i
+            for k in range(0, blocks_from(0, size, BLOCK)):
+                i, mask = block_from(k, 0, size, offs, BLOCK)
                 back = read(saved + flat + i + offs, mask).to(TYPE)
                 tl.store(pointer(w, TYPE) + i + offs, back, mask)
+                if ALONG_V:
+                    x = read(v + flat + i + offs, mask)
+                    along_v += folded(x * x, SUMS)
+    if ALONG_V:
+        tl.store(partials + tl.program_id(0), sum_by_halves(along_v, HALVINGS))
     skipped = tl.load(counters + SKIPPED)  # every thread reads, one writes: the barrier between
     if is_last_program(counters + STEP_TICKET):
         tl.store(counters + SKIPPED, skipped + (ok == 0).to(tl.int32))
@@ -219,13 +258,13 @@ def step(p: Pass, climb: Climb | None) -> None:
     """The base optimizer from the saved w (from w itself where nothing was saved) with p.g."""
     climbed = None if climb is None else climb.table
     launch(step_kernel, p, (p.w_table, p.g_table, climbed), step_arguments, climb is not None,
-           MIXES[p.mix])
+           MIXES[p.mix], p.along_v)
 
 
-def step_arguments(p: Pass, perturbed: bool, mix: int) -> dict:
+def step_arguments(p: Pass, perturbed: bool, mix: int, along_v: bool) -> dict:
     space = p.space
     m, kept = (space.m, space.kept) if mix else (None, None)
-    return dict(saved=space.saved, v=space.v, u=space.u, m=m, kept=kept,
+    return dict(saved=space.saved, v=space.v, u=space.u, m=m, kept=kept, partials=space.partials,
                 counters=space.counters, v_steps=space.steps[1], n_slots=len(space.slots),
-                BASE=BASES[space.kind.base], MIX=mix, PERTURBED=perturbed,
+                BASE=BASES[space.kind.base], MIX=mix, PERTURBED=perturbed, ALONG_V=along_v,
                 MASTERS=space.kind.masters)

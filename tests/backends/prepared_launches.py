@@ -12,8 +12,9 @@ from triton import knobs
 
 from fastsam.kernels import triton as kernels
 
-from ..helpers.passes import VARIANTS, Course
+from ..helpers.passes import Course
 from ..helpers.pretended import Launched, Launcher, pretend
+from ..helpers.variants import VARIANTS
 
 launch = importlib.import_module("fastsam.kernels.triton.launch")
 norm_kernel = importlib.import_module("fastsam.kernels.triton.norm").norm_kernel
@@ -49,7 +50,7 @@ def launched(call, *args) -> Launched:
 def two_phases(of: Course, g_dtype=FP32) -> list[Launched]:
     Launcher.seen.clear()
     (p,), space = passes(of, "g1", g_dtype), of.spaces[0]
-    if of.projection not in (None, "constant"):
+    if of.projection is not None:
         kernels.dots(p)
     kernels.norm(p)
     climb = kernels.climb(p, space.partials)

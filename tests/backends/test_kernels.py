@@ -19,7 +19,8 @@ from fastsam.hyper import COLUMN, COLUMNS  # noqa: E402
 from fastsam.kernels import triton as kernels  # noqa: E402
 
 from ..helpers.oracle import exact  # noqa: E402
-from ..helpers.passes import VARIANTS, Course  # noqa: E402
+from ..helpers.passes import Course  # noqa: E402
+from ..helpers.variants import ADAM_GROUPS, GROUPS, VARIANTS, deal  # noqa: E402
 
 # by import_module: as attributes of the package, these names are the launchers
 common, *LAUNCHERS = (importlib.import_module(f"fastsam.kernels.triton.{name}")
@@ -30,21 +31,6 @@ SIZES = [1, 15, 16, BLOCK - 1, BLOCK, BLOCK + 1, 4097]
 SHAPES = [1, (3, 5), 16, BLOCK - 1, (2, BLOCK // 2), BLOCK + 1, (17, 241)]
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 DTYPES = [FP32, BF16]
-# Nothing neutral, nothing shared: momentum with dampening, Nesterov, and no momentum at all.
-GROUPS = [
-    dict(rho=0.3, sigma=0.7, lmbda=0.6, lr=0.07, momentum=0.9, dampening=0.2, weight_decay=0.02,
-         nesterov=False),
-    dict(rho=0.9, sigma=1.2, lmbda=0.8, lr=0.03, momentum=0.8, dampening=0.0, weight_decay=0.0,
-         nesterov=True),
-    dict(rho=0.5, sigma=0.4, lmbda=0.3, lr=0.11, momentum=0.0, dampening=0.0, weight_decay=0.05,
-         nesterov=False),
-]
-# The same for Adam and AdamW.
-ADAM_GROUPS = [
-    dict(rho=0.3, sigma=0.7, lmbda=0.6, lr=0.02, betas=(0.8, 0.97), eps=1e-3, weight_decay=0.1),
-    dict(rho=0.9, sigma=1.2, lmbda=0.8, lr=0.005, betas=(0.0, 0.6), eps=1e-2, weight_decay=0.0),
-    dict(rho=0.5, sigma=0.4, lmbda=0.3, lr=0.01, betas=(0.95, 0.999), eps=1e-4, weight_decay=0.3),
-]
 
 # the interpreter is NumPy, which warns where inf and NaN are put in on purpose
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid|overflow):RuntimeWarning")
@@ -57,12 +43,6 @@ def normals(shapes, seed: int, dtype, device) -> list[torch.Tensor]:
 
 def parameters(tensors) -> list[torch.nn.Parameter]:
     return [torch.nn.Parameter(t.clone(memory_format=torch.preserve_format)) for t in tensors]
-
-
-def deal(n: int, groups: list[dict]) -> list[dict]:
-    """n parameters dealt to the groups in turn: the groups with "params" as indices."""
-    dealt = [{"params": list(range(i, n, len(groups))), **group} for i, group in enumerate(groups)]
-    return [group for group in dealt if group["params"]]
 
 
 def ulp(t: torch.Tensor, dtype) -> torch.Tensor:

@@ -318,24 +318,25 @@ def test_the_pages_steps_are_the_sums_and_the_benchmarks_budget(column, kind, ma
 
 
 def steps_of_relatives(kind: str, masters: bool, base: int) -> list[int]:
-    """Momentum-SAM's, GSAM's, LookSAM's two. Momentum-SAM's climb reads float32."""
-    def climb(kind: str, mode: int) -> int:
-        return sum(moved(kernel, kind, MODE=m, SCALING=0, MASTERS=masters)
-                   for kernel, m in (("norm", 0), ("climb", mode)))
+    """Momentum-SAM's, GSAM's, LookSAM's two. Momentum-SAM's climb reads float32, and the norm was
+    left by the step before."""
+    climb = sum(moved(kernel, kind, MODE=mode, SCALING=0, MASTERS=masters)
+                for kernel, mode in (("norm", 0), ("climb", -1)))
 
     def step(mix: int) -> int:
         return moved("step", kind, BASE=base, MIX=mix, PERTURBED=mix != 3, MASTERS=masters)
 
     dots = moved("dots", kind, MODE=-1)
-    return [climb(kind.partition("/")[0] + "/fp32", 0) + step(0),
-            climb(kind, -1) + dots + step(1), climb(kind, -1) + dots + step(2), dots + step(3)]
+    weights = kind.partition("/")[0]
+    along_v = moved("climb", weights + "/fp32", MODE=0, SCALING=0, MASTERS=masters)
+    return [along_v + step(0), climb + dots + step(1), climb + dots + step(2), dots + step(3)]
 
 
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("n, groups", [(5, 1), (130, 4)])
 def test_launches_of_the_relatives(launches, base, n, groups, device):
     params = parameters(n, device)
-    for cls, expected in ((MomentumSAM, [STEP, STEP]),
+    for cls, expected in ((MomentumSAM, [STEP, STEP[1:], STEP[1:]]),
                           (GSAM, [[*STEP[:2], "dots_kernel", STEP[2]]] * 2),
                           (LookSAM, [[*STEP[:2], "dots_kernel", STEP[2]],
                                      ["dots_kernel", STEP[2]]])):
@@ -350,6 +351,19 @@ def test_launches_of_the_relatives(launches, base, n, groups, device):
             few = 16 if "dots_kernel" in kernels else 0
             if i > 0:  # the first step brings its tables
                 assert len(executed.names) <= few and executed.elements <= 4, executed.names
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_momentum_sam_takes_the_norm_where_no_step_has_left_it(launches, base, device):
+    opt = optimizer(parameters(5, device), 1, MomentumSAM, base)
+    for change, kernels in (
+            (lambda: None, STEP), (lambda: None, STEP[1:]), (lambda: opt.step(), STEP),
+            (lambda: opt.spaces[0].v.mul_(2), STEP), (lambda: opt.state_dict(), STEP[1:]),
+            (lambda: opt.load_state_dict(opt.state_dict()), STEP)):
+        change()
+        launches.clear()
+        two_phases(opt)
+        assert launches == kernels
 
 
 def test_the_pages_arithmetic():

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bench.attacks.notation import eps_key, parse_eps
-from bench.attacks.objectives import SPREAD, spread
+from bench.attacks.objectives import rising, spread
 from bench.attacks.pgd import Attack, l2_norm, pgd
 from bench.models import build_model
 
@@ -71,15 +71,15 @@ def test_touches_neither_gradients_nor_batchnorm(model, batch, attack):
 def test_on_8_bit_images_the_course_of_x_adv_is_that_of_delta(model, batch, attack):
     """Madry et al. 2018 in the perturbation: the same bits, since x + (x_adv - x) gives x_adv."""
 
-    def loss(logits):
-        return F.cross_entropy((SPREAD * logits / spread(logits)).double(), y, reduction="sum")
+    def loss(logits, to):
+        return F.cross_entropy((to * logits / spread(logits)).double(), y, reduction="sum")
 
     x, y = (batch[0] * 255).round() / 255, batch[1]
     start = pgd(model, x, y, replace(attack, steps=0), torch.Generator().manual_seed(5))
     delta, eps = start - x, attack.eps
-    for _ in range(attack.steps):
+    for i in range(attack.steps):
         delta.requires_grad_(True)
-        (g,) = torch.autograd.grad(loss(model(x + delta)), delta)
+        (g,) = torch.autograd.grad(loss(model(x + delta), rising(i, attack.steps)), delta)
         delta = delta.detach()
         if attack.norm == "linf":
             delta = torch.clamp(delta + attack.alpha * torch.sign(g), -eps, eps)

@@ -15,7 +15,7 @@ from torch import nn
 from bench.__main__ import main
 from bench.attacks.apgd import apgd
 from bench.attacks.by_name import attempt, split_name
-from bench.attacks.objectives import SPREAD, spread
+from bench.attacks.objectives import LAST, spread
 from bench.attacks.pgd import evaluation_attack, pgd
 from bench.data.datasets import Data, Split, load_data
 from bench.evaluation import masked_gradients
@@ -107,7 +107,7 @@ def test_fgsm_is_one_step_of_eps_without_random_start(split):
     x, y = split.batch(slice(0, 50))
     z = x.clone().requires_grad_(True)
     logits = model()(z).double()
-    (g,) = torch.autograd.grad(F.cross_entropy(SPREAD * logits / spread(logits), y), z)
+    (g,) = torch.autograd.grad(F.cross_entropy(LAST * logits / spread(logits), y), z)
     x_adv = attempt("fgsm", "linf", EPS, 10, 10).perturb(model(), x, y, None, model())
     torch.testing.assert_close(x_adv, (x + EPS * g.sign()).clamp(0, 1))
     x_adv = attempt("fgsm", "l2", 0.5, 10, 10).perturb(model(), x, y, None, model())

@@ -10,7 +10,7 @@ from torch.distributions import Categorical, kl_divergence
 
 import fastsam
 from bench.__main__ import main
-from bench.attacks.objectives import SPREAD, spread
+from bench.attacks.objectives import LAST, SPREAD, spread
 from bench.attacks.pgd import Attack, n_fgsm, trades
 from bench.models import build_model
 from bench.settings.config import check_used, resolve
@@ -56,10 +56,10 @@ def batch():
 
 
 def ascent(model, x, y):
-    """The gradient of the cross-entropy of logits whose first is SPREAD above their third."""
+    """The gradient of the cross-entropy of logits whose first is LAST above their third."""
     x = x.clone().requires_grad_(True)
     logits = model(x).double()
-    loss = F.cross_entropy(SPREAD * logits / spread(logits), y)
+    loss = F.cross_entropy(LAST * logits / spread(logits), y)
     return torch.autograd.grad(loss, x)[0]
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.__main__ import main
-from bench.attacks.objectives import SPREAD, spread
+from bench.attacks.objectives import rising, spread
 from bench.attacks.pgd import Attack, pgd
 from bench.data.augmentation import Augmentation, Decisions, Pipeline, decide, gather
 from bench.models import build_model
@@ -206,10 +206,10 @@ def slow_training(config, data, steps):
             x_adv = x + torch.empty_like(x).uniform_(-config.eps, config.eps, generator=attack_rng)
             x, x_adv = x.double(), x_adv.clamp(0, 1).double()
             model.eval()
-            for _ in range(config.attack_steps):
+            for i in range(config.attack_steps):
                 x_adv.requires_grad_()
                 z = model(x_adv)
-                loss = F.cross_entropy(SPREAD * z / spread(z), y)
+                loss = F.cross_entropy(rising(i, config.attack_steps) * z / spread(z), y)
                 (g,) = torch.autograd.grad(loss, x_adv)
                 x_adv = x_adv.detach() + config.alpha * g.sign()
                 x_adv = x_adv.clamp(x - config.eps, x + config.eps).clamp(0, 1)

@@ -10,31 +10,20 @@ from fastsam.passes import Climb, Pass
 from fastsam.reference import projection
 from fastsam.space import NOWHERE, Kind, Space, Tables, same_layout
 
+from .lockstep import Lockstep
 from .oracle import Oracle, exact
+from .variants import VARIANTS, Variant, full_gradient
 
-VARIANTS = {  # name: the oracle's arguments
-    "sam": dict(method="sam"),
-    "asam-all": dict(method="asam"),
-    "asam-weights": dict(method="asam", scale="weights", eta=0.03),
-    "fsam": dict(method="fsam"),
-    "fsam-official": dict(method="fsam", convention="official"),
-    "fasam": dict(method="fasam"),
-    "fasam-official": dict(method="fasam", convention="official"),
-    "fisher": dict(method="fisher", eta=0.8),
-    "fsam-cosine": dict(method="fsam", projection="cosine"),
-    "fsam-orthogonal": dict(method="fsam", projection="orthogonal", convention="official"),
-    "sam-full": dict(method="full", projection="cosine"),
-    "sam-noise": dict(method="noise", projection="orthogonal"),
-}
-SCALINGS = {"asam": "weights", "fasam": "weights", "fisher": "gradient"}
 GAP = math.nan  # stands where nobody may read or write
 
 
-def mode_of(variant: dict) -> str | None:
-    """`Kind.mode` of a variant."""
-    if variant["method"] in ("fsam", "fasam"):
-        return variant.get("convention", "algorithm1")
-    return variant["method"] if variant["method"] in ("full", "noise") else None
+def climb_of(variant: Variant) -> tuple[str | None, str | None, str | None]:
+    """What the variant's own class says of its climb: `Kind.mode`, the projection, and
+    `Pass.scaling`."""
+    opt = variant.cls([torch.nn.Parameter(torch.ones(1))], torch.optim.SGD, lr=0.1,
+                      backend="reference", **variant.own)
+    traits, (group,) = opt._traits, opt.param_groups
+    return traits.mode, traits.projection, traits.scales_with if group["adaptive"] else None
 
 
 def base_of(base: str, groups: list[dict]) -> str:
@@ -44,14 +33,15 @@ def base_of(base: str, groups: list[dict]) -> str:
     return "sgd-momentum" if any(g.get("momentum") for g in groups) else "sgd"
 
 
-def spaces_of(params, groups: list[dict], variant: dict, base: str, masters: bool) -> list[Space]:
+def spaces_of(params, groups: list[dict], mode: str | None, base: str, masters: bool,
+              ) -> list[Space]:
     """One space per dtype, with NaN in the gaps and in what a climb must write first."""
     kinds: dict[torch.dtype, list] = {}
     for i, group in enumerate(groups):
         for j in group["params"]:
             kinds.setdefault(params[j].dtype, []).append((params[j], None, i))
-    spaces = [Space.of(Kind(members[0][0].device, dtype, (), mode_of(variant),
-                            base_of(base, groups), masters), members, len(groups))
+    spaces = [Space.of(Kind(members[0][0].device, dtype, (), mode, base_of(base, groups),
+                            masters), members, len(groups))
               for dtype, members in kinds.items()]
     for space in spaces:
         for buffer in buffers(space):
@@ -80,12 +70,8 @@ def laid_out(g: torch.Tensor | None, w: torch.Tensor) -> torch.Tensor | None:
     return torch.empty_strided(w.shape, w.stride(), dtype=g.dtype, device=g.device).copy_(g)
 
 
-class Course:
-    """One backend in lockstep with its own oracle.
-
-    Before every step the oracle takes over the weights and the state, so that what is compared is
-    the error of one step; being right at every step from the state the step before left is being
-    right throughout.
+class Course(Lockstep):
+    """One backend, of a variant.
 
     Args:
         params: the parameters.
@@ -100,18 +86,16 @@ class Course:
                  base: str = "sgd", masters: bool = False):
         variant = VARIANTS[name]
         self.params, self.groups, self.backend, self.base = params, groups, backend, base
-        self.oracle = Oracle(params, groups, base=base, **variant)
-        self.projection = variant.get("projection")
-        self.scales_with = SCALINGS.get(variant["method"])
-        self.spaces = spaces_of(params, groups, variant, base, masters)
+        self.oracle = Oracle(params, groups, base=base, **variant.oracle)
+        mode, self.projection, self.scales_with = climb_of(variant)
+        self.spaces = spaces_of(params, groups, mode, base, masters)
         self.tables = [Tables(space) for space in self.spaces]
         self.slots = {slot.param: slot for space in self.spaces for slot in space.slots}
         self.climbs: list[Climb] | None = None
-        if variant["method"] in ("full", "noise"):
-            generator = torch.Generator().manual_seed(77)
-            for i, p in enumerate(params):
-                self.slots[p].m.copy_(torch.randn(p.shape, generator=generator))
-                self.oracle.m[i] = exact(self.slots[p].m)
+        if mode in ("full", "noise"):
+            for i, G in enumerate(full_gradient(params)):
+                self.slots[params[i]].m.copy_(G)
+                self.oracle.m[i] = exact(G)
 
     # ---- passes
 
@@ -146,7 +130,7 @@ class Course:
         return {**merged, "decoupled_weight_decay": self.base == "adamw"}
 
     def _projected(self, passes: list[Pass]) -> list[Pass]:
-        if self.projection in (None, "constant"):
+        if self.projection is None:
             return passes
         for p in passes:
             self.backend.dots(p)
@@ -189,6 +173,10 @@ class Course:
     # ---- what came of it
 
     @property
+    def is_perturbed(self) -> bool:
+        return self.climbs is not None
+
+    @property
     def norm(self) -> float:
         return float(self.spaces[0].cells.norm)
 
@@ -200,34 +188,9 @@ class Course:
         return getattr(self.slots[self.params[i]], letter)
 
     def weight(self, i: int) -> torch.Tensor:
-        """What the next step starts from: the parameter, or its float32 master."""
         slot = self.slots[self.params[i]]
         masters = next(s for s in self.spaces if slot in s.slots).kind.masters
         return slot.saved if masters else slot.param.detach()
-
-    def follow(self) -> None:
-        """The oracle takes over the weights and the state."""
-        for i in range(len(self.params)):
-            self.oracle.w[i] = exact(self.weight(i))
-            for letter in ("m", "v", "u"):
-                own = getattr(self.oracle, letter)
-                if own[i] is not None:
-                    own[i] = exact(self.state(i, letter))
-
-    def compared(self):
-        """(what it is, the backend's tensor, the oracle's): weights, masters, m, v and u; state
-        that has not begun is 0."""
-        for i, p in enumerate(self.params):
-            yield f"w[{i}]", p.detach(), self.oracle.w[i]
-            if self.climbs is None and self.weight(i).dtype != p.dtype:
-                yield f"master[{i}]", self.weight(i), self.oracle.w[i]
-            for letter in ("m", "v", "u"):
-                actual, expected = self.state(i, letter), getattr(self.oracle, letter)[i]
-                if actual is not None:
-                    zero = torch.zeros_like(exact(actual))
-                    yield f"{letter}[{i}]", actual, zero if expected is None else expected
-                else:
-                    assert expected is None, f"{letter}[{i}] is missing"
 
     def check_gaps(self) -> None:
         """What lies between the slots is as it was."""

@@ -16,10 +16,11 @@ import pytest
 import torch
 from torch import nn
 
-from fastsam import ASAM, SAM, FisherSAM, FriendlySAM, FullGradientSAM, PhaseError
+from fastsam import SAM, PhaseError
 
 from .oracle import Oracle
 from .rounding import Rounded, units
+from .variants import VARIANTS
 
 
 class OwnSGD(torch.optim.SGD):
@@ -30,8 +31,7 @@ class OwnAdamW(torch.optim.AdamW):
     """Not fused: a subclass takes its own step."""
 
 
-CLASSES = {"sam": SAM, "asam": ASAM, "fisher": FisherSAM, "fsam": FriendlySAM,
-           "full": FullGradientSAM, "noise": FullGradientSAM}
+CLASSES = {of.oracle["method"]: of.cls for of in VARIANTS.values() if "adaptive" not in of.own}
 BASES = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW,
          "own sgd": OwnSGD, "own adamw": OwnAdamW}
 MAY_BE_TENSORS = ("rho", "sigma", "lmbda", "lr", "weight_decay")

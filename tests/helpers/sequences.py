@@ -1,7 +1,7 @@
 """Random sequences of events, drawn by Hypothesis and played by `player`.
 
-    python -m tests.helpers.sequences --examples 20000            fresh seeds, printed as they are drawn
-    python -m tests.helpers.sequences --seed 7 --examples 250     one of them again
+    python -m tests.helpers.sequences --examples 20000          fresh seeds, printed when drawn
+    python -m tests.helpers.sequences --seed 7 --examples 250   one of them again
 
 A failure ends the run: it is shrunk to the shortest sequence that fails, which is printed as the
 Setup and the events that `play` takes, with the command that draws it again.
@@ -19,7 +19,7 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from .player import Grads, Group, Player, Setup, Weight
+from .player import CLASSES, Grads, Group, Player, Setup, Weight
 
 CHUNK = 250  # examples of one seed: Hypothesis keeps the tree of everything it has drawn
 
@@ -27,8 +27,8 @@ SHAPES = [(), (0,), (1,), (15,), (16,), (17,), (0, 3), (3, 5), (5, 3, 2), (2, 3,
           (4, 2, 3, 3)]
 LARGE = [(1023,), (1024,), (1025,), (31, 34)]
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
-METHODS = {
-    "sam": [{}],
+METHODS = {  # with the options of their classes; by default none
+    **{method: [{}] for method in CLASSES},
     "asam": [dict(scale="all"), dict(scale="weights", eta=0.03)],
     "fisher": [dict(eta=0.8)],
     "fsam": [dict(convention=c, projection=p) for c in ("algorithm1", "official")
@@ -39,7 +39,7 @@ METHODS = {
 COMMON = dict(rho=[0.05, 0.0, 0.3, 1.7], lr=[0.1, 0.0, 0.01, 0.7], weight_decay=[0.0, 0.02, 0.3],
               perturb=[True, True, True, False])
 OF_METHOD = {
-    "sam": dict(adaptive=[False, True]),
+    **{method: dict(adaptive=[False, True]) for method in CLASSES},
     "asam": dict(adaptive=[True, True, False], eta=[0.03, 0.0, 0.5]),
     "fisher": dict(adaptive=[True, True, False], eta=[0.8, 0.0, 20.0]),
     "fsam": dict(adaptive=[False, True], sigma=[1.0, 0.0, 0.7, 1.3, -0.5],

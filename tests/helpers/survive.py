@@ -1,7 +1,7 @@
 """Kill a training at random moments until it has ended, and compare it with one left alone.
 
-`python -m tests.helpers.survive --kills 30` (`make survive`) does it longer than the suite, method by
-method. Every step writes a checkpoint, so that kills fall into writes as well.
+`python -m tests.helpers.survive --kills 30` (`make survive`) does it longer than the suite, method
+by method. Every step writes a checkpoint, so that kills fall into writes as well.
 """
 
 import argparse

@@ -33,8 +33,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastsam import FriendlySAM
 
+from ..helpers.lockstep import build
 from ..helpers.oracle import Oracle
-from ..helpers.support import ADAM_GROUPS, BASES, GROUPS, METHODS, build
+from ..helpers.variants import ADAM_GROUPS, BASES, GROUPS, VARIANTS
 
 FOLDER = Path(os.environ.get("FASTSAM_TWO_PROCESSES", "."))  # which both see
 RANK, RANKS = int(os.environ.get("RANK", 0)), 2
@@ -97,7 +98,7 @@ def optimizer(net, name: str, base: str):
 def oracle_of(name: str, base: str, params) -> Oracle:
     params = list(params)
     groups = [dict(HYPER[base], params=range(len(params)))]
-    return Oracle(params, groups, base=base, **METHODS[name][2])
+    return Oracle(params, groups, base=base, **VARIANTS[name].oracle)
 
 
 def gradients(net, oracle, data) -> list[torch.Tensor]:
@@ -487,7 +488,7 @@ def zero(net, name: str, base: str):
     hyper = {k: x for k, x in HYPER[base].items() if k not in ("rho", "sigma", "lmbda")}
     inner = ZeroRedundancyOptimizer(net.parameters(), BASES[base], **hyper)
     own = {k: HYPER[base][k] for k in (("rho", "sigma", "lmbda") if name == "fsam" else ("rho",))}
-    return METHODS[name][0].wrap(inner, **own)
+    return VARIANTS[name].cls.wrap(inner, **own)
 
 
 @pytest.mark.parametrize("name, base", [("sam", "sgd"), ("fsam", "adam")])
@@ -543,7 +544,7 @@ def test_zero_saves_where_it_was_consolidated_and_continues(name, base):
 
 
 def saved_case(net, name: str, base: str, **changes):
-    cls, own, _ = METHODS[name]
+    cls, own, *_ = VARIANTS[name]
     if base in BASES:
         hyper = HYPER[base] if name == "fsam" else {
             k: x for k, x in HYPER[base].items() if k not in ("sigma", "lmbda")}

@@ -20,9 +20,10 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from fastsam import SAM, FisherSAM, FriendlySAM, FullGradientSAM, RhoScheduler
+from fastsam import SAM, FriendlySAM, FullGradientSAM, RhoScheduler
 
 from ..helpers.contract import assert_bits, backward, batch, bits, network, two_passes
+from ..helpers.variants import VARIANTS
 
 BASES = {
     "sgd": (torch.optim.SGD, dict(lr=0.07, momentum=0.85, dampening=0.1, weight_decay=3e-3)),
@@ -31,26 +32,19 @@ BASES = {
     "nadam": (torch.optim.NAdam, dict(lr=0.01, momentum_decay=0.01)),
     "rmsprop": (torch.optim.RMSprop, dict(lr=0.01, momentum=0.7, centered=True)),
 }
-VARIANTS = {
-    "sam": (SAM, dict(rho=0.08)),
-    "fisher": (FisherSAM, dict(rho=0.1, eta=0.7)),
-    "fsam": (FriendlySAM, dict(rho=0.1, sigma=0.7, lmbda=0.6)),
-    "fsam-official": (FriendlySAM, dict(rho=0.1, sigma=0.7, lmbda=0.6, convention="official",
-                                        projection="cosine")),
-}
 CASES = [("sam", "adamw", "reference"), ("sam", "nadam", "reference"),
          ("fisher", "adam", "reference"), ("fisher", "rmsprop", "reference"),
          ("fsam", "sgd", "reference"), ("fsam", "nadam", "reference"),
-         ("fsam-official", "adamw", "reference"), ("fsam-official", "rmsprop", "reference"),
+         ("fsam-orthogonal", "adamw", "reference"), ("fsam-orthogonal", "rmsprop", "reference"),
          ("fsam", "adamw", "triton"), ("fsam", "rmsprop", "triton")]
 every_case = pytest.mark.parametrize("variant, base, backend", CASES)
 both_backends = pytest.mark.parametrize("backend", ["reference", "triton"])
 
 
 def build(net, variant: str, base: str, backend: str = "reference", **changes) -> SAM:
-    cls, own = VARIANTS[variant]
-    kind, hyper = BASES[base]
-    return cls(net.parameters(), kind, backend=backend, **{**own, **hyper, **changes})
+    of, (kind, hyper) = VARIANTS[variant], BASES[base]
+    return of.cls(net.parameters(), kind, backend=backend,
+                  **{**of.suits, **of.own, **hyper, **changes})
 
 
 def trained(variant: str, base: str, backend: str, device, steps: int = 3, **changes):
@@ -405,7 +399,7 @@ def test_a_state_of_the_public_classes_continues(device, base, average):
     twin, anew = network(device), network(device)
     for n in (twin, anew):
         n.load_state_dict(model_state)
-    variant = "fsam-official" if average else "sam"
+    variant = "fsam-orthogonal" if average else "sam"
     opt, expected = build(twin, variant, base, lr=9.0), build(anew, variant, base, rho=0.3)
     opt.load_state_dict(state)
     assert opt.param_groups[0]["rho"] == 0.3 and opt.param_groups[0]["lr"] == hyper["lr"]

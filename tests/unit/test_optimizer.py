@@ -14,7 +14,6 @@ import fastsam
 from fastsam import ASAM, SAM, FriendlySAM, FullGradientSAM, PhaseError, RhoScheduler
 
 from ..helpers.contract import (
-    CLASSES,
     assert_bits,
     backward,
     base_of,
@@ -27,6 +26,7 @@ from ..helpers.contract import (
     trained,
     two_passes,
 )
+from ..helpers.variants import VARIANTS
 
 # ---- phases, closures, misuse (invariant 8)
 
@@ -306,12 +306,12 @@ def test_a_parameter_that_changed_its_dtype_is_refused(backend, device):
 
 
 @pytest.mark.parametrize("base", [torch.optim.NAdam, torch.optim.Adagrad])
-@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("name", VARIANTS)
 def test_another_base_optimizer_takes_its_own_step(name, base, device):
     """Bit for bit; one sets its state up at its first step, the other in its constructor."""
     net, twin = network(device), network(device)
-    cls, kwargs = CLASSES[name]
-    build = partial(cls, list(net.parameters()), base, lr=1e-3, **{**kwargs, "rho": 0.0})
+    cls, own, *_ = VARIANTS[name]
+    build = partial(cls, list(net.parameters()), base, lr=1e-3, rho=0.0, **own)
     opt, plain = build(), base(twin.parameters(), lr=1e-3)
     if cls is FullGradientSAM:
         opt.set_full_gradient(bits(net))

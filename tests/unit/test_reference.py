@@ -8,8 +8,9 @@ import torch
 import fastsam
 from fastsam import SAM, FriendlySAM
 
+from ..helpers.lockstep import Course, build
 from ..helpers.oracle import Oracle, exact
-from ..helpers.support import ADAM_GROUPS, BASES, GROUPS, METHODS, Course, build, deal
+from ..helpers.variants import ADAM_GROUPS, BASES, GROUPS, VARIANTS, deal
 
 SHAPES = [(7,), (4, 3), (1,), (2, 3, 2, 2), (5, 5), (), (3,)]
 
@@ -37,7 +38,7 @@ class FreeCourse(Course):
         pass
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", VARIANTS)
 def test_course_of_25_steps_equals_the_oracle(name):
     """Weights, moved weights, m and v at every step; missing and bad gradients on the way."""
     course = FreeCourse(weights(), deal(len(SHAPES), GROUPS), name, "reference")
@@ -96,7 +97,7 @@ def test_plain_steps_equal_torch_s_own_optimizer(base):
                                            atol=1e-14)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", VARIANTS)
 def test_a_parameter_that_comes_late_starts_its_own_averages(name):
     """m and v count per parameter: the first gradient of one may come at step 3."""
     course = FreeCourse(weights(), deal(len(SHAPES), GROUPS), name, "reference")
