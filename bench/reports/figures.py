@@ -142,7 +142,7 @@ def draw_cost(panel: plt.Axes, rows: list[dict[str, Any]], against: str) -> None
     for i, row in enumerate(rows):
         for name, fill in zip(shown, FILLS, strict=False):
             mean, std = accuracies(row)[name]
-            panel.errorbar(row[against], mean, std, row.get(f"{against}_std", 0),
+            panel.errorbar(row[against], mean, std or None, row.get(f"{against}_std") or None,
                            elinewidth=0.7, capsize=2, fillstyle=fill, **point_style(i))  # fmt: skip
         panel.plot([], [], label=in_figures(label_of(row)), **point_style(i))
     for name, fill in zip(shown, FILLS, strict=False):

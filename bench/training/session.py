@@ -28,13 +28,15 @@ class Sitting:
     save_every: minutes between checkpoints within an epoch; every epoch ends with one anyway.
     time_budget: minutes after which the run saves and stops; None: none. track: a name of
     bench.training.tracking.PACKAGES, where the numbers of metrics.jsonl go too. heeds_sigterm: save
-    and stop on SIGTERM too. Raises ValueError for negative minutes, and for a tracker that is not
+    and stop on SIGTERM too. bar: show each epoch's steps and its validation on stderr, where that
+    is a terminal. Raises ValueError for negative minutes, and for a tracker that is not
     installed.
     """
 
     save_every: float = 10.0
     time_budget: float | None = None
     track: str | None = None
+    bar: bool = False
     heeds_sigterm: bool = False
     began: float = field(default_factory=time.monotonic)
     terminated: bool = False

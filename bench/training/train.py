@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from bench.attacks.objectives import answers
 from bench.data.augmentation import Augmentation
@@ -171,7 +172,9 @@ def train_epoch(run: Run, epoch: int, out: Path, sitting: Sitting) -> dict[str, 
     run.epoch = epoch
     run.model.train()
     start = time.perf_counter()
-    for i, (x, y) in enumerate(images, here.done):
+    shown = tqdm(images, f"epoch {epoch + 1}", steps, initial=here.done, unit="step", leave=False,
+                 disable=None if sitting.bar else True)  # fmt: skip
+    for i, (x, y) in enumerate(shown, here.done):
         for group in run.opt.param_groups:
             group["lr"] = lr_at(config, epoch, i, steps)
         processes.same_statistics(run.model)
@@ -202,7 +205,7 @@ def train_epoch(run: Run, epoch: int, out: Path, sitting: Sitting) -> dict[str, 
     return row
 
 
-def validate(run: Run) -> dict[str, Any]:
+def validate(run: Run, bar: bool = False) -> dict[str, Any]:
     """Return validation accuracy, that of adversarial training under PGD, and whether it is the
     best so far. Where nothing is held out, the last epoch counts as the best."""
     run.model.eval()
@@ -213,7 +216,7 @@ def validate(run: Run) -> dict[str, Any]:
     if attack is None:
         right = correct(run.model, mine, 500)
     else:
-        right = robust(run.model, mine, attack, 500, seed=run.epoch)
+        right = robust(run.model, mine, attack, 500, seed=run.epoch, bar=bar)
     accuracy = processes.total(right.double().sum()).item() / len(split)
     return {"val_acc": accuracy, "best": all(accuracy > old["val_acc"] for old in run.history)}
 
@@ -248,7 +251,7 @@ def train(
     with tracked(tracker, config, out, run.history) as track, sitting.training():
         for epoch in range(len(run.history), config.epochs):
             row = train_epoch(run, epoch, out, sitting)
-            finish_epoch(run, row, out)
+            finish_epoch(run, row, out, sitting.bar)
             track(run.history)
             after_epoch(row)
             sitting.saved = time.monotonic()
@@ -281,10 +284,10 @@ def refuse_divergence(run: Run, row: dict[str, Any], loss: Tensor, out: Path) ->
     )
 
 
-def finish_epoch(run: Run, row: dict[str, Any], out: Path) -> None:
+def finish_epoch(run: Run, row: dict[str, Any], out: Path, bar: bool = False) -> None:
     """Validate, complete the epoch's row, and write what an epoch leaves."""
     processes.same_statistics(run.model)
-    row |= validate(run) | processes.from_first(watch_single_step, run)
+    row |= validate(run, bar) | processes.from_first(watch_single_step, run)
     run.history.append(row)
     first = processes.rank() == 0
     if first and row["best"]:

@@ -185,7 +185,8 @@ def test_rho_is_drawn_beside_the_sgd_of_the_same_setting(tmp_path):
     }
     assert [group.label for group in plain] == ["SGD epochs 3"]
     rows = [made("fsam", rho=rho, sigma=sigma) for rho in (0.1, 0.4) for sigma in (0.5, 0.9)]
-    assert list(by_rho(sections(tmp_path, rows)[0])[0]) == ["Friendly-SAM sigma 0.5", "Friendly-SAM sigma 0.9"]
+    labels = ["Friendly-SAM sigma 0.5", "Friendly-SAM sigma 0.9"]
+    assert list(by_rho(sections(tmp_path, rows)[0])[0]) == labels
 
 
 # ---- figures
@@ -432,7 +433,7 @@ def test_the_page_holds_everything_and_loads_nothing(tmp_path, capsys):
     assert len(set(alts)) == 5 and all("<script>alert(1)</script>" in alt for alt in alts)
     styled = text[: text.index("</style>")]
     variables = set(re.findall(r"var\((--\w+)\)", styled))
-    light, dark = re.findall(r":root \{(.*)\}", styled)
+    light, dark = re.findall(r":root \{([^}]*)\}", styled)
     assert set(re.findall(r"--\w+", light)) == set(re.findall(r"--\w+", dark)) == variables
     shown = " ".join(page.text)
     for fact in ("SAM rho 0.1", "80.0 ± 0.0", "PGD-10, l2, eps 16/255", "an abacus", "torch 2.15.0",
