@@ -666,11 +666,17 @@ def run_gpu(options: dict[str, Any]) -> int:
     return gpu(options["out"], options["minutes"], options["only"], options["list"])
 
 
+def parsed(argv: list[str] | None) -> dict[str, Any]:
+    try:
+        return vars(build_parser().parse_args(argv))
+    finally:
+        sys.stdout.flush()  # --help, which ends the program, is output too
+
+
 def main(argv: list[str] | None = None) -> int:
     """Return the exit code: 0, 1 when a benchmark's parity check is red, 2 after one sentence about
     the input that cannot be used, DIVERGED (3) after one about the training that did, or 141 where
     nobody reads the output."""
-    options = vars(build_parser().parse_args(argv))
     command = {"train": run_train, "compare": run_compare, "evaluate": run_evaluate,
                "recipes": run_recipes, "unpack": run_unpack, "sweep": run_sweep,
                "study": run_study_command, "step": run_step, "report": run_report,
@@ -679,6 +685,7 @@ def main(argv: list[str] | None = None) -> int:
     from bench.training.diverged import DIVERGED, Diverged
 
     try:
+        options = parsed(argv)
         if "TORCHELASTIC_RUN_ID" in os.environ and options["command"] != "train":
             raise ValueError(f"torchrun is for train alone; start {options['command']} without it")
         code = command[options["command"]](options) or 0

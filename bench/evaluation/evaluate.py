@@ -144,8 +144,8 @@ def evaluate(
     "attacks": {"linf": {"8/255": "PGD-10, ..."}}, "each": {"linf": {"8/255": {"pgd": r}}},
     "configurations": as "each" with texts, "images": N, "of": the number in the split, "warnings":
     sentences}. The model is left in eval mode. say: takes a line after each attack. bar: show
-    progress on stderr, where that is a terminal. Raises ValueError, before any attack, for one that this model or this
-    machine cannot have.
+    progress on stderr, where that is a terminal. Raises ValueError, before any attack, for one that
+    this model or this machine cannot have.
     """
     model.eval()
     cudnn = torch.backends.cudnn

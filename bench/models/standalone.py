@@ -29,18 +29,20 @@ def standalone(name: str, width: int, channels: int, classes: Sequence[str]) -> 
         bodies.append(body)
     return "\n\n\n".join([
         '"""The network that the weights beside this file belong to: CLASSES, build()."""',
-        "\n".join(sorted(imports)), f"CLASSES = {list(classes)!r}", *bodies,
+        "\n".join(sorted(imports)), f"CLASSES = {list(classes)!r}",
+        *bodies,
         "def build() -> nn.Module:\n"
-        '    """(B, channels, H, W) images in [0, 1] -> (B, classes) logits; load weights next."""\n'
+        '    """(B, C, H, W) images in [0, 1] -> (B, classes) logits; load weights next."""\n'
         f"    return nn.Sequential(Normalize([0.0] * {channels}, [1.0] * {channels}), {made})\n",
     ])  # fmt: skip
 
 
 def with_needed(part: ModuleType) -> list[ModuleType]:
     """Return a module of bench.models after those of its folder that it imports from."""
-    needed = [node.module for node in ast.parse(inspect.getsource(part)).body
-              if isinstance(node, ast.ImportFrom) and str(node.module).startswith(HERE)]  # fmt: skip
-    found = [other for name in needed for other in with_needed(sys.modules[str(name)])]
+    needed = [str(node.module) for node in ast.parse(inspect.getsource(part)).body
+              if isinstance(node, ast.ImportFrom)]  # fmt: skip
+    found = [other for name in needed if name.startswith(HERE)
+             for other in with_needed(sys.modules[name])]  # fmt: skip
     return list(dict.fromkeys([*found, part]))
 
 

@@ -97,7 +97,8 @@ def card(checkpoint: dict[str, Any], summary: dict[str, Any], which: str) -> str
     config, accuracies = checkpoint["config"], accuracies_of(summary, which)
     title = f"{config['model']} trained with {method_name(config['method'])} on {config['data']}"
     sections = [
-        front_matter(checkpoint, summary, accuracies, title), f"# {title}", about(checkpoint, which),
+        front_matter(checkpoint, summary, accuracies, title),
+        f"# {title}", about(checkpoint, which),
         "## Loading", f"```python\n{loading(checkpoint)}```", requirements(config["model"]),
         "## Accuracy", accuracy_text(summary, accuracies),
         "## Training", settings_text(checkpoint, summary), "## Licence", LICENCE,
@@ -141,7 +142,7 @@ def about(checkpoint: dict[str, Any], which: str) -> str:
     epoch = f", after epoch {checkpoint['epoch'] + 1} of {config['epochs']}"
     return (
         f"`{config['model']}` of width {config['width']} for {len(classes)} classes, from the "
-        f"{which} checkpoint{epoch}. It takes images in [0, 1], {checkpoint['channels']} channels, "
+        f"{which} checkpoint{epoch}. It takes (B, {checkpoint['channels']}, H, W) images in [0, 1] "
         "and normalises them itself.\n\n"
         f"Training images: `{config['data']}`, fingerprint "
         f"`{checkpoint.get('fingerprint') or 'unknown'}`; test images: "
@@ -178,7 +179,7 @@ def accuracy_text(summary: dict[str, Any], accuracies: dict[str, float]) -> str:
 
 
 def settings_text(checkpoint: dict[str, Any], summary: dict[str, Any]) -> str:
-    values = {k: v for k, v in checkpoint["config"].items() if v is not None}
+    values = {k: v for k, v in checkpoint["config"].items() if v is not None and k != "data_dir"}
     versions = ", ".join(f"{k} {v}" for k, v in summary["versions"].items() if v)
     rows = [f"| {k} | {v} |".replace("_", r"\_") for k, v in values.items()]
     return "\n".join([

@@ -1,9 +1,9 @@
 """A run's numbers in TensorBoard, Weights & Biases, MLflow or Trackio, by Accelerate's trackers.
 
-tracker.json in the run's directory holds, for each tracker, its run and how many epochs that has, so
-that every sitting goes on with the same one. An epoch is tracked after last.pt holds it, so nothing
-that is tracked has to be taken back. Where a service keeps its files, and what it is logged in as,
-its own environment says (WANDB_MODE, MLFLOW_TRACKING_URI, TRACKIO_DIR, ...).
+tracker.json in the run's directory holds, for each tracker, its run and how many epochs that has,
+so that every sitting goes on with the same one. An epoch is tracked after last.pt holds it, so
+nothing that is tracked has to be taken back. Where a service keeps its files, and what it is logged
+in as, its own environment says (WANDB_MODE, MLFLOW_TRACKING_URI, TRACKIO_DIR, ...).
 """
 
 import os

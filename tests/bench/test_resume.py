@@ -1,6 +1,5 @@
 """Runs that are interrupted anywhere, and end with the bits of runs that are not."""
 
-import json
 import os
 import signal
 import subprocess
