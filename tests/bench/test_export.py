@@ -14,7 +14,7 @@ from bench.__main__ import main
 from bench.models import MODELS, build_model
 from bench.models.standalone import standalone
 from bench.settings.config import resolve
-from bench.training.checkpoint import load_model
+from bench.training.checkpoint import load_checkpoint, load_model
 
 from ..helpers.survive import SMALL
 
@@ -45,10 +45,9 @@ def lines_of(card):
     return code
 
 
-@pytest.mark.parametrize("which", ["last", "best"])
-def test_the_cards_lines_load_the_network_without_bench(which, run, tmp_path, capsys):
+def test_the_cards_lines_load_the_network_without_bench(run, tmp_path, capsys):
     out = tmp_path / "out"
-    assert main(["export", str(run), str(out), "--checkpoint", which]) == 0
+    assert main(["export", str(run), str(out)]) == 0
     assert {p.name for p in out.iterdir() if p.name[0] != "."} == {
         "model.safetensors", "model.py", "README.md"
     }  # fmt: skip
@@ -61,7 +60,20 @@ def test_the_cards_lines_load_the_network_without_bench(which, run, tmp_path, ca
     code += "with torch.no_grad():\n    torch.save(model(torch.load('../x.pt')), '../y.pt')\n"
     assert alone(code, out).strip() in map(str, range(10))
     with torch.no_grad():
-        assert torch.equal(torch.load(tmp_path / "y.pt"), load_model(run / f"{which}.pt")(x))
+        assert torch.equal(torch.load(tmp_path / "y.pt"), load_model(run / "last.pt")(x))
+
+
+def test_the_best_checkpoint_has_its_own_weights_and_accuracies(run, tmp_path):
+    from safetensors.torch import load_file
+
+    assert main(["export", str(run), str(tmp_path), "--checkpoint", "best"]) == 0
+    best, summary = load_checkpoint(run / "best.pt"), json.loads((run / "summary.json").read_text())
+    found = load_file(tmp_path / "model.safetensors")
+    assert found.keys() == best["model"].keys()
+    assert all(torch.equal(found[k], v) for k, v in best["model"].items())
+    card = (tmp_path / "README.md").read_text()
+    assert f"| natural | {100 * summary['best']['natural']:.1f} |" in card
+    assert f"best checkpoint, after epoch {best['epoch'] + 1} of 2" in card
 
 
 def test_the_card_says_what_was_measured_and_of_what(run, tmp_path):
@@ -92,28 +104,36 @@ def test_the_hub_reads_the_cards_head(run, tmp_path):
     assert {r.dataset_name for r in data.eval_results} == {"digits"}
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_every_networks_source_stands_alone(name, tmp_path):
-    classes = ["a\"'\\", "ä", "c"]
-    (tmp_path / "model.py").write_text(standalone(name, 8, 3, classes))
-    own = build_model(name, 8, 3, 3, [0.5] * 3, [0.25] * 3).eval()
-    weights = {k: v.clone() for k, v in own.state_dict().items()}
-    x = torch.rand(2, 3, 32, 32)
-    torch.save((weights, x), tmp_path / "given.pt")
-    code = (
-        "import torch; from model import CLASSES, build; weights, x = torch.load('given.pt')\n"
-        "net = build().eval(); net.load_state_dict(weights); print(ascii(CLASSES))\n"
-        "with torch.no_grad(): torch.save(net(x), 'y.pt')\n"
-    )
-    assert alone(code, tmp_path).strip() == ascii(classes)
+def test_every_networks_source_stands_alone(tmp_path):
+    classes, x, outputs = ["a\"'\\", "ä", "c"], torch.rand(2, 3, 32, 32), {}
+    for name in MODELS:
+        (tmp_path / f"{name.replace('-', '_')}.py").write_text(standalone(name, 8, 3, classes))
+        own = build_model(name, 8, 3, 3, [0.5] * 3, [0.25] * 3).eval()
+        torch.save((own.state_dict(), x), tmp_path / f"{name.replace('-', '_')}.pt")
+        with torch.no_grad():
+            outputs[name.replace("-", "_")] = own(x)
+    code = """
+import torch
+from importlib import import_module
+from pathlib import Path
+for path in Path(".").glob("*.py"):
+    model = import_module(path.stem)
+    weights, x = torch.load(path.with_suffix(".pt"))
+    net = model.build().eval()
+    net.load_state_dict(weights)
     with torch.no_grad():
-        assert torch.equal(torch.load(tmp_path / "y.pt"), own(x))
+        torch.save(net(x), path.with_suffix(".out"))
+    print(ascii(model.CLASSES))
+"""
+    assert set(alone(code, tmp_path).splitlines()) == {ascii(classes)}
+    for name, wanted in outputs.items():
+        assert torch.equal(torch.load(tmp_path / f"{name}.out"), wanted), name
 
 
-def test_a_librarys_network_is_that_librarys(tmp_path):
-    (tmp_path / "model.py").write_text(standalone("torchvision:resnet18", 64, 1, ["0", "1"]))
-    code = "from model import build; print(build()[1].net.fc.out_features)"
-    assert alone(code, tmp_path).strip() == "2"
+def test_a_librarys_network_is_that_librarys():
+    found = {}
+    exec(standalone("torchvision:resnet18", 64, 1, ["0", "1"]), found)
+    assert found["build"]()[1].net.fc.out_features == 2
 
 
 @pytest.mark.parametrize("spoil, said", [
