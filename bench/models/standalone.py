@@ -22,7 +22,8 @@ def standalone(name: str, width: int, channels: int, classes: Sequence[str]) -> 
         parts = [library]
         made = f"library_model({name!r}, {channels}, {len(classes)})"
     parts = list(dict.fromkeys([layers, *parts]))
-    imports, bodies = {}, []
+    imports: dict[str, None] = {}
+    bodies: list[str] = []
     for part in parts:
         own, body = split_source(inspect.getsource(part))
         imports |= dict.fromkeys(own)
@@ -57,7 +58,8 @@ def split_source(text: str) -> tuple[list[str], str]:
                 imports.append(ast.unparse(node))
         elif not is_docstring(node):
             continue
-        lines[node.lineno - 1 : node.end_lineno] = [""] * (node.end_lineno - node.lineno + 1)
+        first, last = node.lineno - 1, node.end_lineno or node.lineno
+        lines[first:last] = [""] * (last - first)
     about = (ast.get_docstring(tree) or "").splitlines()
     return imports, "\n".join(f"# {line}".rstrip() for line in about) + "\n\n" + "\n".join(
         lines
