@@ -20,7 +20,7 @@ from bench.attacks.pgd import Attack, Forward
 from bench.data.datasets import Split
 from bench.evaluation import masked_gradients
 from bench.evaluation.progress import Progress
-from bench.settings.config import Evaluation
+from bench.settings.evaluation import Evaluation
 
 NORM_NAMES = {"linf": "l_inf", "l2": "l2"}
 INSPECTED = 128  # images for the checks of the model

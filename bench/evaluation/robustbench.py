@@ -9,7 +9,7 @@ from typing import Any
 
 from bench.attacks.notation import eps_key, parse_eps
 from bench.models import FULL_WIDTH
-from bench.settings.config import Evaluation
+from bench.settings.evaluation import Evaluation
 
 RADII = {("cifar10", "linf"): "8/255", ("cifar10", "l2"): "0.5", ("cifar100", "linf"): "8/255"}
 ARCHITECTURES = {  # as the leaderboards write them; others go by their names here

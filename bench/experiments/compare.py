@@ -28,7 +28,8 @@ from bench.files import (
     write_text,
 )
 from bench.reports.tables import markdown
-from bench.settings.config import Config, Evaluation
+from bench.settings.config import SETTINGS, Config
+from bench.settings.evaluation import Evaluation
 from bench.settings.names import method_name
 from bench.training.diverged import Diverged
 from bench.training.train import refuse_early
@@ -214,13 +215,8 @@ def settings(config: dict[str, Any], among: Sequence[dict[str, Any]] = ()) -> st
 
     among: all methods' configs; whatever differs between them is told.
     """
-    names = ("rho", "sigma", "lmbda", "convention", "scale", "eta", "full_every", "projection",
-             "eps", "alpha", "attack_steps", "beta")  # fmt: skip
-    own = {k: config[k] for k in names if config.get(k) is not None}
-    usual = {"base": "sgd", "interval": 1, "late": 0.0, "ascent_part": 1.0, "micro": 1}
-    usual |= {"ascent_batches": 1}
-    usual |= {"awp_gamma": 0.0, "label_noise": 0.0}
-    own |= {k: config[k] for k, value in usual.items() if config.get(k, value) != value}
+    told = {k: of.value for k, of in SETTINGS.items() if of.told}
+    own = {k: config[k] for k, value in told.items() if config.get(k, value) != value}
     own |= {k: config[k] for k in differing(among) if config.get(k) is not None}
     own |= {k: eps_key(own[k]) for k in ("eps", "alpha") if k in own}
     return ", ".join(f"{k} {v}" for k, v in own.items())

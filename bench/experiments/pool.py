@@ -12,7 +12,8 @@ from tqdm import tqdm
 from bench.experiments.compare import one_line, start_worker
 from bench.experiments.train_and_evaluate import train_and_evaluate
 from bench.files import alone_in
-from bench.settings.config import Config, Evaluation, check_judges
+from bench.settings.config import Config
+from bench.settings.evaluation import Evaluation, check_judges
 from bench.training.train import refuse_early, train
 
 Evaluations = dict[str, Evaluation]  # by the file of a run's directory that holds its summary

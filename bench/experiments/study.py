@@ -10,11 +10,14 @@ from bench.experiments.pool import run_grid
 from bench.experiments.sweep import by_setting, runs_of, table
 from bench.files import write_text
 from bench.reports.claims import Claim, cost, judged
-from bench.reports.groups import MACHINE, read_runs, sections_of
-from bench.settings.config import Config, Evaluation, differences, resolve_evaluation
+from bench.reports.groups import read_runs, sections_of
+from bench.settings.config import MACHINE, Config, differences
+from bench.settings.evaluation import Evaluation, resolve_evaluation
 from bench.settings.names import method_name
+from bench.settings.recipes import RECIPES, study_names
+from bench.spelling import meant
 
-STUDIES = Path(__file__).parents[1] / "recipes" / "studies"
+STUDIES = RECIPES / "studies"
 Rows = list[dict[str, Any]]
 
 
@@ -23,9 +26,11 @@ def load_study(name: str) -> dict[str, Any]:
     and hours if it has some, and its figure where that is not one of accuracies against the grid.
     """
     path = STUDIES / f"{name}.json"
-    known = sorted(p.stem for p in STUDIES.glob("*.json"))
+    known = study_names()
     if name not in known:
-        raise ValueError(f"unknown study {name!r}; choose from {', '.join(known)}")
+        raise ValueError(
+            f"unknown study {name!r}{meant(name, known)}; choose from {', '.join(known)}"
+        )
     return json.loads(path.read_text())
 
 

@@ -6,21 +6,23 @@ use is not in its config, so that such runs coincide and are made once.
 
 from itertools import product
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 from bench.attacks.notation import eps_key, labelled, refuse_mixed
 from bench.evaluation.evaluate import NORM_NAMES
 from bench.experiments.compare import aggregate, append_rows, run_all
 from bench.files import alone_in, refuse_unwritable, remove_unfinished, write_json, write_text
 from bench.reports.tables import markdown
-from bench.settings.config import Config, Evaluation, check_used, resolve
+from bench.settings.config import SETTINGS, Config, check_used, resolve
+from bench.settings.evaluation import Evaluation
 from bench.settings.names import method_name
+from bench.spelling import meant
 
 Grid = dict[str, list[Any]]
 KINDS = {
-    name: next(kind for kind in (bool, int, float, str) if kind in (get_args(hint) or (hint,)))
-    for name, hint in get_type_hints(Config).items()
-    if name not in ("method", "seed", "recipe", "data", "processes")
+    name: str if of.setting.as_text else of.kind
+    for name, of in SETTINGS.items()
+    if name not in ("seed", "data") and of.kind is not bool
 }
 
 
@@ -36,21 +38,21 @@ def parse_grid(texts: list[str], options: dict[str, Any]) -> Grid:
         name = option.replace("-", "_")
         if not equals or not values:
             raise ValueError(f"--grid {text!r} has no values; write it as rho=0.05,0.1")
-        if KINDS.get(name, bool) is bool:
-            known = [k.replace("_", "-") for k, kind in KINDS.items() if kind is not bool]
+        if name not in KINDS:
+            known = sorted(k.replace("_", "-") for k in KINDS)
             raise ValueError(
-                f"--grid {text!r}: {option!r} is not an option with values to sweep over; choose "
-                f"from {', '.join(sorted(known))}; --methods and --seeds are options of their own, "
-                "and a sweep has one data set and one recipe"
+                f"--grid {text!r}: {option!r} is not an option with values to sweep over"
+                f"{meant(option, known)}; choose from {', '.join(known)}; --methods and --seeds "
+                "are options of their own, and a sweep has one data set and one recipe"
             )
         if name in grid or name in options:
             raise ValueError(f"{option} is given twice; leave it in --grid alone")
-        kind = str if name in ("eps", "alpha") else KINDS[name]
+        kind = KINDS[name]
         try:
             grid[name] = [kind(value) for value in values.split(",")]
         except ValueError as e:
             raise ValueError(f"--grid {text!r}: {option} needs values of {kind.__name__}") from e
-        if kind is str and name in ("eps", "alpha"):
+        if name in ("eps", "alpha"):
             refuse_mixed(grid[name], f"--grid {text}")
     return grid
 

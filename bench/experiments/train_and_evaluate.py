@@ -15,7 +15,8 @@ from bench.data.photographs import Photographs
 from bench.evaluation.evaluate import evaluate
 from bench.files import alone_in, read_json, write_json
 from bench.provenance import git_hash, stamp
-from bench.settings.config import Config, Evaluation, check_judges, differences
+from bench.settings.config import Config, differences
+from bench.settings.evaluation import Evaluation, check_judges
 from bench.training import processes
 from bench.training.checkpoint import changed_data, load_checkpoint, rebuild
 from bench.training.session import Sitting

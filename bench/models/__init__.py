@@ -17,6 +17,7 @@ from bench.models.resnet import ResNet18
 from bench.models.smallconv import SmallConv
 from bench.models.vgg import VGG16BN
 from bench.models.wideresnet import FSAMWideResNet, WRN28x10
+from bench.spelling import meant
 
 FULL_WIDTH = 64
 MODELS = {  # (channels, classes, width) -> network
@@ -54,8 +55,8 @@ def build_model(
         return nn.Sequential(Normalize(mean, std), MODELS[name](channels, classes, width))
     if name not in NAMES and not name.startswith(("torchvision:", "timm:")):
         raise ValueError(
-            f"unknown model {name!r}; choose one of {', '.join([*MODELS, *NAMES])}, "
-            "torchvision:NAME or timm:NAME"
+            f"unknown model {name!r}{meant(name, [*MODELS, *NAMES])}; choose one of "
+            f"{', '.join([*MODELS, *NAMES])}, torchvision:NAME or timm:NAME"
         )
     if width != FULL_WIDTH:
         raise ValueError(

@@ -3,6 +3,8 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bench.spelling import meant
+
 NAMES = {"resnet50": "torchvision:resnet50", "deit-small": "timm:deit_small_patch16_224"}
 DROP_PATH = {"deit_small_patch16_224": 0.1}  # as DeiT was trained, and F-SAM's code does
 
@@ -44,7 +46,8 @@ def from_torchvision(name: str, channels: int, classes: int) -> nn.Module:
     known = set(models.list_models(module=models)) - {"googlenet", "inception_v3"}
     if name not in known:
         raise ValueError(
-            f"unknown model 'torchvision:{name}'; choose one of {', '.join(sorted(known))}"
+            f"unknown model 'torchvision:{name}'{meant(name, known)}; choose one of "
+            f"{', '.join(sorted(known))}"
         )
     if channels not in (1, 3):
         raise ValueError(

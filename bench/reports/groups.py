@@ -13,14 +13,14 @@ from typing import Any
 from bench.attacks.notation import eps_key, in_both_forms, parse_eps
 from bench.experiments.compare import aggregate, spread
 from bench.experiments.train_and_evaluate import NEEDED, read_summary
-from bench.settings.config import Config, Evaluation, resolve, resolve_evaluation
-from bench.settings.methods import ADVERSARIES, OPTIMIZERS, USED_BY, split_method
+from bench.settings.config import MACHINE, USED_BY, Config, resolve
+from bench.settings.evaluation import Evaluation, resolve_evaluation
+from bench.settings.methods import ADVERSARIES, OPTIMIZERS, split_method
 from bench.settings.names import method_name
 from bench.settings.recipes import load_recipe, recipe_names
+from bench.settings.setting import settings_of
 
 DEFAULTS = {f.name: f.default for f in fields(Config) if f.default is not MISSING}
-# Where a run happens. It decides bits, not what the setting is.
-MACHINE = {"seed", "device", "threads", "workers", "backend", "channels_last", "data_dir"}
 
 
 # ---- reading
@@ -213,7 +213,7 @@ def sections_of(rows: list[dict[str, Any]]) -> list[Section]:
 def place(told: list[str], runs: list[dict[str, Any]]) -> tuple:
     config = runs[0]["config"]
     adversary, optimizer = split_method(config["method"])
-    methods = [None, *ADVERSARIES].index(adversary), list(OPTIMIZERS).index(optimizer)
+    methods = [None, *ADVERSARIES].index(adversary), OPTIMIZERS.index(optimizer)
     values = [config[k] for k in told]
     numbers = [v if isinstance(v, int | float) else -1 for v in values]
     return methods, numbers, list(map(str, values))
@@ -318,12 +318,12 @@ def command(group: Group) -> str:
 def evaluation_words(data: str, evaluation: dict[str, Any]) -> list[str]:
     """Return the options of an evaluation that differs from the data's usual one."""
     usual, words = asdict(resolve_evaluation(data, {})), []
-    for f in fields(Evaluation):
-        value = evaluation.get(f.name, f.default)
+    for name, of in settings_of(Evaluation).items():
+        value = evaluation.get(name, of.value)
         value = tuple(value) if isinstance(value, list) else value
-        if value is None or value == usual[f.name]:
+        if value is None or value == usual[name]:
             continue
-        words.append("--eval-" + f.name.replace("_", "-"))
+        words.append(f"--{of.option}")
         words += [text_of(v) if isinstance(v, float) else str(v)
                   for v in (value if isinstance(value, tuple) else (value,))]  # fmt: skip
     return words

@@ -25,7 +25,7 @@ from bench.reports.groups import (
 )
 from bench.reports.html import page
 from bench.reports.tables import csv_text, latex, markdown
-from bench.settings.methods import USED_BY
+from bench.settings.config import USED_BY
 
 GROUPS_A_PAGE = 15  # of three lines each; a LaTeX table cannot break over pages
 

@@ -1,142 +1,212 @@
 """One run's settings: defaults, then the method's, then the recipe's, then the command line's."""
 
-import math
-from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+from __future__ import annotations
 
-import torch
+from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING, Any
 
-from bench.attacks.by_name import split_name
 from bench.attacks.notation import form_of, parse_eps, refuse_mixed
-from bench.attacks.pgd import Attack, evaluation_attack
-from bench.data.augmentation import PADDINGS
-from bench.settings.methods import (
-    FULL,
-    OTHER_IMAGES,
-    PLAIN,
-    SINGLE_STEP,
-    USED_BY,
-    method_of,
-    split_method,
-    values_of,
-)
-from bench.settings.recipes import load_recipe
-from fastsam.choose import BACKENDS
+from bench.settings.checks import check
+from bench.settings.methods import FULL, PLAIN, SAMS, SINGLE_STEP, method_of, split_method
+from bench.settings.recipes import Recipe, load_recipe
+from bench.settings.setting import setting, settings_of
+from bench.spelling import meant
 
-# SAM_AT eval.py's four small radii, and the larger two where adversarial training shows
-EVAL_EPS = {
-    "linf": (1 / 255, 2 / 255, 8 / 255),
-    "l2": (16 / 255, 32 / 255, 128 / 255),
-}
-DIGITS_EVAL_EPS = {
-    "linf": (*EVAL_EPS["linf"], 16 / 255, 32 / 255),
-    "l2": (*EVAL_EPS["l2"], 256 / 255),
-}
-CHOICES = {
-    "noise_kind": ("published", "true"),
-    "augment": ("none", "crop", "crop-flip", "resized-crop"),
-    "padding": PADDINGS,
-    "normalisation": (None, "f-sam", "imagenet"),
-    "base": PLAIN,
-    "schedule": ("piecewise", "cosine", "linear"),
-    "second_bn": ("frozen", "moving"),
-    "attack_bn": ("eval", "train", "moving"),
-    "amp": ("off", "bf16", "fp16"),
-    "backend": (None, *BACKENDS),
-    "scale": (None, "all", "weights"),
-    "projection": (None, "cosine", "orthogonal"),
-    "convention": (None, "algorithm1", "official"),
-}
-JUDGES = ("test", "held-out")
-AT_LEAST = {"epochs": 1, "batch_size": 1, "pad": 0, "cutout": 0, "momentum": 0, "weight_decay": 0,
-            "seed": 0, "interval": 1, "micro": 1, "awp_gamma": 0,
-            "awp_warmup": 0, "ascent_batches": 1}
-AT_LEAST_IF_GIVEN = {"image_size": 1, "attack_steps": 1, "threads": 1, "workers": 0, "beta": 0,
-                     "full_every": 1}
+if TYPE_CHECKING:
+    from bench.attacks.pgd import Attack
 
 
 @dataclass(frozen=True)
 class Config:
     """Everything that decides the trained weights; two runs with equal configs are bit-equal.
 
-    recipe: the published row that the run stands for, whatever else was changed of it.
-    label_noise, noise_kind: see bench.data.label_noise. augment "resized-crop": for directories of
-    photographs of various sizes, which are read when they are needed and become image_size pixels
-    square (224 if None). padding, cutout: see bench.data.augmentation.Augmentation. normalisation:
-    see bench.data.datasets.constants. weights: a file with the network's weights to start from.
-    schedule, warmup: see bench.training.optimizers.lr_at. base: the optimizer under SAM. rho,
-    sigma, lmbda, eta, scale, interval: as in fastsam's optimizers. convention: as in
-    fastsam.FriendlySAM, None: "algorithm1". late: the share of the epochs before SAM's first climb.
-    ascent_part: the share of the batch that the climb's gradient comes from. ascent_batches: from
-    how many batches it comes, the step's own and others drawn from the training set. micro: in how
-    many parts a batch is climbed from, each by itself. full_every: sam-full and sam-noise measure
-    the gradient G of all training images, not augmented, at every so-many-th step of the run.
-    projection: as in fastsam.FullGradientSAM. second_bn: whether SAM's second pass moves
-    BatchNorm's running statistics. eps, alpha: the training attack's radius and step for images in
-    [0, 1]; eps is None where the method does not attack. attack_bn: BatchNorm in the training
-    attack uses its running statistics ("eval"), the batch's ("train"), or the batch's and moves the
-    others ("moving"). beta: weight of TRADES' second term. awp_gamma: adversarial weight
-    perturbation, relative to each layer's norm, after awp_warmup epochs; 0 for none. workers:
-    processes that read images, None: by the number of CPUs; they change no bit. processes:
-    torchrun's; each has its share of every batch. sync_bn: BatchNorm's batch statistics are those
-    of all processes. local_ascent: each process climbs by its own share's gradient.
+    recipe: the published row that the run stands for, whatever else was changed of it. processes:
+    torchrun's; each has its share of every batch. eps, alpha: for images in [0, 1]; eps is None
+    where the method does not attack.
     """
 
     method: str
-    data: str = "digits"
-    data_dir: str = ".data"
-    image_size: int | None = None
-    val: float = 0.1
-    label_noise: float = 0.0
-    noise_kind: str = "published"
-    augment: str = "crop-flip"
-    pad: int = 4
-    padding: str = "reflect"
-    cutout: int = 0
-    normalisation: str | None = None
-    model: str = "preactresnet18"
-    width: int = 64
-    weights: str | None = None
-    epochs: int = 100
-    batch_size: int = 128
-    base: str = "sgd"
-    lr: float = 0.1
-    schedule: str = "piecewise"
-    warmup: float = 0.0
-    momentum: float = 0.9
-    nesterov: bool = False
-    weight_decay: float = 5e-4
-    rho: float | None = None
-    sigma: float | None = None
-    lmbda: float | None = None
-    convention: str | None = None
-    eta: float | None = None
-    scale: str | None = None
-    interval: int = 1
-    late: float = 0.0
-    ascent_part: float = 1.0
-    ascent_batches: int = 1
-    micro: int = 1
-    full_every: int | None = None
-    projection: str | None = None
-    second_bn: str = "frozen"
-    eps: float | None = None
-    alpha: float | None = None
-    attack_steps: int | None = None
-    attack_bn: str = "eval"
-    beta: float | None = None
-    awp_gamma: float = 0.0
-    awp_warmup: int = 0
-    seed: int = 0
-    device: str = "cpu"
-    amp: str = "off"
-    channels_last: bool = False
-    backend: str | None = None
-    threads: int | None = None
-    workers: int | None = None
+    data: str = setting(
+        "digits", "digits, cifar10, cifar100, or a directory of images with train/<class>/ and "
+        "test/<class>/, or <class>/ alone",
+    )
+    data_dir: str = setting(".data", "where torchvision keeps CIFAR", machine=True)
+    image_size: int | None = setting(
+        None, "resize a directory's images to this many pixels square (resized-crop: to 224 "
+        "unless given)", bounds="[1, inf)",
+    )
+    val: float = setting(
+        0.1, "fraction of the training images that chooses best.pt; 0: none, and the last epoch is "
+        "the best", bounds="[0, 1)",
+    )
+    label_noise: float = setting(
+        0.0, "share of the training labels that are replaced", bounds="[0, 1]", metavar="RATE",
+        told=True,
+    )
+    noise_kind: str = setting(
+        "published", "published: F-SAM's, redrawn, some to the right class",
+        choices=("published", "true"),
+    )
+    augment: str = setting(
+        "crop-flip", "of the training images; resized-crop reads photographs of various sizes from "
+        "a directory as needed", choices=("none", "crop", "crop-flip", "resized-crop"),
+    )
+    pad: int = setting(4, "pixels that a crop can move", bounds="[0, inf)")
+    padding: str = setting(
+        "reflect", "what surrounds the image", choices=("reflect", "zero")
+    )
+    cutout: int = setting(
+        0, "side of a square that half of the images lose; 0 for none", bounds="[0, inf)"
+    )
+    normalisation: str | None = setting(
+        None, "of the colours, by mean and deviation", choices=("f-sam", "imagenet"),
+        default="the data's own",
+    )
+    model: str = setting(
+        "preactresnet18", "preactresnet18, resnet18, vgg16bn, wrn28-10, wrn28-10-fsam, "
+        "pyramidnet110, airbench, airbench-relu, smallconv, resnet50, deit-small, "
+        "torchvision:NAME, timm:NAME",
+    )
+    width: int = setting(
+        64, "64: as published; others scale all channels (smallconv: the first layer's channels)"
+    )
+    weights: str | None = setting(
+        None, "weights to start from: a checkpoint of this bench or a state_dict, of any number of "
+        "classes", metavar="FILE",
+    )
+    epochs: int = setting(100, "passes over the training images", bounds="[1, inf)")
+    batch_size: int = setting(128, "images in a step", bounds="[1, inf)")
+    lr: float = setting(0.1, "learning rate", bounds="(0, inf)")
+    schedule: str = setting(
+        "piecewise", "of the learning rate; piecewise: x0.1 at 75% and 90% of the epochs",
+        choices=("piecewise", "cosine", "linear"),
+    )
+    warmup: float = setting(
+        0.0, "share of the steps in which the learning rate grows from 0", bounds="[0, 1)"
+    )
+    momentum: float = setting(0.9, "SGD's", bounds="[0, inf)")
+    nesterov: bool = setting(False, "Nesterov's form of SGD's momentum")
+    weight_decay: float = setting(5e-4, "added to the gradient (AdamW: taken off the weights), "
+                                  "times the weights", bounds="[0, inf)")
+    base: str = setting(
+        "sgd", "the optimizer under SAM", choices=PLAIN,
+        used_by=dict.fromkeys(SAMS, "sgd"),
+    )
+    rho: float | None = setting(
+        None, "SAM's radius", bounds="[0, inf)",
+        # F-SAM table 1 (CIFAR-10); SAM_AT's smallest. ASAM's there belongs to the form that scales
+        # all parameters by |w|; F-ASAM's is not stated in F-SAM table 3: as ASAM's.
+        used_by=dict.fromkeys(SAMS, 0.1) | {"asam": 2.0, "fasam": 2.0},
+    )
+    sigma: float | None = setting(
+        None, "how much of the gradient's average is removed",
+        used_by={"fsam": 1.0, "fasam": 1.0},  # F-SAM table 1, ResNet-18
+    )
+    lmbda: float | None = setting(
+        None, "the average's decay", bounds="[0, 1)", used_by={"fsam": 0.6, "fasam": 0.6}
+    )
+    convention: str | None = setting(
+        None, "algorithm1: the paper's; official: the published code's, whose average "
+        "starts at the first gradient", choices=("algorithm1", "official"), default="algorithm1",
+        used_by={"fsam": None, "fasam": None},
+    )
+    scale: str | None = setting(
+        None, "weights: the authors' form", choices=("all", "weights"),
+        used_by={"asam": "all"},
+    )
+    eta: float | None = setting(
+        None, "ASAM's, added to |w|; FisherSAM's weight of the Fisher diagonal",
+        used_by={"asam": 0.01, "fishersam": 1.0},  # F-SAM table 1; FisherSAM's is not stated
+    )
+    interval: int = setting(
+        1, "climb at every so-many-th step", bounds="[1, inf)",
+        used_by={"sam-interval": 5},
+    )
+    late: float = setting(
+        0.0, "share of the epochs before the first climb", bounds="[0, 1)",
+        used_by={"sam-late": 0.75},
+    )
+    ascent_part: float = setting(
+        1.0, "share of the batch to climb from", bounds="(0, 1]",
+        used_by={"sam-part": 0.25},
+    )
+    ascent_batches: int = setting(
+        1, "of how many batches, this one among them, the gradient to climb by is",
+        bounds="[1, inf)", used_by={"sam-batches": 4},
+    )
+    micro: int = setting(
+        1, "parts of the batch, each with a climb of its own", bounds="[1, inf)",
+        used_by={"sam-micro": 4},
+    )
+    full_every: int | None = setting(
+        None, "steps between gradients of all training images, which are not "
+        "augmented", bounds="[1, inf)", used_by=dict.fromkeys(FULL, 10),
+    )
+    projection: str | None = setting(
+        None, "cosine: as printed",
+        choices=("cosine", "orthogonal"), used_by=dict.fromkeys(FULL, "cosine"),
+    )
+    second_bn: str = setting(
+        "frozen", "BatchNorm's running statistics in SAM's second pass",
+        choices=("frozen", "moving"),
+    )
+    eps: float | None = setting(
+        None, "training attack's radius: 8/255, 8 (the same), or 0.031", as_text=True,
+        default="8/255; 128/255 for at-l2",
+        # SAM_AT 5.2 and its code, and its largest l2 eps; Wong et al. 2020; de Jorge et al. 2022
+        used_by={"at-linf": 8 / 255, "at-l2": 128 / 255, "fgsm-rs": 8 / 255, "n-fgsm": 8 / 255,
+                 "trades": 8 / 255},  # fmt: skip
+    )
+    alpha: float | None = setting(
+        None, "training attack's step, written like eps", as_text=True,
+        default="the preset's share of eps; 1.25 eps for fgsm-rs, eps for n-fgsm",
+        # SAM_AT's code. It is not stated there for l2 (its 2/255 could not cross this ball in 10
+        # steps), so eps/8 as in its evaluation. A single step is 1.25 eps (Wong), or eps (de Jorge)
+        used_by={"at-linf": 2 / 255, "at-l2": 16 / 255, "fgsm-rs": None, "n-fgsm": None,
+                 "trades": 2 / 255},  # fmt: skip
+    )
+    attack_steps: int | None = setting(
+        None, "steps of the training attack", bounds="[1, inf)",
+        used_by={"at-linf": 10, "at-l2": 10, "trades": 10},  # SAM_AT 5.2; Zhang et al. 2019
+    )
+    attack_bn: str = setting(
+        "eval", "BatchNorm in the training attack; train: batch statistics; moving: those, and "
+        "the running ones move", choices=("eval", "train", "moving"),
+    )
+    beta: float | None = setting(
+        None, "weight of the robust term", bounds="[0, inf)",
+        used_by={"trades": 6.0},  # Zhang et al. 2019: 1/lambda
+    )
+    awp_gamma: float = setting(
+        0.0, "adversarial weight perturbation, of each layer's norm; 0 for none",
+        bounds="[0, inf)", told=True,
+    )
+    awp_warmup: int = setting(0, "epochs before it", bounds="[0, inf)")
+    seed: int = setting(0, "of weights, order, augmentation and attacks", bounds="[0, inf)",
+                        machine=True)
+    device: str = setting("cpu", "cpu, cuda, cuda:1, ...", machine=True)
+    amp: str = setting(
+        "off", "of training; evaluation is always float32",
+        choices=("off", "bf16", "fp16"),
+    )
+    channels_last: bool = setting(False, "torch's channels_last memory format", machine=True)
+    backend: str | None = setting(
+        None, "fastsam's", choices=("triton", "numba", "reference"),
+        default="fastsam chooses", used_by=dict.fromkeys(SAMS), machine=True,
+    )
+    threads: int | None = setting(None, "CPU threads of one run", bounds="[1, inf)", machine=True)
+    workers: int | None = setting(
+        None, "processes that read photographs; they change no bit", bounds="[0, inf)",
+        default="by CPUs", machine=True,
+    )
     processes: int = 1
-    sync_bn: bool = False
-    local_ascent: bool = False
+    sync_bn: bool = setting(
+        False, "under torchrun on GPUs: BatchNorm over the whole batch, not each process's share"
+    )
+    local_ascent: bool = setting(
+        False, "under torchrun: SAM climbs in each process by its own share's gradient, not by the "
+        "whole batch's",
+    )
     recipe: str | None = None
 
     @property
@@ -154,6 +224,8 @@ class Config:
     @property
     def attack(self) -> Attack | None:
         """The ball and the steps of the training attack, or None."""
+        from bench.attacks.pgd import Attack
+
         if self.eps is None:
             return None
         norm = "l2" if self.adversary == "at-l2" else "linf"
@@ -163,6 +235,8 @@ class Config:
     @property
     def validation_attack(self) -> Attack | None:
         """PGD on the training attack's ball: the training attack, but ten steps for one."""
+        from bench.attacks.pgd import evaluation_attack
+
         if self.adversary in SINGLE_STEP:
             return evaluation_attack("linf", self.eps, 10)
         return self.attack
@@ -173,26 +247,31 @@ class Config:
         return f"{self.method}-seed{self.seed}"
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """What is measured after training; changing it never retrains.
+SETTINGS = settings_of(Config)
+USED_BY = {name: list(of.setting.used_by) for name, of in SETTINGS.items() if of.setting.used_by}
+MACHINE = {name for name, of in SETTINGS.items() if of.setting.machine}
 
-    linf, l2: radii for images in [0, 1]. steps: of the attack "pgd". samples: how many test images,
-    None for all. attacks: names of bench.attacks.by_name. on: "test" images, or those that were
-    "held-out" of the training images, by which settings are chosen. data: another directory whose
-    test images take the place of the data's own, such as another encoding of them. precision: of
-    the attacks' passes for gradients, fp32 or bf16; what they found is judged in float32.
-    """
 
-    linf: tuple[float, ...]
-    l2: tuple[float, ...]
-    steps: int = 10
-    samples: int | None = None
-    batch_size: int = 500
-    attacks: tuple[str, ...] = ("pgd",)
-    on: str = "test"
-    data: str | None = None
-    precision: str = "fp32"
+def values_of(method: str) -> dict[str, Any]:
+    """Return the values that a method needs, with their defaults."""
+    parts = split_method(method)
+    return {name: own[part] for name, of in SETTINGS.items() for own in [of.setting.used_by]
+            for part in parts if part in own}  # fmt: skip
+
+
+def check_recipe(file: Recipe) -> None:
+    """Raise ValueError for a value that is no setting's, or that the setting cannot have."""
+    known = {f.name for f in fields(Config)}
+    if odd := sorted(file.keys - known):
+        guesses = "".join(meant(key, known) for key in odd)
+        raise ValueError(f"recipe {file.name!r} has the unknown values {odd}{guesses}")
+    for values in (file.config, *file.methods.values()):
+        for name, value in values.items():
+            if name in SETTINGS and not (SETTINGS[name].setting.as_text and isinstance(value, str)):
+                try:
+                    SETTINGS[name].check(value)
+                except ValueError as e:
+                    raise ValueError(f"recipe {file.name!r}: {e}") from e
 
 
 def resolve(method: str | None, recipe: str | None, options: dict[str, Any]) -> Config:
@@ -205,9 +284,8 @@ def resolve(method: str | None, recipe: str | None, options: dict[str, Any]) -> 
     line serves a comparison. Raises ValueError for unknown names and values out of range.
     """
     file = load_recipe(recipe or preset_of(options))
+    check_recipe(file)
     settings = {f.name for f in fields(Config)}
-    if odd := sorted(file.keys - settings):
-        raise ValueError(f"recipe {file.name!r} has the unknown values {odd}")
     optimizer = options.get("optimizer")
     if method is None:
         adversary, own = split_method(file.config.get("method", "sgd"))
@@ -267,111 +345,6 @@ def preset_of(options: dict[str, Any]) -> str:
     by_data = {"digits": "digits", "cifar100": "sam-at-cifar100"}
     default = by_data.get(options.get("data", "digits"), "sam-at-cifar10")
     return recipe or preset or default
-
-
-def check(config: Config) -> None:
-    for name, choices in CHOICES.items():
-        if getattr(config, name) not in choices:
-            raise ValueError(
-                f"unknown {name} {getattr(config, name)!r}; choose from "
-                f"{', '.join(c for c in choices if c)}"
-            )
-    given = {k: least for k, least in AT_LEAST_IF_GIVEN.items() if getattr(config, k) is not None}
-    for name, least in (AT_LEAST | given).items():
-        if not least <= getattr(config, name) < math.inf:  # so that nan is refused too
-            raise ValueError(f"{name} must be at least {least}, got {getattr(config, name)}")
-    if not 0 < config.lr < math.inf:
-        raise ValueError(f"lr must be positive and finite, got {config.lr}")
-    if not 0 <= config.label_noise <= 1:
-        raise ValueError(f"label_noise must be in [0, 1], got {config.label_noise}")
-    if not 0 <= config.warmup < 1:
-        raise ValueError(f"warmup must be in [0, 1), a share of the steps; got {config.warmup}")
-    if config.nesterov and (config.momentum == 0 or "adamw" in (config.optimizer, config.base)):
-        raise ValueError(
-            f"nesterov has no effect on momentum {config.momentum} of {config.optimizer} with base "
-            f"{config.base}; it needs SGD with momentum"
-        )
-    if not (0 <= config.late < 1 and 0 < config.ascent_part <= 1):
-        raise ValueError(
-            "late must be in [0, 1) and ascent_part in (0, 1], "
-            f"got {config.late} and {config.ascent_part}"
-        )
-    check_processes(config)
-    check_other_images(config)
-    if config.amp == "fp16" and (config.attack is not None or config.awp_gamma):
-        raise ValueError(
-            "amp 'fp16' scales the loss of the optimizer's passes alone, and small gradients of "
-            "attacks and of awp_gamma would become 0; use bf16 or off"
-        )
-    usable_device(config.device)
-
-
-def check_processes(config: Config) -> None:
-    for name in ("sync_bn", "local_ascent"):
-        if getattr(config, name) and config.processes == 1:
-            raise ValueError(f"{name} has no effect in one process; start several with torchrun")
-    if config.sync_bn and torch.device(config.device).type == "cpu":
-        raise ValueError("sync_bn needs GPUs, torch has it for no CPU; leave it out")
-    if config.local_ascent and (config.rho is None or config.sigma is not None):
-        raise ValueError(
-            f"local_ascent is not for {config.method!r}: it needs SAM without F-SAM's average, of "
-            "which every process would have another; use sam or asam"
-        )
-
-
-def check_other_images(config: Config) -> None:
-    if config.optimizer not in OTHER_IMAGES:
-        return
-    if config.adversary is not None:
-        raise ValueError(
-            f"{config.optimizer} climbs by other images than the batch's, which are not attacked: "
-            "leave out the adversary, or use sam"
-        )
-    if config.amp == "fp16" and config.optimizer in FULL:
-        raise ValueError(f"amp 'fp16' does not scale {config.optimizer}'s G; use bf16 or off")
-
-
-def usable_device(name: str) -> torch.device:
-    """Return the device, or raise ValueError when this machine or this torch does not have it."""
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as e:
-        first_line = str(e).strip().splitlines()[0]
-        raise ValueError(
-            f"device {name!r} cannot be used here ({first_line}); try --device cpu"
-        ) from e
-    return device
-
-
-def resolve_evaluation(data: str, options: dict[str, Any]) -> Evaluation:
-    """Return the evaluation settings for `data` with the command line's explicit values."""
-    grid = DIGITS_EVAL_EPS if data == "digits" else EVAL_EPS
-    known = {f.name for f in fields(Evaluation)}
-    given = {k: v for k, v in options.items() if k in known}
-    result = replace(Evaluation(**grid), **given)
-    for name in ("steps", "samples", "batch_size"):
-        if (value := getattr(result, name)) is not None and value < 1:
-            raise ValueError(f"evaluation {name} must be at least 1, got {value}")
-    for name in result.attacks:
-        split_name(name)
-    if result.on not in JUDGES:
-        raise ValueError(f"cannot evaluate on {result.on!r}; choose from {', '.join(JUDGES)}")
-    if result.on == "held-out" and result.data is not None:
-        raise ValueError(
-            f"images held out of training are the training data's, not of {result.data!r}; leave "
-            "one of the two out"
-        )
-    if result.precision not in ("fp32", "bf16"):
-        raise ValueError(f"unknown precision {result.precision!r} of attacks; choose fp32 or bf16")
-    return result
-
-
-def check_judges(evaluation: Evaluation, val: float) -> None:
-    """Raise ValueError where the evaluation is on held-out images and there are none."""
-    if evaluation.on == "held-out" and val == 0:
-        raise ValueError("val 0 holds out no image to evaluate on; pass --val 0.1, or evaluate on "
-                         "the test images")  # fmt: skip
 
 
 def differences(old: dict[str, Any], new: Config) -> str:

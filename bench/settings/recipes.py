@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.settings.methods import with_relatives
+from bench.spelling import meant
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 KEYS = {"extends", "source", "published", "note", "config", "methods"}
@@ -46,6 +47,14 @@ def recipe_names() -> list[str]:
     return sorted(name for name in names if not name.startswith(("presets/", "studies/")))
 
 
+def preset_names() -> list[str]:
+    return sorted(p.stem for p in RECIPES.glob("presets/*.json"))
+
+
+def study_names() -> list[str]:
+    return sorted(p.stem for p in RECIPES.glob("studies/*.json"))
+
+
 def load_recipe(name: str) -> Recipe:
     """Return the recipe of this name, a preset by its short name, or the JSON file at a path.
 
@@ -54,10 +63,10 @@ def load_recipe(name: str) -> Recipe:
     places = [RECIPES / f"{name}.json", RECIPES / "presets" / f"{name}.json", Path(name)]
     path = next((p for p in places if p.suffix == ".json" and p.is_file()), None)
     if path is None:
-        presets = ", ".join(sorted(p.stem for p in RECIPES.glob("presets/*.json")))
+        presets = preset_names()
         raise ValueError(
-            f"unknown recipe or preset {name!r}; `python -m bench recipes` lists the recipes, the "
-            f"presets are {presets}"
+            f"unknown recipe or preset {name!r}{meant(name, [*presets, *recipe_names()])}; `python "
+            f"-m bench recipes` lists the recipes, the presets are {', '.join(presets)}"
         )
     try:
         text = json.loads(path.read_text())
@@ -65,7 +74,10 @@ def load_recipe(name: str) -> Recipe:
     except (ValueError, AttributeError) as e:
         raise ValueError(f"{str(path)!r} is not a recipe ({e}); see bench/recipes/README.md") from e
     if odd:
-        raise ValueError(f"{str(path)!r} has the unknown keys {odd}; known are {sorted(KEYS)}")
+        raise ValueError(
+            f"{str(path)!r} has the unknown keys {odd}{meant(odd[0], KEYS)}; known are "
+            f"{sorted(KEYS)}"
+        )
     config, methods = text.get("config", {}), text.get("methods", {})
     base = load_recipe(text["extends"]) if "extends" in text else Recipe(name)
     inherited = {

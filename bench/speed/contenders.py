@@ -17,7 +17,6 @@ from bench.speed.baselines import (
 from fastsam import SAM, FriendlySAM
 from fastsam.choose import BACKENDS
 
-METHODS = ("sgd", "sam", "asam", "fsam", "fasam")
 FRIENDLY, ADAPTIVE = ("fsam", "fasam"), ("asam", "fasam")
 BASES = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
 BASE_STATES = {"sgd": 1, "adamw": 2}  # v, or m1 and v2

@@ -2,32 +2,31 @@
 
 import ctypes
 import subprocess
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from bench.devices import usable_device
 from bench.files import append_jsonl
 from bench.models import MODELS
 from bench.provenance import git_hash, package_version, stamp
-from bench.settings.config import usable_device
+from bench.settings.speed import TENSORS, StepConfig
 from bench.speed.bandwidth import bandwidth, free_bytes
 from bench.speed.contenders import (
     BASE_STATES,
-    BASES,
     FRIENDLY,
-    METHODS,
     Contender,
     bytes_per_parameter,
     contenders,
 )
 from bench.speed.parity import TOLERANCE, parity_error
 from bench.speed.timing import Runner, launches, line_up, race
+from bench.spelling import meant
 from fastsam import SAM
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-TENSORS = 62  # as ResNet-18's
 PERTURBATION = {"rho": 0.1, "sigma": 1.0, "lmbda": 0.9}
 BASE_HYPER = {
     "sgd": {"lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4},
@@ -35,62 +34,8 @@ BASE_HYPER = {
 }
 
 
-@dataclass(frozen=True)
-class StepConfig:
-    """What `python -m bench step` measures.
-
-    model: a name of bench.models.MODELS, or of torchvision's classification models with 10
-    classes (None: preactresnet18). width: channels of the first layer, for the former. params:
-    instead of a model, so many parameters in `tensors` 1-D tensors of equal size (None: 62).
-    dtype: of weights and gradients. compile: also time the per-parameter peers through
-    torch.compile; None: on a GPU. graph: replay each pass as a CUDA graph. reps: timed steps;
-    None: 100 on a GPU, else 20, and no more than a minute takes. threads: of the CPU; None:
-    torch's choice. keep_memory: let the C library keep freed memory, as it does in a training loop
-    that has freed larger tensors than an optimizer's; else temporaries of a fresh process come
-    from the system each time, zeroed page by page, which can take longer than filling them.
-
-    Raises ValueError for an unknown name, a number below 1, options of a model and of params at
-    once, more tensors than params, a graph without a CUDA device, or keep_memory without glibc.
-    """
-
-    model: str | None = None
-    width: int | None = None
-    params: int | None = None
-    tensors: int | None = None
-    methods: tuple[str, ...] = METHODS
-    base: str = "sgd"
-    dtype: str = "fp32"
-    device: str = "cpu"
-    compile: bool | None = None
-    graph: bool = False
-    keep_memory: bool = False
-    reps: int | None = None
-    threads: int | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("width", "params", "tensors", "reps", "threads"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        names = [("base", self.base, BASES), ("dtype", self.dtype, DTYPES)]
-        for what, value, known in names + [("method", m, METHODS) for m in self.methods]:
-            if value not in known:
-                raise ValueError(f"unknown {what} {value!r}; choose one of {', '.join(known)}")
-        if self.params is None and self.tensors is not None:
-            raise ValueError(f"{self.tensors} tensors of how many parameters? Give --params too")
-        if self.params is not None and (self.model or self.width):
-            raise ValueError(f"{self.params} parameters have no model or width; leave them out")
-        if self.params is not None and self.params < (self.tensors or TENSORS):
-            raise ValueError(
-                f"{self.params} parameters cannot fill {self.tensors or TENSORS} tensors; "
-                "pass fewer --tensors"
-            )
-        if self.graph and usable_device(self.device).type != "cuda":
-            raise ValueError(f"a graph needs a CUDA device, not {self.device!r}; leave --graph out")
-
-    @property
-    def hyper(self) -> dict[str, Any]:
-        return PERTURBATION | BASE_HYPER[self.base]
+def hyper(config: StepConfig) -> dict[str, Any]:
+    return PERTURBATION | BASE_HYPER[config.base]
 
 
 def model_shapes(name: str, width: int | None) -> list[torch.Size]:
@@ -104,10 +49,10 @@ def model_shapes(name: str, width: int | None) -> list[torch.Size]:
             return [p.shape for p in model.parameters()]
         from torchvision import models
 
-        if name not in models.list_models(module=models):
+        if name not in (known := [*MODELS, *models.list_models(module=models)]):
             raise ValueError(
-                f"unknown model {name!r}; choose one of {', '.join(MODELS)}, or a classification "
-                "model of torchvision, such as resnet34"
+                f"unknown model {name!r}{meant(name, known)}; choose one of "
+                f"{', '.join(MODELS)}, or a classification model of torchvision, such as resnet34"
             )
         if width is not None:
             raise ValueError(f"width is an option of {', '.join(MODELS)}, not of {name!r}")
@@ -244,7 +189,7 @@ def measure(config: StepConfig) -> list[dict[str, Any]] | None:
     for line in left_out:
         print(f"left out: {line}")
     # before the gate, which compiles the same functions: the first step is timed too
-    runners, first = line_up(found, shapes, config.hyper, dtype, device, config.graph)
+    runners, first = line_up(found, shapes, hyper(config), dtype, device, config.graph)
     errors = gate(found, config, device)
     if errors is None:
         return None
@@ -252,7 +197,7 @@ def measure(config: StepConfig) -> list[dict[str, Any]] | None:
     race(runners, first, config.reps)
     shared = {"workload": label, "base": config.base, "dtype": config.dtype, "graph": config.graph}
     shared |= {"keep_memory": config.keep_memory}
-    shared |= {"bandwidth": speeds, "config": asdict(config), "hyper": config.hyper}
+    shared |= {"bandwidth": speeds, "config": asdict(config), "hyper": hyper(config)}
     shared |= provenance(device, git)
     return [row(r, e, config, speeds) | shared for r, e in zip(runners, errors, strict=True)]
 

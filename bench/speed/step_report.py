@@ -9,7 +9,7 @@ from typing import Any
 from bench.files import write_text
 from bench.reports.tables import markdown
 from bench.settings.names import method_name
-from bench.speed.contenders import METHODS
+from bench.settings.speed import METHODS
 
 SETTING = ("device", "threads", "base", "dtype", "graph", "keep_memory")
 NEEDED = (

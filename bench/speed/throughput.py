@@ -18,9 +18,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from bench.devices import usable_device
 from bench.files import append_jsonl
 from bench.provenance import git_hash
-from bench.settings.config import Config, usable_device
+from bench.settings.config import Config
 from bench.settings.names import method_name
 from bench.speed.bandwidth import wait
 from bench.speed.baselines import PerParameterSAM, why_not_compile

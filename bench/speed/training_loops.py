@@ -16,55 +16,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastsam
-from bench.data.augmentation import Augmentation, Pipeline
+from bench.data.augmentation import Pipeline
 from bench.data.datasets import NORMALISATION, Data, Split
 from bench.models import build_model
 from bench.settings.config import Config
+from bench.settings.speed import Options
 from bench.speed import plain_recipe
 from bench.training.train import Run, attacked, build_optimizer, forward_of, step
 
 METHODS = ("sgd", "sam", "asam", "fsam", "fasam", "at-linf", "at-l2")  # the plain recipe has these
-# Loops beside "fast": with a per-parameter SAM (SAM methods only); in float32; in float32 and NCHW;
-# without torch.compile; as one CUDA graph; and the plain recipe.
-BESIDE = ("eager", "fp32", "fp32-nchw", "uncompiled", "graph", "plain")
 # Float32's rounding reaches a hundredth of these; 2% more rho or eps, four times as much.
 TOLERANCE = {"training": 1e-4, "attack": 5e-3}
-
-
-@dataclass(frozen=True)
-class Options:
-    """How to measure. images: how many random images are in the training set. image_size: pixels.
-    workers: the plain DataLoader's processes. steps: in a turn; None: 30 on a GPU, else 1.
-    turns: of each loop. compile: torch.compile the model. tf32: allow or forbid TF32; None: torch's
-    default. beside: names of BESIDE.
-
-    Raises ValueError for a number below 1 (workers: 0) or an unknown name.
-    """
-
-    images: int = 50_000
-    image_size: int = 32
-    padding: str = "reflect"
-    cutout: int = 0
-    workers: int = 2
-    steps: int | None = None
-    turns: int = 5
-    compile: bool = False
-    tf32: bool | None = None
-    beside: tuple[str, ...] = ("eager", "plain")
-
-    def __post_init__(self) -> None:
-        for name in ("images", "image_size", "workers", "steps", "turns"):
-            value, least = getattr(self, name), int(name != "workers")
-            if value is not None and value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
-        for name in self.beside:
-            if name not in BESIDE:
-                raise ValueError(f"unknown loop {name!r}; choose from {', '.join(BESIDE)}")
-
-    def augmentation(self, config: Config) -> Augmentation | None:
-        if config.augment == "none":
-            return None
-        return Augmentation(config.pad, self.padding, config.augment == "crop-flip", self.cutout)
 
 
 @dataclass

@@ -1,6 +1,5 @@
 """One sitting of a run: how often it saves, when it stops before its end, what it shows."""
 
-import math
 import signal
 import time
 from collections.abc import Iterator
@@ -9,6 +8,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from bench.settings.setting import check_settings
+from bench.settings.sitting import SittingSettings
 from bench.training import processes
 from bench.training.tracking import refuse_missing
 
@@ -22,20 +23,14 @@ class Stopped(Exception):
 
 
 @dataclass
-class Sitting:
+class Sitting(SittingSettings):
     """Nothing here changes the trained weights.
 
-    save_every: minutes between checkpoints within an epoch; every epoch ends with one anyway.
-    time_budget: minutes after which the run saves and stops; None: none. track: a name of
-    bench.training.tracking.PACKAGES, where the numbers of metrics.jsonl go too. heeds_sigterm: save
-    and stop on SIGTERM too. bar: show each epoch's steps and its validation on stderr, where that
-    is a terminal. Raises ValueError for negative minutes, and for a tracker that is not
-    installed.
+    heeds_sigterm: save and stop on SIGTERM too. bar: show each epoch's steps and its validation on
+    stderr, where that is a terminal. Raises ValueError for negative minutes, and for a tracker that
+    is not installed.
     """
 
-    save_every: float = 10.0
-    time_budget: float | None = None
-    track: str | None = None
     bar: bool = False
     heeds_sigterm: bool = False
     began: float = field(default_factory=time.monotonic)
@@ -43,10 +38,7 @@ class Sitting:
 
     def __post_init__(self) -> None:
         self.saved = self.began
-        for name in ("save_every", "time_budget"):
-            minutes = getattr(self, name)
-            if minutes is not None and not 0 <= minutes < math.inf:
-                raise ValueError(f"{name} must be at least 0 minutes, got {minutes}")
+        check_settings(self)
         if self.track is not None:
             refuse_missing(self.track)
 

@@ -20,18 +20,15 @@ from typing import Any
 from bench.files import read_json, write_json
 from bench.settings.config import Config
 
-PACKAGES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "mlflow": "mlflow",
-            "trackio": "trackio"}  # fmt: skip
 PROJECT = "fastsam-bench"  # or what WANDB_PROJECT, MLFLOW_EXPERIMENT_NAME, TRACKIO_PROJECT say
 
 Rows = list[dict[str, Any]]
 
 
 def refuse_missing(tracker: str) -> None:
-    """Raise ValueError for an unknown tracker, and for one that is not installed."""
-    if tracker not in PACKAGES:
-        raise ValueError(f"unknown tracker {tracker!r}; choose from {', '.join(PACKAGES)}")
-    for package, module in (("accelerate", "accelerate"), (tracker, PACKAGES[tracker])):
+    """Raise ValueError for a tracker that is not installed."""
+    needed = "torch.utils.tensorboard" if tracker == "tensorboard" else tracker
+    for package, module in (("accelerate", "accelerate"), (tracker, needed)):
         try:
             import_module(module)
         except ImportError as e:

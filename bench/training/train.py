@@ -20,12 +20,13 @@ from tqdm import tqdm
 from bench.attacks.objectives import answers
 from bench.data.augmentation import Augmentation
 from bench.data.datasets import Data, load_data, training_images
+from bench.devices import usable_device
 from bench.evaluation.evaluate import correct, robust
 from bench.files import remove_unfinished, write_json, write_jsonl
 from bench.models import build_model
 from bench.models.airbench import Airbench
 from bench.models.pretrained import start_from
-from bench.settings.config import Config, differences, usable_device
+from bench.settings.config import Config, differences
 from bench.training import processes
 from bench.training.adversarial import attacked, watch_single_step
 from bench.training.checkpoint import changed_data, load_checkpoint, load_weights, save_checkpoint

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 import bench.training.train
-from bench.__main__ import build_parser, train_in
+from bench.__main__ import COMMANDS
+from bench.cli.training import train_in
 from bench.settings.config import Config, resolve
 from bench.training import processes
 from bench.training.session import Sitting, Stopped
@@ -80,7 +81,8 @@ def in_two_processes(folder: Path) -> None:
 
 if __name__ == "__main__":
     directory = Path(sys.argv[1])
-    options = build_parser().parse_args([*TERMINATED, "--out", str(directory / "terminated")])
+    words = [*TERMINATED[1:], "--out", str(directory / "terminated")]
+    options = COMMANDS["train"].parse(words)
     with processes.joined("cpu"):
-        train_in(Sitting(), vars(options))
+        train_in(Sitting(), options)
         in_two_processes(directory)

@@ -14,7 +14,8 @@ from bench.__main__ import main
 from bench.data.datasets import load_data
 from bench.evaluation.evaluate import correct
 from bench.experiments.train_and_evaluate import finished, train_and_evaluate
-from bench.settings.config import Evaluation, resolve
+from bench.settings.config import resolve
+from bench.settings.evaluation import Evaluation
 from bench.training.train import set_up
 
 CLASSES = ("cat", "dog")

@@ -11,7 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from bench.__main__ import combined, main
+from bench.__main__ import main
+from bench.cli.experiments import combined
 from bench.experiments.compare import settings
 from bench.files import append_jsonl, replacing
 from bench.settings.config import check_used, resolve

@@ -22,7 +22,8 @@ from bench.evaluation import masked_gradients
 from bench.evaluation.evaluate import evaluate, generator_of, interval, report, robust, withstand
 from bench.evaluation.robustbench import model_info
 from bench.models import build_model
-from bench.settings.config import resolve, resolve_evaluation
+from bench.settings.config import resolve
+from bench.settings.evaluation import resolve_evaluation
 from bench.training.checkpoint import load_model, save_checkpoint
 
 from ..helpers.trained import digits, model

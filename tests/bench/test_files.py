@@ -26,7 +26,8 @@ from bench.experiments.compare import caption, completed
 from bench.experiments.train_and_evaluate import train_and_evaluate
 from bench.files import append_jsonl, refuse_unwritable, remove_unfinished, replacing
 from bench.provenance import ROOT
-from bench.settings.config import Evaluation, resolve
+from bench.settings.config import resolve
+from bench.settings.evaluation import Evaluation
 from bench.training.checkpoint import load_checkpoint, load_model
 from bench.training.train import load_state, set_up, train
 

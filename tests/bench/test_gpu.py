@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.__main__ import build_parser, main
+from bench.__main__ import COMMANDS, main
+from bench.cli.parse import parse
 from bench.speed import gpu_session, gpu_tools
 from bench.speed.contenders import bytes_per_parameter
 from bench.speed.gpu_session import Piece, agenda, headline, outcome, read_state, run
@@ -287,7 +288,7 @@ def test_the_agenda_is_whole_and_every_command_of_it_can_be_parsed(tmp_path):
                                    for p in (ROOT / "tests").rglob("test_*.py"))
     benches = [p for p in pieces if p.arguments[1] == "bench"]
     for p in benches:
-        options = vars(build_parser().parse_args(p.arguments[2:]))
+        options = parse(COMMANDS, list(p.arguments[2:]))[1]
         assert options["device"] == "cuda" and options["rows"] == p.rows
     steps = [p for p in benches if p.arguments[2] == "step"]
     for base in ("sgd", "adamw"):

@@ -15,7 +15,8 @@ from bench.data.datasets import Split, load_data
 from bench.evaluation.evaluate import correct, evaluate, report, robust
 from bench.evaluation.robustbench import model_info
 from bench.files import append_jsonl, strict_json, write_json, write_jsonl
-from bench.settings.config import resolve, resolve_evaluation
+from bench.settings.config import resolve
+from bench.settings.evaluation import resolve_evaluation
 from bench.training.adversarial import watch_single_step
 from bench.training.checkpoint import load_checkpoint, save_checkpoint
 from bench.training.diverged import DIVERGED, Diverged

@@ -13,7 +13,7 @@ from bench.data.datasets import load_data
 from bench.evaluation import evaluate as module
 from bench.evaluation.evaluate import evaluate
 from bench.evaluation.progress import Progress
-from bench.settings.config import resolve_evaluation
+from bench.settings.evaluation import resolve_evaluation
 
 from ..helpers.survive import SMALL
 

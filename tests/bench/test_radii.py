@@ -2,14 +2,15 @@
 
 import pytest
 
-from bench.__main__ import build_parser, evaluation_of, main
+from bench.__main__ import COMMANDS, main
 from bench.attacks.notation import eps_key, labelled, parse_eps, parse_radii
+from bench.cli.shared import evaluation_of
 from bench.experiments.sweep import parse_grid
 from bench.settings.config import resolve
 
 
 def evaluated(*arguments: str):
-    return evaluation_of("cifar10", vars(build_parser().parse_args(["train", *arguments])))
+    return evaluation_of("cifar10", COMMANDS["train"].parse(list(arguments)))
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])

@@ -14,8 +14,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.__main__ import build_parser, evaluation_of, main
+from bench.__main__ import COMMANDS, main
 from bench.attacks.notation import parse_eps
+from bench.cli.parse import parse
+from bench.cli.shared import evaluation_of
 from bench.reports import figures as drawing
 from bench.reports import runs
 from bench.reports.groups import (
@@ -29,7 +31,8 @@ from bench.reports.groups import (
 )
 from bench.reports.runs import by_rho, csv_of, draw, latex_of, lines_of, notes, titles
 from bench.reports.tables import latex, markdown, tex
-from bench.settings.config import resolve, resolve_evaluation
+from bench.settings.config import resolve
+from bench.settings.evaluation import resolve_evaluation
 from bench.settings.names import method_name
 from bench.settings.recipes import load_recipe
 from bench.speed.step_report import plot_steps, read_rows
@@ -310,7 +313,7 @@ def repeated(text):
     """Return the configs and the evaluation that a command line means."""
     words = shlex.split(text)
     assert words[:3] == ["python", "-m", "bench"]
-    options = vars(build_parser().parse_args(words[3:]))
+    _, options = parse(COMMANDS, words[3:])
     own = {k: v for k, v in options.items() if k not in ("preset", "recipe")}
     (method,) = options["methods"]
     configs = [resolve(method, options.get("recipe"), own | {"seed": seed})

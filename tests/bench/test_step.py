@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from bench.__main__ import main
+from bench.settings.speed import METHODS
 from bench.speed import bandwidth as memory
 from bench.speed import contenders as who
 from bench.speed.baselines import PerParameterFriendlySAM, PerParameterSAM, why_not_compile
@@ -344,7 +345,7 @@ def test_rows(base, dtype, tmp_path, capsys, quick):
     assert main(command) == 0
     printed = capsys.readouterr().out
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    assert {row["method"] for row in rows} == set(who.METHODS)
+    assert {row["method"] for row in rows} == set(METHODS)
     names = {row["implementation"] for row in rows}
     assert names >= {"fastsam reference", "per-parameter", "torch", "torch foreach", "torch fused"}
     assert names.isdisjoint({"fastsam triton", "per-parameter compiled"})

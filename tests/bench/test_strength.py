@@ -14,7 +14,7 @@ from bench.attacks.objectives import SPREAD, answers, departure, log_odds, sprea
 from bench.attacks.pgd import Attack, drawn, fgsm, n_fgsm, pgd, random_start, trades, uniform_within
 from bench.data.datasets import Split
 from bench.evaluation.evaluate import evaluate, generator_of, report, withstand
-from bench.settings.config import resolve_evaluation
+from bench.settings.evaluation import resolve_evaluation
 from bench.training.adversarial import divergence
 
 from ..helpers.trained import digits, held_out, model

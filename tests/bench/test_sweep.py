@@ -9,7 +9,7 @@ from bench.__main__ import main
 from bench.experiments.study import STUDIES, load_study, show, study_runs
 from bench.experiments.sweep import by_setting, parse_grid, runs_of, table
 from bench.experiments.train_and_evaluate import train_and_evaluate
-from bench.settings.config import Evaluation
+from bench.settings.evaluation import Evaluation
 from bench.training.train import train
 
 TINY = {"width": 4, "epochs": 1, "batch_size": 64, "threads": 1, "val": 0.5}

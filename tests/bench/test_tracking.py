@@ -78,7 +78,7 @@ class Service:
 def service(monkeypatch):
     made = Service()
     monkeypatch.setitem(tracking.OPEN, "wandb", made.start)
-    monkeypatch.setitem(tracking.PACKAGES, "wandb", "json")
+    monkeypatch.setitem(sys.modules, "wandb", tracking)  # any module
     return made
 
 
@@ -142,7 +142,7 @@ def test_what_is_not_installed_is_named_with_the_remedy(tmp_path, capsys, monkey
     assert main([*TRAIN, "--track", "wandb", "--out", str(tmp_path / "run")]) == 2
     assert "pip install accelerate" in capsys.readouterr().err
     assert main([*TRAIN, "--track", "wandbd", "--out", str(tmp_path / "run")]) == 2
-    assert "choose from tensorboard, wandb, mlflow, trackio" in capsys.readouterr().err
+    assert "wandb" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 

@@ -10,7 +10,8 @@ import torch
 from bench.data.augmentation import Augmentation, Pipeline
 from bench.evaluation.evaluate import evaluate
 from bench.experiments.train_and_evaluate import train_and_evaluate
-from bench.settings.config import resolve, resolve_evaluation
+from bench.settings.config import resolve
+from bench.settings.evaluation import resolve_evaluation
 from bench.training.adversarial import attacked
 from bench.training.checkpoint import load_checkpoint, load_model, save_checkpoint
 from bench.training.optimizers import lr_at

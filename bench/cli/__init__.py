@@ -1,0 +1,1 @@
+"""The commands of `python -m bench`, a file a family; their options come from settings."""

@@ -1,0 +1,55 @@
+"""What a run's settings cannot be together, with the way out."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from bench.settings.methods import FULL, OTHER_IMAGES
+from bench.settings.setting import check_settings
+
+if TYPE_CHECKING:
+    from bench.settings.config import Config
+
+
+def check(config: Config) -> None:
+    check_settings(config)
+    if config.nesterov and (config.momentum == 0 or "adamw" in (config.optimizer, config.base)):
+        raise ValueError(
+            f"nesterov has no effect on momentum {config.momentum} of {config.optimizer} with base "
+            f"{config.base}; it needs SGD with momentum"
+        )
+    check_processes(config)
+    check_other_images(config)
+    if config.amp == "fp16" and (config.attack is not None or config.awp_gamma):
+        raise ValueError(
+            "amp 'fp16' scales the loss of the optimizer's passes alone, and small gradients of "
+            "attacks and of awp_gamma would become 0; use bf16 or off"
+        )
+    from bench.devices import usable_device
+
+    usable_device(config.device)
+
+
+def check_processes(config: Config) -> None:
+    for name in ("sync_bn", "local_ascent"):
+        if getattr(config, name) and config.processes == 1:
+            raise ValueError(f"{name} has no effect in one process; start several with torchrun")
+    if config.sync_bn and config.device.partition(":")[0] == "cpu":
+        raise ValueError("sync_bn needs GPUs, torch has it for no CPU; leave it out")
+    if config.local_ascent and (config.rho is None or config.sigma is not None):
+        raise ValueError(
+            f"local_ascent is not for {config.method!r}: it needs SAM without F-SAM's average, of "
+            "which every process would have another; use sam or asam"
+        )
+
+
+def check_other_images(config: Config) -> None:
+    if config.optimizer not in OTHER_IMAGES:
+        return
+    if config.adversary is not None:
+        raise ValueError(
+            f"{config.optimizer} climbs by other images than the batch's, which are not attacked: "
+            "leave out the adversary, or use sam"
+        )
+    if config.amp == "fp16" and config.optimizer in FULL:
+        raise ValueError(f"amp 'fp16' does not scale {config.optimizer}'s G; use bf16 or off")

@@ -1,0 +1,10 @@
+"""What a misspelt word was meant to be."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+def meant(word: object, known: Iterable[str]) -> str:
+    """Return " (did you mean 'cosine'?)" for "cosin", "" where no known word is near."""
+    near = get_close_matches(str(word), list(known), n=1)
+    return f" (did you mean {near[0]!r}?)" if near else ""
