@@ -173,9 +173,9 @@ def measured(
     planned = attempts(evaluation, classes)
     result["warnings"] = masked_gradients.of_answers(answer)
     result["warnings"] += masked_gradients.of_model(model, *sample, evaluation.batch_size)
-    forward, watched = passes_of(model, evaluation.precision)
+    forward, fast = passes_of(model, evaluation.precision)
     count = len(right) * sum(len(attacks) for _, _, attacks in planned)
-    with Progress(count, bar) as progress, progress.counting(watched):
+    with Progress(count, bar) as progress, progress.counting(model, fast):
         for norm, eps, attacks in planned:
             stands, own = torch.ones(len(right), dtype=torch.bool, device=split.images.device), {}
             for a in attacks:

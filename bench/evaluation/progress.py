@@ -44,10 +44,12 @@ class Progress:
         self.bar.update(self.finished - self.bar.n)
 
     @contextmanager
-    def counting(self, model: nn.Module) -> Iterator[None]:
-        """Inside, every pass of the model is counted, whoever makes it."""
-        hook = model.register_forward_hook(lambda _, given, out: self.passed(len(given[0])))
+    def counting(self, *models: nn.Module) -> Iterator[None]:
+        """Inside, every pass of the models is counted, whoever makes it."""
+        hooks = [model.register_forward_hook(lambda _, given, out: self.passed(len(given[0])))
+                 for model in dict.fromkeys(models)]  # fmt: skip
         try:
             yield
         finally:
-            hook.remove()
+            for hook in hooks:
+                hook.remove()
