@@ -110,7 +110,8 @@ def parse(commands: dict[str, Command], words: list[str]) -> tuple[Command, dict
              for name, command in commands.items()]  # fmt: skip
     about = (
         "Train image classifiers with SGD, SAM, ASAM, Friendly-SAM or adversarial training, and "
-        f"measure their natural and robust accuracy. `{PROGRAM} COMMAND --help` tells a command's options."
+        "measure their natural and robust accuracy. "
+        f"`{PROGRAM} COMMAND --help` tells a command's options."
     )
     anyone: Any = Union[tuple(names)]  # noqa: UP007
     tyro.cli(anyone, args=words, prog=PROGRAM, description=about)

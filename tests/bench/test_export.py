@@ -81,8 +81,9 @@ def test_the_card_says_what_was_measured_and_of_what(run, tmp_path):
     card = (tmp_path / "README.md").read_text()
     summary = json.loads((run / "summary.json").read_text())
     for text in (
-        "# preactresnet18 trained with AT (PGD, l_inf) + Friendly-SAM on digits",
-        summary["fingerprint"], summary["test_fingerprint"], summary["git"], "| rho | 0.1 |",
+        "# smallconv trained with AT (PGD, l_inf) + Friendly-SAM on digits",
+        summary["fingerprint"], summary["test_fingerprint"], summary["git"],
+        f"| rho | {summary['config']['rho']} |",
         f"| natural | {100 * summary['natural']:.1f} |",
         f"| l_inf 8/255 | {100 * summary['robust']['linf']['8/255']:.1f} |",
         summary["attacks"]["l2"]["128/255"], "does not know the licence of the training images",
