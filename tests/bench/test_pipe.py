@@ -65,7 +65,6 @@ COMMANDS = {
     "step": ["step", "--params", "1000", "--tensors", "2", "--methods", "sgd", "--reps", "1"],
     "theory": ["theory", "--n", "5", "--out", "OUT"],
     "gpu": ["gpu", "--list", "--out", "OUT"],
-    "predict": ["gpu", "--predict"],
 }
 
 
