@@ -196,12 +196,12 @@ def of_trackio(folder):
 @pytest.mark.parametrize("tracker, runs", [("wandb", of_wandb), ("mlflow", of_mlflow),
                                            ("trackio", of_trackio)])  # fmt: skip
 def test_two_sittings_are_one_run_of_the_service(tracker, runs, tmp_path, monkeypatch):
-    pytest.importorskip(tracker, reason=f"needs {tracker}: pip install {tracker}")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read when it is imported
+    pytest.importorskip(tracker, reason=f"needs {tracker}: pip install {tracker}")
     command = [*TRAIN, "--track", tracker, "--out", str(tmp_path / "run")]
     assert main([*command, "--time-budget", "0"]) == 0
     assert main(command) == 0
