@@ -6,7 +6,7 @@ from typing import Any
 
 from bench.cli.parse import Command
 from bench.cli.shared import CONFIG, EVALUATION, FILLED, METHODS, OfRuns, evaluation_of, say_alpha
-from bench.settings.recipes import study_names
+from bench.settings.recipes import STUDIES, names_in
 from bench.settings.setting import MISSING, setting
 
 
@@ -42,7 +42,7 @@ class OfSweep(OfMany):
 
 @dataclass(kw_only=True)
 class OfStudy:
-    name: str = setting(MISSING, f"of {', '.join(study_names())}", positional=True)
+    name: str = setting(MISSING, f"of {', '.join(names_in(STUDIES))}", positional=True)
     jobs: int = setting(2, "runs at a time, a thread each", bounds="[1, inf)")
     rows: Path | None = setting(
         None, "append a row a run and evaluation to this JSONL", metavar="FILE"

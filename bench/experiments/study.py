@@ -14,10 +14,9 @@ from bench.reports.groups import read_runs, sections_of
 from bench.settings.config import MACHINE, Config, differences
 from bench.settings.evaluation import Evaluation, resolve_evaluation
 from bench.settings.names import method_name
-from bench.settings.recipes import RECIPES, study_names
+from bench.settings.recipes import STUDIES, names_in
 from bench.spelling import meant
 
-STUDIES = RECIPES / "studies"
 Rows = list[dict[str, Any]]
 
 
@@ -26,7 +25,7 @@ def load_study(name: str) -> dict[str, Any]:
     and hours if it has some, and its figure where that is not one of accuracies against the grid.
     """
     path = STUDIES / f"{name}.json"
-    known = study_names()
+    known = names_in(STUDIES)
     if name not in known:
         raise ValueError(
             f"unknown study {name!r}{meant(name, known)}; choose from {', '.join(known)}"

@@ -15,6 +15,7 @@ from bench.settings.methods import with_relatives
 from bench.spelling import meant
 
 RECIPES = Path(__file__).parents[1] / "recipes"
+PRESETS, STUDIES = RECIPES / "presets", RECIPES / "studies"
 KEYS = {"extends", "source", "published", "note", "config", "methods"}
 
 
@@ -47,12 +48,8 @@ def recipe_names() -> list[str]:
     return sorted(name for name in names if not name.startswith(("presets/", "studies/")))
 
 
-def preset_names() -> list[str]:
-    return sorted(p.stem for p in RECIPES.glob("presets/*.json"))
-
-
-def study_names() -> list[str]:
-    return sorted(p.stem for p in RECIPES.glob("studies/*.json"))
+def names_in(folder: Path) -> list[str]:
+    return sorted(p.stem for p in folder.glob("*.json"))
 
 
 def load_recipe(name: str) -> Recipe:
@@ -60,10 +57,10 @@ def load_recipe(name: str) -> Recipe:
 
     Raises ValueError for an unknown name and for a file that is no recipe.
     """
-    places = [RECIPES / f"{name}.json", RECIPES / "presets" / f"{name}.json", Path(name)]
+    places = [RECIPES / f"{name}.json", PRESETS / f"{name}.json", Path(name)]
     path = next((p for p in places if p.suffix == ".json" and p.is_file()), None)
     if path is None:
-        presets = preset_names()
+        presets = names_in(PRESETS)
         raise ValueError(
             f"unknown recipe or preset {name!r}{meant(name, [*presets, *recipe_names()])}; `python "
             f"-m bench recipes` lists the recipes, the presets are {', '.join(presets)}"

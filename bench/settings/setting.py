@@ -23,10 +23,10 @@ class Setting:
     "[0, 1)". used_by: the methods that use it, with their defaults; {}: not of a method. option:
     its name on the command line, where that is not the field's. alias: another one. metavar: what
     stands for its value in the help. as_text: the command line leaves it as it is written (8/255).
-    positional: it has no name there. may_be_empty: of several values, none is a
-    value. default: in words, where the field's default does not say it.
-    told: a table's caption tells it where it is not the default. machine: it decides where a run
-    happens and perhaps bits, not what the setting is.
+    positional: it has no name there. may_be_empty: of several values, none is a value. default: in
+    words, where the field's default does not say it. told: a table's caption tells it where it is
+    not the default, as it does of what is used_by methods. machine: it decides where a run happens
+    and perhaps bits, not what is trained.
     """
 
     help: str
@@ -68,6 +68,7 @@ class Described:
 
     @property
     def told(self) -> bool:
+        """Whether a table's caption tells it where it is not the default."""
         return self.setting.told or (bool(self.setting.used_by) and not self.setting.machine)
 
     @property
