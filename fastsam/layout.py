@@ -422,6 +422,9 @@ def readable(slot: Slot, g: Tensor) -> Tensor:
     if g.shape != slot.shape or not g.is_floating_point():
         raise ValueError(f"a gradient of shape {tuple(g.shape)} and {g.dtype} is no gradient of a "
                          f"parameter of shape {tuple(slot.shape)}: clear it (zero_grad)")
+    if g.dtype == torch.float64 != slot.dtype:
+        raise ValueError(f"a gradient of float64 for a parameter of {slot.dtype}, whose step is "
+                         "computed in float32: use float64 parameters, or p.grad.float()")
     is_memory = type(g) in PLAIN and not g.is_neg() and (
         g.data_ptr() or not g.numel())
     if is_memory and g.device == slot.saved.device and same_layout(g, slot.saved):

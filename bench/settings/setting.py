@@ -172,7 +172,7 @@ def described(name: str, value: Any, of: Setting, hint: Any) -> Described:
     return Described(name, value, of, get_args(hint)[0] if several else hint, several, optional)
 
 
-def check_settings(values: Any) -> None:
+def check_settings(values: object) -> None:
     """Raise ValueError for a value of a dataclass's settings that cannot be."""
-    for name, of in settings_of(type(values)).items():
+    for name, of in settings_of(values.__class__).items():
         of.check(getattr(values, name))

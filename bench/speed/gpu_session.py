@@ -32,7 +32,7 @@ LIMIT = 570  # seconds: leased machines take commands of ten minutes
 TIMED_OUT = 124  # the exit code of coreutils' timeout
 RED = "parity is red"  # what `bench step` and `bench throughput` print then
 PARITY_NEEDS = ("triton", "pytest", "pytest_benchmark", "hypothesis")
-LONG = {"test_kernels": 240, "test_sequences": 180, "test_launches": 120}  # seconds
+LONG = {"test_contract": 240, "test_sequences": 180, "test_launches": 120}  # seconds
 # of the kernels' own tests, those that meet every kernel, type and path
 PARITY = "every_method or adam_and_adamw or masters_of_16 or misaligned_gradients or several_blocks"
 # The most valuable: what one command of ten minutes gets through, at the estimates below.
@@ -43,8 +43,9 @@ FIRST = (
     *(f"throughput-preactresnet18-{form}-{method}" for form in ("eager", "graph")
       for method in ("fsam", "sgd")),
 )  # fmt: skip
-# Of the rest, what is worth most.
+# Of the rest, what is worth most: the trainings, where there are images, take four minutes.
 NEXT = (
+    *(f"accuracy-{method}" for method in ("sgd", "sam", "fsam")),
     "step-preactresnet18-peers-compiled", "step-preactresnet18-adamw-graph",
     "step-100m-adamw-graph", "step-100m-sgd", "step-1b-sam-sgd-graph",
     *(f"throughput-preactresnet18-{form}-{method}" for form in ("graph", "eager")
@@ -86,8 +87,9 @@ def parity_pieces() -> list[Piece]:
     """Return the gates: the tests that take longest to doubt, on the device."""
     pytest = ("-m", "pytest", "-q", "-p", "no:cacheprovider")
     return [
-        Piece("parity-kernels", (*pytest, "-k", PARITY, "tests/backends/test_kernels.py"), 60,
-              gate=True),
+        Piece("parity-kernels", (*pytest, "-k", f"({PARITY}) and not numba",
+                                 "tests/backends/test_contract.py",
+                                 "tests/backends/test_kernels.py"), 60, gate=True),
         Piece("parity-sequences", (*pytest, "-k", "any_sequence and triton",
                                    "tests/unit/test_sequences.py"), 60, gate=True),
         *(Piece(f"{check}-fsam", ("-m", "bench.speed.gpu_tools", check, "friendly"), 30, 120,
@@ -144,7 +146,13 @@ def agenda(out: Path) -> list[Piece]:
     def program(*arguments: str, estimate: float, **how: Any) -> Piece:
         return Piece(arguments[0], ("-m", "bench.speed.gpu_tools", *arguments), estimate, **how)
 
+    def trained(method: str, estimate: float) -> Piece:
+        rows = out / "accuracy.jsonl"
+        arguments = ("-m", "bench.speed.gpu_tools", "accuracy", method, str(rows))
+        return Piece(f"accuracy-{method}", arguments, estimate, rows=rows)
+
     measured = [
+        trained("sgd", 50), trained("sam", 90), trained("fsam", 90),
         *step_pieces(out / "step.jsonl"),
         program("counters", str(counted), estimate=50, rows=counted),
         *throughput_pieces(out / "throughput.jsonl"),
@@ -230,6 +238,9 @@ def headline(rows: list[dict[str, Any]]) -> str | None:
     if not rows:
         return None
     row = rows[-1]
+    if row["kind"] == "accuracy":
+        return (f"{row['method']} {row['natural']:.1%} natural, "
+                f"{row['robust']['linf']['1/255']:.1%} at l_inf 1/255")  # fmt: skip
     if row["kind"] == "throughput":
         speeds = {row["loop"]: f"{row['images_per_second']:.0f} {row['loop']}" for row in rows}
         return f"{row['method']}, images/s: {', '.join(speeds.values())}"

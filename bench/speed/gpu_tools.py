@@ -1,10 +1,11 @@
 """Programs that CUDA's tools watch, and what the tools say: `python -m bench.speed.gpu_tools NAME`.
 
 compute-sanitizer looks for bad accesses and races in a few steps of every variant; ncu counts the
-bytes that each kernel moves, to hold beside the budget.
+bytes that each kernel moves, to hold beside the budget. And short trainings on CIFAR-10.
 """
 
 import csv
+import json
 import os
 import shutil
 import subprocess
@@ -28,6 +29,7 @@ from bench.speed.step import PERTURBATION, provenance
 from bench.speed.timing import Runner, random_like
 from fastsam import ASAM, SAM, FisherSAM, FriendlySAM, FullGradientSAM
 
+IMAGES = Path(".data/cifar10-jpeg")  # a directory of classes, as docs/studies.md makes it
 LEFT_OUT = 77  # exit code: the tool is not here
 VARIANTS = [
     (SAM, {}), (ASAM, {}), (ASAM, {"scale": "weights"}), (FisherSAM, {}), (FriendlySAM, {}),
@@ -204,6 +206,33 @@ def counters(rows_path: Path) -> int:
     return 0
 
 
+def training(method: str, images: Path, out: Path) -> list[str]:
+    """Return the arguments of `python -m bench` that train a full-width PreActResNet-18 on CIFAR-10
+    and evaluate it, in a short schedule that is one for all methods. Given again, it goes on."""
+    own = [] if method == "sgd" else ["--rho", "0.1"]
+    return [
+        "train", "--device", "cuda", "--data", str(images), "--preset", "cifar-fast",
+        "--model", "preactresnet18", "--width", "64", "--epochs", "16", "--method", method, *own,
+        "--eval-linf", "1", "2", "--eval-l2", "32", "--n-examples", "2000",
+        "--out", str(out / f"accuracy-{method}"),
+    ]  # fmt: skip
+
+
+def accuracy(method: str, rows_path: Path, images: Path = IMAGES) -> int:
+    """Append a row of what training by this method reaches; LEFT_OUT without the images."""
+    from bench.__main__ import main
+
+    if not images.is_dir():
+        print(f"no images in {images}: `python -m bench unpack ARCHIVE {images}` puts them there")
+        return LEFT_OUT
+    arguments = training(method, images, rows_path.parent)
+    if code := main(arguments):
+        return code
+    summary = json.loads(Path(arguments[-1], "summary.json").read_text())
+    append_jsonl(rows_path, [{"kind": "accuracy"} | summary])
+    return 0
+
+
 PROGRAMS = {
     "variants": variants,
     "friendly": friendly,
@@ -211,6 +240,7 @@ PROGRAMS = {
     "racecheck": partial(sanitize, "racecheck"),
     "counted": counted,
     "counters": lambda path: counters(Path(path)),
+    "accuracy": lambda method, path: accuracy(method, Path(path)),
 }
 
 if __name__ == "__main__":

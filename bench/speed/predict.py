@@ -52,6 +52,19 @@ class Gpu:
     shared: int = 228 * 1024
 
 
+# Multiprocessors and peak bandwidths, as published:
+# A100, of 80 GB, SXM: images.nvidia.com/aem-dam/en-zz/Solutions/data-center/
+#   nvidia-ampere-architecture-whitepaper.pdf; glennklockwood.com/garden/processors/A100
+# H100, SXM (a PCIe card has 114 and 2.0 TB/s):
+#   archive-lib.hpctech.co.jp/gpuproduct/nvidia-h100.html;
+#   docs.nvidia.com/launchpad/ai/h100-mig/latest/h100-mig-gpu.html
+# H200: openmetal.io/resources/blog/how-the-h200-is-built-for-memory-bound-ai-workloads, with the
+#   H100 SXM's chip
+# B200: chipsandcheese.com/p/nvidias-b200-keeping-the-cuda-juggernaut (148);
+#   docs.vultr.com/inference-cookbook/cuda/getting-started/hardware-overview (8.0 TB/s)
+# RTX 4090: thefpsreview.com/gpu-family/nvidia-geforce-rtx-4090-gpu-family-specifications
+# Threads and shared memory of a multiprocessor: CUDA C++ Programming Guide, technical
+# specifications per compute capability.
 GPUS = {
     "A100": Gpu("A100", "sm_80", 108, 2.039e12, 550e-9, 250e-9, 1.4e9, shared=164 * 1024),
     "H100": Gpu("H100", "sm_90", 132, 3.35e12, 600e-9, 270e-9, 1.7e9),
@@ -134,7 +147,7 @@ def written(i: Instruction) -> list[str]:
         return []
     own = registers(i.operands[0])
     if own and (i.is_load or ".WIDE" in i.opcode or ".64" in i.opcode):
-        kind, first = re.fullmatch(r"(\D+)(\d+)", own[0]).groups()
+        kind, first = re.findall(r"(\D+)(\d+)", own[0])[0]
         own = [f"{kind}{int(first) + k}" for k in range(max(1 if i.is_load else 2, i.bytes // 4))]
     if i.opcode.startswith(("ISETP", "FSETP", "PLOP", "UISETP", "LOP3", "IADD3")):
         own += registers(i.operands[1]) if "P" in i.operands[1] else []
@@ -163,7 +176,8 @@ def first_wide_depth(code: list[Instruction], begin: int, end: int) -> int:
 
 def before_waiting(body: list[Instruction]) -> int:
     """Bytes that a thread of a loop's body asks for before an instruction needs any of them."""
-    asked, coming = 0, set()
+    asked = 0
+    coming: set[str] = set()
     for i in body:
         reads = {r for o in (i.operands if i.opcode.startswith("ST") else i.operands[1:])
                  for r in registers(o)}
@@ -201,7 +215,7 @@ def read_code(compiled: Any, block: int, threads: int, programs: int) -> Code:
     around = [(a, b) for a, b in loops(code) if a <= begin and end <= b and (a, b) != (begin, end)]
     outer = min(around, key=lambda loop: loop[1] - loop[0], default=(begin, end))
     first = next(n for n in range(begin, end) if code[n].is_load and code[n].bytes >= 8)
-    return Code(programs, threads, block, int(re.search(r"REG:(\d+)", text)[1]),
+    return Code(programs, threads, block, int(re.findall(r"REG:(\d+)", text)[0]),
                 compiled.metadata.shared, sum(i.bytes for i in code[begin:end] if i.is_load),
                 before_waiting(code[begin:end]), end - begin + 1,
                 first_wide_depth(code, 0, first + 1),
@@ -217,9 +231,9 @@ def compiled_code(kernel: str, constants: tuple, dtype: str, target: str) -> Cod
         from tests.backends import aot_compile as aot
     except ImportError as error:
         raise ValueError(f"the prediction needs Triton and a checkout ({error})") from error
-    constants = dict(constants)
-    compiled = aot.compile_variant(kernel, constants, dtype, target)
-    return read_code(compiled, aot.block_of(kernel, constants, dtype), 32 * aot.common.WARPS,
+    of = dict(constants)
+    compiled = aot.compile_variant(kernel, of, dtype, target)
+    return read_code(compiled, aot.block_of(kernel, of, dtype), 32 * aot.common.WARPS,
                      aot.common.PROGRAMS)
 
 

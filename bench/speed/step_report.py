@@ -124,7 +124,7 @@ def step_report(rows: list[dict[str, Any]]) -> str:
 
 def same_tensors(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the rows to draw against parameters: each number of them in its fewest tensors."""
-    fewest = {}
+    fewest: dict[int, int] = {}
     for row in rows:
         n = row["parameters"]
         fewest[n] = min(row["tensors"], fewest.get(n, row["tensors"]))

@@ -44,7 +44,8 @@ class Clock:
     """Moments on the device: events on a GPU, which nothing waits for, else the host's clock."""
 
     def __init__(self, device: torch.device) -> None:
-        self.on_gpu, self.marks = device.type == "cuda", []
+        self.on_gpu = device.type == "cuda"
+        self.marks: list[tuple[str, Any, Any]] = []
 
     def now(self) -> Any:
         if not self.on_gpu:
@@ -114,7 +115,8 @@ def breakdown(loop: Loop, steps: int, device: torch.device) -> dict[str, float] 
 
 def race(loops: list[Loop], steps: int, turns: int, device: torch.device) -> list[dict[str, Any]]:
     """Return each loop's times: the loops take turns, after one turn that does not count."""
-    seconds, step_ms = [[[] for _ in loops] for _ in range(2)]
+    seconds: list[list[float]] = [[] for _ in loops]
+    step_ms: list[list[float]] = [[] for _ in loops]
     method, total = loops[0].config.method, len(loops) * (turns + 2)
     bar = tqdm(total=total, desc=method, disable=None, leave=False)
     for turn in range(-1, turns):

@@ -35,6 +35,7 @@ from .common import (
     run_of_blocks,
     share_of_blocks,
     weights,
+    wide_place,
     wide_pointer,
 )
 from .launch import launch
@@ -109,8 +110,10 @@ def climb_kernel(w_table, g_table, sums, saved, m, radii, blocks, layout, scalin
         tl.store(control + NORM, norm)
         tl.store(control + OK, ok.to(tl.float32))
     realised = tl.zeros((SUMS,), tl.float32)
+    few_realised = tl.zeros((SUMS,), tl.float32)
     wanted = tl.zeros((SUMS,), tl.float32)
-    offs = tl.arange(0, BLOCK)
+    few_wanted = tl.zeros((SUMS,), tl.float32)
+    offs, few = tl.arange(0, BLOCK), tl.arange(0, SUMS)
     block, last = share_of_blocks(n_blocks)
     while block < last:
         slot, group, begin, flat, size, n = run_of_blocks(block, last, blocks, layout, BLOCK)
@@ -128,23 +131,24 @@ def climb_kernel(w_table, g_table, sums, saved, m, radii, blocks, layout, scalin
                 first = tl.load(m_steps + slot) == 0
                 lmbda, share = tl.where(first, 0.0, lmbda), tl.where(first, 1.0, share)
             fours = in_fours(size, w | g)
+            wide = wide_place(flat)
             for i in range(0, fours, BLOCK):
                 x, y = move(wide_pointer(w, TYPE) + i, wide_pointer(g, G_TYPE) + i, saved, m,
-                            flat + i, offs, offs < fours - i, a, b, inv_scale, sigma, lmbda, share,
+                            wide + i, offs, offs < fours - i, a, b, inv_scale, sigma, lmbda, share,
                             scale, ok, moves, MODE, SCALING, MASTERS, CAN_ROUND_AWAY)
                 realised += folded(x, SUMS)
                 if CAN_ROUND_AWAY:
                     wanted += folded(y, SUMS)
-            for i in range(fours, size, BLOCK):
+            for i in range(fours, size, SUMS):
                 x, y = move(pointer(w, TYPE) + i, pointer(g, G_TYPE) + i, saved, m,
-                            flat + i, offs, offs < size - i, a, b, inv_scale, sigma, lmbda, share,
+                            flat + i, few, few < size - i, a, b, inv_scale, sigma, lmbda, share,
                             scale, ok, moves, MODE, SCALING, MASTERS, CAN_ROUND_AWAY)
-                realised += folded(x, SUMS)
+                few_realised += x
                 if CAN_ROUND_AWAY:
-                    wanted += folded(y, SUMS)
-    tl.store(radii + tl.program_id(0), tl.sum(realised))
+                    few_wanted += y
+    tl.store(radii + tl.program_id(0), tl.sum(realised) + tl.sum(few_realised))
     if CAN_ROUND_AWAY:
-        tl.store(radii + PARTIALS + tl.program_id(0), tl.sum(wanted))
+        tl.store(radii + PARTIALS + tl.program_id(0), tl.sum(wanted) + tl.sum(few_wanted))
     if is_last_program(counters + CLIMB_TICKET):
         for i in range(0, n_slots, 128):
             slots = i + tl.arange(0, 128)

@@ -64,23 +64,11 @@ jit = triton.jit(
     do_not_specialize_on_alignment=("w_table", "g_table", "climbed_table", "m_steps", "v_steps"))
 
 
-def options(dtype: torch.dtype, arch: int | str, renews: bool = False, along_v: bool = False,
-            ) -> dict:
-    """How to compile for these weights and this GPU, as Triton names it.
-
-    Args:
-        renews: it is a `step` that renews LookSAM's g_v beside masters, which holds the most.
-        along_v: it is a `step` that leaves the norm of v.
-    """
-    narrow = dtype.itemsize == 2
-    if "maxnreg" in OPTIONS and (narrow or along_v):  # 80 spill there; five programs fit
-        if arch == 90 and renews:
-            return OPTIONS | {"maxnreg": 96}  # on each of an H100 SXM's 132; not of a PCIe's 114
-        if arch == 89 and narrow:
-            return OPTIONS | {"maxnreg": 88}  # on each of an RTX 4090's 128
-        if arch in range(100, 110) or (arch == 120 and along_v):
-            return OPTIONS | {"maxnreg": 96}  # on each of a B200's 148, an RTX 5090's 170
-    return OPTIONS
+def options(arch: int | str) -> dict:
+    """How to compile for this GPU, as Triton names it. Of the newer ones each has so many
+    multiprocessors that five programs on each are all."""
+    newer = "maxnreg" in OPTIONS and isinstance(arch, int) and arch >= 100
+    return OPTIONS | {"maxnreg": 96} if newer else OPTIONS
 
 
 @triton.jit
@@ -98,7 +86,7 @@ def run_of_blocks(block, last, blocks, layout, BLOCK: tl.constexpr):
     flat space it begins, its elements, and the blocks that hold them, which are before `last`."""
     slot = tl.load(blocks + 2 * block)
     begin = tl.load(blocks + 2 * block + 1).to(tl.int64) * BLOCK
-    offset = tl.multiple_of(tl.load(layout + 3 * slot), 4)  # what wide_pointer says of 16 bits
+    offset = tl.load(layout + 3 * slot)
     left = tl.load(layout + 3 * slot + 1) - begin
     group = tl.load(layout + 3 * slot + 2)
     size = tl.minimum(left, (last - block).to(tl.int64) * BLOCK).to(tl.int32)
@@ -120,6 +108,9 @@ def in_fours(size, addresses):
 
 @triton.jit
 def pointer(address, TYPE: tl.constexpr):
+    """A pointer of which the compiler knows nothing. It lays out alike what has one shape: beside
+    no wide pointer of its shape, nor a `wide_place`, neighbouring threads get neighbouring
+    elements, and a warp whole sectors."""
     return address.to(tl.pointer_type(TYPE))
 
 
@@ -132,6 +123,12 @@ def wide_pointer(address, TYPE: tl.constexpr):
     """
     return tl.multiple_of(address.to(tl.pointer_type(TYPE)),
                           16 if TYPE.primitive_bitwidth == 32 else 8)
+
+
+@triton.jit
+def wide_place(flat):
+    """A place in the flat buffers, all of which are multiples of 4, so that the compiler knows."""
+    return flat // 4 * 4
 
 
 @triton.jit

@@ -21,7 +21,7 @@ from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
 from ...passes import Pass
-from .common import BLOCK, INTERPRETED, PROGRAMS, RENEW, TYPES, options
+from .common import BLOCK, INTERPRETED, PROGRAMS, TYPES, options
 
 # CompiledKernel.run takes the same in each: it is Triton's own, and may change in the next
 CAN_PREPARE = triton.__version__.startswith(("3.5.", "3.6.", "3.7.", "3.8.", "3.9."))
@@ -95,9 +95,7 @@ def launch_ordinarily(kernel, p: Pass, moving: tuple[Tensor | None, ...], others
                  control=space.control, TYPE=TYPES[kind.dtype], G_TYPE=TYPES[p.g_dtype], **others)
     arch = 0 if INTERPRETED else driver.active.get_current_target().arch
     with torch.cuda.device_of(space.partials):
-        compiled = kernel[(programs,)](*moving, **named, **options(
-            kind.dtype, arch, others.get("MIX") == RENEW and kind.masters,
-            others.get("ALONG_V", False)))
+        compiled = kernel[(programs,)](*moving, **named, **options(arch))
         if not (CAN_PREPARE and isinstance(compiled, CompiledKernel) and is_plain(kernel)):
             return
         rest = (named[name] for name in kernel.arg_names[len(moving):])

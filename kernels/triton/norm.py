@@ -37,6 +37,7 @@ from .common import (
     share_of_blocks,
     sum_by_halves,
     weights,
+    wide_place,
     wide_pointer,
 )
 from .launch import launch
@@ -106,8 +107,10 @@ def norm_kernel(w_table, g_table, saved, m, partials, blocks, layout, scalings, 
     of (T g)^2. Reads g, m (and w for ASAM)."""
     inv_scale = tl.load(control + INV_SCALE1)
     along_d = tl.zeros((SUMS,), tl.float32)
+    few_along_d = tl.zeros((SUMS,), tl.float32)
     along_g = tl.zeros((SUMS,), tl.float32)
-    offs = tl.arange(0, BLOCK)
+    few_along_g = tl.zeros((SUMS,), tl.float32)
+    offs, few = tl.arange(0, BLOCK), tl.arange(0, BLOCK // 2)
     block, last = share_of_blocks(n_blocks)
     while block < last:
         slot, group, begin, flat, size, n = run_of_blocks(block, last, blocks, layout, BLOCK)
@@ -121,23 +124,26 @@ def norm_kernel(w_table, g_table, saved, m, partials, blocks, layout, scalings, 
             sigma = tl.load(row + SIGMA)
             lmbda, share = tl.load(row + LMBDA), tl.load(row + EMA_SHARE)
             fours = in_fours(size, w | g if SCALING == WEIGHTS else g)
+            wide = wide_place(flat)
             for i in range(0, fours, BLOCK):
                 x, y = squares(wide_pointer(w, TYPE) + i, wide_pointer(g, G_TYPE) + i, saved, m,
-                               flat + i, offs, offs < fours - i, a, b, inv_scale, sigma, lmbda,
+                               wide + i, offs, offs < fours - i, a, b, inv_scale, sigma, lmbda,
                                share, MODE, SCALING, MASTERS)
                 along_d += folded(x, SUMS)
                 if MODE != PLAIN:
                     along_g += folded(y, SUMS)
-            for i in range(fours, size, BLOCK):
+            for i in range(fours, size, BLOCK // 2):
                 x, y = squares(pointer(w, TYPE) + i, pointer(g, G_TYPE) + i, saved, m, flat + i,
-                               offs, offs < size - i, a, b, inv_scale, sigma, lmbda, share, MODE,
+                               few, few < size - i, a, b, inv_scale, sigma, lmbda, share, MODE,
                                SCALING, MASTERS)
-                along_d += folded(x, SUMS)
+                few_along_d += folded(x, SUMS)
                 if MODE != PLAIN:
-                    along_g += folded(y, SUMS)
-    tl.store(partials + tl.program_id(0), sum_by_halves(along_d, HALVINGS))
+                    few_along_g += folded(y, SUMS)
+    total = sum_by_halves(along_d, HALVINGS) + sum_by_halves(few_along_d, HALVINGS)
+    tl.store(partials + tl.program_id(0), total)
     if MODE != PLAIN:
-        tl.store(partials + PARTIALS + tl.program_id(0), sum_by_halves(along_g, HALVINGS))
+        total = sum_by_halves(along_g, HALVINGS) + sum_by_halves(few_along_g, HALVINGS)
+        tl.store(partials + PARTIALS + tl.program_id(0), total)
 
 
 def norm(p: Pass) -> None:
@@ -172,9 +178,12 @@ def dots_kernel(g_table, m, dots, blocks, layout, hyper, control, n_blocks,
     """
     inv_scale = tl.load(control + (INV_SCALE2 if MODE == KEPT else INV_SCALE1))
     gm = tl.zeros((SUMS,), tl.float32)
+    few_gm = tl.zeros((SUMS,), tl.float32)
     gg = tl.zeros((SUMS,), tl.float32)
+    few_gg = tl.zeros((SUMS,), tl.float32)
     mm = tl.zeros((SUMS,), tl.float32)
-    offs = tl.arange(0, BLOCK)
+    few_mm = tl.zeros((SUMS,), tl.float32)
+    offs, few = tl.arange(0, BLOCK), tl.arange(0, BLOCK // 2)
     block, last = share_of_blocks(n_blocks)
     while block < last:
         slot, group, begin, flat, size, n = run_of_blocks(block, last, blocks, layout, BLOCK)
@@ -185,22 +194,23 @@ def dots_kernel(g_table, m, dots, blocks, layout, hyper, control, n_blocks,
             row = hyper + group * HYPER
             lmbda, share = tl.load(row + LMBDA), tl.load(row + EMA_SHARE)
             fours = in_fours(size, g)
+            wide = wide_place(flat)
             for i in range(0, fours, BLOCK):
-                x, y, z = products(wide_pointer(g, G_TYPE) + i, m + flat + i, offs,
+                x, y, z = products(wide_pointer(g, G_TYPE) + i, m + wide + i, offs,
                                    offs < fours - i, inv_scale, lmbda, share, MODE)
                 gm += folded(x, SUMS)
                 gg += folded(y, SUMS)
                 mm += folded(z, SUMS)
-            for i in range(fours, size, BLOCK):
-                x, y, z = products(pointer(g, G_TYPE) + i, m + flat + i, offs,
-                                   offs < size - i, inv_scale, lmbda, share, MODE)
-                gm += folded(x, SUMS)
-                gg += folded(y, SUMS)
-                mm += folded(z, SUMS)
+            for i in range(fours, size, BLOCK // 2):
+                x, y, z = products(pointer(g, G_TYPE) + i, m + flat + i, few,
+                                   few < size - i, inv_scale, lmbda, share, MODE)
+                few_gm += folded(x, SUMS)
+                few_gg += folded(y, SUMS)
+                few_mm += folded(z, SUMS)
     program = tl.program_id(0)
-    tl.store(dots + program, tl.sum(gm))
-    tl.store(dots + PARTIALS + program, tl.sum(gg))
-    tl.store(dots + 2 * PARTIALS + program, tl.sum(mm))
+    tl.store(dots + program, tl.sum(gm) + tl.sum(few_gm))
+    tl.store(dots + PARTIALS + program, tl.sum(gg) + tl.sum(few_gg))
+    tl.store(dots + 2 * PARTIALS + program, tl.sum(mm) + tl.sum(few_mm))
 
 
 def dots(p: Pass) -> None:

@@ -10,6 +10,7 @@ from .common import (
     BETA1_SHARE,
     BETA2,
     BETA2_SHARE,
+    BLOCK,
     DECOUPLED,
     EPS,
     FOUND_INF,
@@ -44,6 +45,7 @@ from .common import (
     share_of_blocks,
     sum_by_halves,
     weights,
+    wide_place,
     wide_pointer,
 )
 from .launch import launch
@@ -119,34 +121,42 @@ def adam_hyper(row, count):
 
 
 @triton.jit
-def mixed(g, m, kept, at, mask, share, alpha, ok, MIX: tl.constexpr):
+def mixed(g, m, kept, at, mask, share, alpha, climbed, ok, MIX: tl.constexpr):
     """What the base steps with; stores m where it is renewed. In fastsam.reference: `mixed`."""
     if MIX == GSAM:
-        g = g - alpha * (read(kept + at, mask) - share * g)
+        g = tl.where(climbed, g - alpha * (read(kept + at, mask) - share * g), g)
     elif MIX == REUSE:
         g = g + alpha * (share * read(m + at, mask))
     elif MIX == RENEW:
         old_m = read(m + at, mask)
         new_m = g - share * read(kept + at, mask)
-        tl.store(m + at, tl.where(ok, new_m, old_m), mask)
+        tl.store(m + at, tl.where(climbed & ok, new_m, old_m), mask)
     return g
 
 
 @triton.jit
-def update(w, g, saved, v, u, m, kept, flat, offs, mask, inv_scale, share, alpha, hyper, count, ok,
-           CLIMBED: tl.constexpr, BASE: tl.constexpr, MIX: tl.constexpr, MASTERS: tl.constexpr,
-           TYPE: tl.constexpr):
-    """The base optimizer's update of one block, which lies at w, g and flat, from the saved w or
-    the one at w. Returns the squares of the v that it stores."""
-    if CLIMBED:
-        old = read(saved + flat + offs, mask)
+def start(w, saved, mask, climbed, MASTERS: tl.constexpr):
+    """The saved w where it climbed, else the one at w, or its master."""
+    if MASTERS:
+        _, unmoved, _ = weights(w, saved, mask, MASTERS)
+        old = tl.where(climbed, read(saved, mask), unmoved)
     else:
-        w_in, w32, _ = weights(w + offs, saved + flat + offs, mask, MASTERS)
-        old = w32 if MASTERS else w_in
+        old = read(tl.where(climbed, saved, w), mask)
+    return old
+
+
+@triton.jit
+def update(w, g, saved, v, u, m, kept, flat, offs, mask, inv_scale, share, alpha, hyper, count,
+           climbed, ok, BASE: tl.constexpr, MIX: tl.constexpr, MASTERS: tl.constexpr,
+           TYPE: tl.constexpr):
+    """The base optimizer's update of one block, which lies at w, g and flat. Returns the squares of
+    the v that it stores."""
+    w, saved = w + offs, saved + flat + offs
+    old = start(w, saved, mask, climbed, MASTERS)
     w32 = old.to(tl.float32)
     g = read(g + offs, mask).to(tl.float32) * inv_scale
-    if MIX == REUSE or (CLIMBED and MIX != UNMIXED):
-        g = mixed(g, m, kept, flat + offs, mask, share, alpha, ok, MIX)
+    if MIX != UNMIXED:
+        g = mixed(g, m, kept, flat + offs, mask, share, alpha, climbed, ok, MIX)
     if BASE == ADAM:
         new, v = adam(w32, g, v + flat + offs, u + flat + offs, mask, hyper, ok)
     elif BASE == SGD_MOMENTUM:
@@ -154,25 +164,10 @@ def update(w, g, saved, v, u, m, kept, flat, offs, mask, inv_scale, share, alpha
     else:
         new, v = sgd(w32, g, v, mask, hyper, count, ok, False)
     stored = tl.where(ok, new.to(old.dtype), old)
-    tl.store(w + offs, stored.to(TYPE), mask)
+    tl.store(w, stored.to(TYPE), mask)
     if MASTERS:
-        tl.store(saved + flat + offs, stored, mask)
+        tl.store(saved, stored, mask)
     return v * v
-
-
-@triton.jit
-def blocks_from(begin, size, BLOCK: tl.constexpr):
-    """How many blocks hold the elements from `begin` on: whole fours, and then the rest, as
-    `in_fours` parts them."""
-    return tl.cdiv(size // 4 * 4 - begin, BLOCK) + (size % 4 != 0).to(tl.int32)
-
-
-@triton.jit
-def block_from(k, begin, size, offs, BLOCK: tl.constexpr):
-    """Where the k-th of them begins, and which of its elements there are."""
-    fours = size // 4 * 4
-    i = tl.minimum(begin + k * BLOCK, fours)
-    return i, offs < tl.where(i < fours, fours, size) - i
 
 
 @jit
@@ -195,7 +190,8 @@ def step_kernel(w_table, g_table, climbed_table, saved, v, u, m, kept, partials,
     if PERTURBED:
         ok = ok & (tl.load(control + OK) != 0)
     along_v = tl.zeros((SUMS,), tl.float32)
-    offs = tl.arange(0, BLOCK)
+    few_along_v = tl.zeros((SUMS,), tl.float32)
+    offs, few = tl.arange(0, BLOCK), tl.arange(0, BLOCK // 2)
     block, last = share_of_blocks(n_blocks)
     while block < last:
         slot, group, begin, flat, size, n = run_of_blocks(block, last, blocks, layout, BLOCK)
@@ -205,6 +201,7 @@ def step_kernel(w_table, g_table, climbed_table, saved, v, u, m, kept, partials,
         climbed = False
         if PERTURBED:
             climbed = tl.load(climbed_table + slot) != 0
+        fours = 0
         if g != 0:
             g = from_element(g, begin, G_TYPE)
             row = hyper + group * HYPER
@@ -212,34 +209,36 @@ def step_kernel(w_table, g_table, climbed_table, saved, v, u, m, kept, partials,
             h = adam_hyper(row, count) if BASE == ADAM else sgd_hyper(row)
             alpha = tl.load(row + ALPHA)
             fours = in_fours(size, w | g) if climbed == PERTURBED else 0
+            wide = wide_place(flat)
             for i in range(0, fours, BLOCK):
                 x = update(wide_pointer(w, TYPE) + i, wide_pointer(g, G_TYPE) + i, saved, v, u, m,
-                           kept, flat + i, offs, offs < fours - i, inv_scale, share, alpha, h,
-                           count, ok, PERTURBED, BASE, MIX, MASTERS, TYPE)
+                           kept, wide + i, offs, offs < fours - i, inv_scale, share, alpha, h,
+                           count, PERTURBED, ok, BASE, MIX, MASTERS, TYPE)
                 if ALONG_V:
                     along_v += folded(x, SUMS)
-            for k in range(0, blocks_from(fours, size, BLOCK)):
-                i, mask = block_from(k, fours, size, offs, BLOCK)
-                if climbed:
-                    x = update(pointer(w, TYPE) + i, pointer(g, G_TYPE) + i, saved, v, u, m, kept,
-                               flat + i, offs, mask, inv_scale, share, alpha, h, count, ok, True,
-                               BASE, MIX, MASTERS, TYPE)
-                    if ALONG_V:
-                        along_v += folded(x, SUMS)
-                else:
-                    update(pointer(w, TYPE) + i, pointer(g, G_TYPE) + i, saved, v, u, m, kept,
-                           flat + i, offs, mask, inv_scale, share, alpha, h, count, ok, False,
-                           BASE, MIX, MASTERS, TYPE)
+            for i in range(fours, size, BLOCK // 2):
+                update(pointer(w, TYPE) + i, pointer(g, G_TYPE) + i, saved, v, u, m, kept,
+                       flat + i, few, few < size - i, inv_scale, share, alpha, h, count,
+                       climbed, ok, BASE, MIX, MASTERS, TYPE)
         elif climbed:
-            for k in range(0, blocks_from(0, size, BLOCK)):
-                i, mask = block_from(k, 0, size, offs, BLOCK)
-                back = read(saved + flat + i + offs, mask).to(TYPE)
-                tl.store(pointer(w, TYPE) + i + offs, back, mask)
-                if ALONG_V:
-                    x = read(v + flat + i + offs, mask)
+            for i in range(0, size, BLOCK // 2):
+                mask = few < size - i
+                back = read(saved + flat + i + few, mask).to(TYPE)
+                tl.store(pointer(w, TYPE) + i + few, back, mask)
+        if ALONG_V:
+            if climbed:  # what is not summed up yet, in the order of the norm
+                wide, whole = wide_place(flat), in_fours(size, 0)
+                if fours < whole:
+                    tl.debug_barrier()  # another thread has stored that v
+                for i in range(fours, whole, BLOCK):
+                    x = read(v + wide + i + offs, offs < whole - i)
                     along_v += folded(x * x, SUMS)
+                for i in range(whole, size, BLOCK // 2):
+                    x = read(v + flat + i + few, few < size - i)
+                    few_along_v += folded(x * x, SUMS)
     if ALONG_V:
-        tl.store(partials + tl.program_id(0), sum_by_halves(along_v, HALVINGS))
+        total = sum_by_halves(along_v, HALVINGS) + sum_by_halves(few_along_v, HALVINGS)
+        tl.store(partials + tl.program_id(0), total)
     skipped = tl.load(counters + SKIPPED)  # every thread reads, one writes: the barrier between
     if is_last_program(counters + STEP_TICKET):
         tl.store(counters + SKIPPED, skipped + (ok == 0).to(tl.int32))
@@ -254,6 +253,12 @@ def step_kernel(w_table, g_table, climbed_table, saved, v, u, m, kept, partials,
             tl.store(v_steps + slots, count + moved.to(tl.int32) * ok.to(tl.int32), mask)
 
 
+def block_of(mix: int, masters: bool) -> int:
+    """Elements of K3's blocks: half as many where the most is held of each, LookSAM's g_v, which is
+    renewed, beside masters."""
+    return BLOCK // 2 if mix == MIXES["renew"] and masters else BLOCK
+
+
 def step(p: Pass, climb: Climb | None) -> None:
     """The base optimizer from the saved w (from w itself where nothing was saved) with p.g."""
     climbed = None if climb is None else climb.table
@@ -262,9 +267,9 @@ def step(p: Pass, climb: Climb | None) -> None:
 
 
 def step_arguments(p: Pass, perturbed: bool, mix: int, along_v: bool) -> dict:
-    space = p.space
+    space, masters = p.space, p.space.kind.masters
     m, kept = (space.m, space.kept) if mix else (None, None)
     return dict(saved=space.saved, v=space.v, u=space.u, m=m, kept=kept, partials=space.partials,
                 counters=space.counters, v_steps=space.steps[1], n_slots=len(space.slots),
                 BASE=BASES[space.kind.base], MIX=mix, PERTURBED=perturbed, ALONG_V=along_v,
-                MASTERS=space.kind.masters)
+                MASTERS=masters, BLOCK=block_of(mix, masters))

@@ -1,7 +1,8 @@
 """Compile every kernel variant ahead of time, without a GPU, and print what came out.
 
 One JSON object per line and variant: the bytes that one thread loads and stores in vector
-instructions, registers, stack, shared-memory loads and atomics. Runs without TRITON_INTERPRET.
+instructions, registers, stack, conversions between layouts, and atomics. Runs without
+TRITON_INTERPRET.
 
     python tests/backends/aot_compile.py                  every variant for sm_90, a FEW for all
     python tests/backends/aot_compile.py --all            every variant for all targets, fp16 too
@@ -37,6 +38,9 @@ KERNELS = {"dots": norm.dots_kernel, "norm": norm.norm_kernel, "climb": climb.cl
 ASCENTS = [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (2, 0), (2, 1), (3, 0), (4, 0)]
 # (MIX, PERTURBED): none, GSAM, LookSAM's k-th steps and those between
 MIXES = [(0, False), (0, True), (1, True), (2, True), (3, False)]
+# (BASE, MIX, PERTURBED, ALONG_V): those over every base, and Momentum-SAM's
+STEPS = [*((base, *mix, False) for base, mix in product((0, 1, 2), MIXES)),
+         (1, 0, True, True), (2, 0, True, True)]
 CONSTANTS = {
     "dots": [dict(MODE=mode) for mode in (1, 2, -1)],
     "norm": [dict(MODE=mode, SCALING=scaling, MASTERS=masters)
@@ -45,16 +49,17 @@ CONSTANTS = {
     "climb": [dict(MODE=mode, SCALING=scaling, MASTERS=masters)
               for (mode, scaling), masters in product([*ASCENTS, (-1, 0), (-1, 1)],
                                                       (False, True))],
-    "step": [dict(BASE=base, MIX=mix, PERTURBED=perturbed, MASTERS=masters)
-             for base, (mix, perturbed), masters in product((0, 1, 2), MIXES, (False, True))],
+    "step": [dict(BASE=base, MIX=mix, PERTURBED=perturbed, ALONG_V=along_v, MASTERS=masters)
+             for (base, mix, perturbed, along_v), masters in product(STEPS, (False, True))],
 }
-FEW = {  # SAM, FisherSAM and Friendly-SAM in both conventions; SGD with momentum, and Adam
+FEW = {  # SAM, FisherSAM, Momentum-SAM, Friendly-SAM in both conventions; SGD with momentum, Adam
     "dots": [dict(MODE=1)],
     "norm": [dict(MODE=mode, SCALING=0, MASTERS=False) for mode in (0, 1)],
     "climb": [dict(MODE=mode, SCALING=scaling, MASTERS=False)
               for mode, scaling in ((0, 0), (0, 2), (1, 0), (2, 1))],
-    "step": [dict(BASE=base, MIX=0, PERTURBED=True, MASTERS=base == 2) for base in (1, 2)]
-            + [dict(BASE=2, MIX=0, PERTURBED=True, MASTERS=False)],
+    "step": [dict(BASE=base, MIX=0, PERTURBED=True, ALONG_V=along_v, MASTERS=masters)
+             for along_v, (base, masters) in product((False, True), (
+                 (1, False), (2, True), (2, False)))],
 }
 TYPES = {"fp32": tl.float32, "bf16": tl.bfloat16, "fp16": tl.float16}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -78,6 +83,8 @@ def block_of(name: str, constants: dict, element: str) -> int:
         return norm.block_of(mode, scaling)
     if name == "climb":
         return climb.block_of(mode, scaling, DTYPES[element], constants["MASTERS"])
+    if name == "step":
+        return step.block_of(constants["MIX"], constants["MASTERS"])
     return common.BLOCK
 
 
@@ -116,9 +123,8 @@ def compile_variant(name: str, constants: dict, elements: str, target: str):
                if types[p.name][0] == "*" and not p.do_not_specialize_on_alignment}
     source = ASTSource(kernel, types, {index[k]: x for k, x in constants.items()}, aligned)
     target = TARGETS[target]
-    options = common.options(DTYPES[element], target.arch,
-                             constants.get("MIX") == common.RENEW and constants["MASTERS"])
-    return triton.compile(source, target=target, options=options_for(target.backend, options))
+    options = options_for(target.backend, common.options(target.arch))
+    return triton.compile(source, target=target, options=options)
 
 
 def options_for(backend: str, options: dict) -> dict:
@@ -141,7 +147,7 @@ def nvidia(compiled) -> dict:
     registers, stack, local = map(int, re.search(
         r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage).groups())
     return dict(load_bytes=moved["ld"], store_bytes=moved["st"], registers=registers,
-                stack=stack + local, shared_loads=len(re.findall(r"\bld\.shared", ptx)),
+                stack=stack + local,
                 atomics=re.findall(r"\b(?:atom|red)\.\S+", ptx))
 
 
@@ -156,7 +162,6 @@ def amd(compiled) -> dict:
     return dict(load_bytes=moved["load"], store_bytes=moved["store"],
                 registers=int(re.search(r"\.vgpr_count:\s+(\d+)", asm)[1]),
                 stack=sum(int(re.search(rf"\.{key}:\s+(\d+)", asm)[1]) for key in keys),
-                shared_loads=len(re.findall(r"\bds_read\w*", asm)),
                 atomics=re.findall(r"\b\w+_atomic_\w+", asm))
 
 
@@ -168,7 +173,8 @@ def row(job: tuple) -> dict:
     return dict(kernel=name, constants=constants, type=elements, target=target,
                 elements=block_of(name, constants, elements.split("/")[0]) // threads,
                 partials=PARTIALS // threads, programs=common.PROGRAMS, threads=threads,
-                shared=compiled.metadata.shared, **measure(compiled))
+                shared=compiled.metadata.shared,
+                conversions=compiled.asm["ttgir"].count("convert_layout"), **measure(compiled))
 
 
 def main() -> None:

@@ -18,6 +18,8 @@ pytest.importorskip("triton", reason="the kernels need Triton")
 ROOT = Path(__file__).parents[2]
 ITEM = {"fp32": 4, "bf16": 2, "fp16": 2}
 TARGETS = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
+# published as bench.speed.predict says; the RTX 5090's at
+# pocketmags.com/linux-format-magazine/may-2025/articles/nvidia-geforce-rtx-5090
 GPUS = {  # target: the smallest of those named: multiprocessors, threads and KB shared on each
     "sm_80": ("A100", 108, 2048, 164),
     "sm_89": ("RTX 4090", 128, 1536, 100),
@@ -87,7 +89,7 @@ def check_counts(rows: list[dict], target: str) -> None:
     counts = Counter((r["kernel"], r["type"]) for r in rows if r["target"] == target)
     for element in {r["type"] for r in rows if "/" not in r["type"]}:
         found = [counts[kernel, element] for kernel in ("dots", "norm", "climb", "step")]
-        expected = [3, 9, 11, 15] if element == "fp32" else [3, 12, 22, 30]
+        expected = [3, 9, 11, 17] if element == "fp32" else [3, 12, 22, 34]
         assert found == expected, (target, element)
 
 
@@ -109,6 +111,7 @@ def test_all_variants_for_all_targets():
     found = complaints(rows, missed) + complaints(rows, lambda r: r["stack"] and "spills")
     nvidia = [r for r in rows if r["target"] in GPUS]
     found += complaints(nvidia, lambda r: r["programs"] > resident(r) and "several waves")
+    found += complaints(nvidia, lambda r: r["conversions"] and "conversions")
     assert not found, found
 
 
@@ -132,11 +135,6 @@ def test_no_variant_spills_to_local_memory(rows, target):
     assert not found, found
 
 
-def renews(row: dict) -> bool:
-    """Whether it is the step that holds the most: g_v renewed beside masters."""
-    return row["constants"].get("MIX") == 2 and row["constants"]["MASTERS"]
-
-
 def resident(row: dict) -> int:
     """How many programs run at once on the smallest GPU of the row's target."""
     _, multiprocessors, threads, kilobytes = GPUS[row["target"]]
@@ -147,8 +145,7 @@ def resident(row: dict) -> int:
 
 @pytest.mark.parametrize("target", GPUS)
 def test_every_launch_is_one_wave(rows, target):
-    """But LookSAM's k-th step over masters, on an H100 PCIe."""
-    found = complaints([r for r in rows if r["target"] == target and not renews(r)],
+    found = complaints([r for r in rows if r["target"] == target],
                        lambda r: r["programs"] > resident(r) and (
                            f"{r['registers']} registers: {resident(r)} of {r['programs']} programs "
                            f"run at once on {GPUS[target][0]}"))
@@ -158,27 +155,17 @@ def test_every_launch_is_one_wave(rows, target):
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
 def test_registers_are_at_most_80(rows, target):
     """Six programs on a multiprocessor, with what they have on its way, hide its latency."""
-    found = complaints([r for r in rows if r["target"] == target and not renews(r)],
+    found = complaints([r for r in rows if r["target"] == target],
                        lambda r: r["registers"] > 80 and f"{r['registers']} registers")
     assert not found, found
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
-def test_16_bit_types_exchange_no_more_through_shared_memory_than_fp32(rows, target):
-    """Streams of different vector width give threads different elements, and a conversion."""
-    rows = [r for r in rows if r["target"] == target]
-    fp32 = {(r["kernel"], str(r["constants"])): r["shared_loads"]
-            for r in rows if r["type"] == "fp32"}
-    rows = [r for r in rows if "MASTERS" in r["constants"]]
-
-    def more(row):
-        allowed = fp32[row["kernel"], str({**row["constants"], "MASTERS": False})]
-        # one more sum, where rounding can shorten the climb
-        allowed += row["kernel"] == "climb" and not row["constants"]["MASTERS"]
-        return row["shared_loads"] > allowed and (
-            f"{row['shared_loads']} loads from shared memory, fp32 has {allowed}")
-
-    found = complaints(rows, more)
+def test_no_thread_hands_its_elements_to_another(rows):
+    """Streams of different vector width would give threads different elements, and a conversion
+    through shared memory for every block. (gfx942's warps are of 64 threads, and its sums are
+    converted.)"""
+    found = complaints([r for r in rows if r["target"] in GPUS],
+                       lambda r: r["conversions"] and f"{r['conversions']} conversions")
     assert not found, found
 
 

@@ -16,6 +16,7 @@ pytest.importorskip("triton", reason="the kernels need Triton")
 
 ROOT = Path(__file__).parents[2]
 TARGETS = ("sm_80", "sm_90")
+KERNELS = ("tests/backends/test_contract.py", "tests/backends/test_kernels.py")
 # of the kernels' own tests, those that meet every kernel, type and path
 SOME = "every_method or adam_and_adamw or masters_of_16 or misaligned_gradients or several_blocks"
 
@@ -39,7 +40,7 @@ def test_executed_code(target):
 
 
 def test_kernels_executed():
-    run("--target", "sm_90", "tests/backends/test_kernels.py", "-k", SOME)
+    run("--target", "sm_90", *KERNELS, "-k", f"({SOME}) and not numba")
 
 
 @pytest.mark.long
@@ -53,5 +54,5 @@ def test_all_executed_code(target):
 @pytest.mark.parametrize("schedule", [(), ("--alone",)], ids=["together", "alone"])
 @pytest.mark.parametrize("target", TARGETS)
 def test_all_kernel_tests_executed(target, schedule):
-    run("--target", target, *schedule, "tests/backends/test_kernels.py",
-        "tests/backends/test_pgd_kernels.py")
+    run("--target", target, *schedule, *KERNELS, "tests/backends/test_pgd_kernels.py",
+        "-k", "not numba")

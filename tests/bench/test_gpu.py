@@ -19,6 +19,8 @@ from bench.speed import gpu_session, gpu_tools
 from bench.speed.contenders import bytes_per_parameter
 from bench.speed.gpu_session import Piece, agenda, headline, outcome, read_state, run
 
+from .test_data import make_images
+
 ROOT = Path(__file__).parents[2]
 HERE = {"code": "0123", "device": "an abacus"}
 
@@ -300,7 +302,8 @@ def test_the_agenda_is_whole_and_every_command_of_it_can_be_parsed(tmp_path):
 
 def test_the_tests_and_programs_that_parity_names_are_there(tmp_path):
     """A pytest that selects nothing fails, and would end the session as red."""
-    text = (ROOT / "tests/backends/test_kernels.py").read_text()
+    text = "".join((ROOT / f"tests/backends/test_{name}.py").read_text()
+                   for name in ("contract", "kernels"))
     tests = re.findall(r"def (test_\w+)", text)
     for name in gpu_session.PARITY.split(" or "):
         assert any(name in test for test in tests), name
@@ -308,7 +311,9 @@ def test_the_tests_and_programs_that_parity_names_are_there(tmp_path):
     assert "def test_any_sequence_of_events_is_right(backend" in sequences
     for p in agenda(tmp_path):
         if p.arguments[1] == "bench.speed.gpu_tools":
-            assert set(p.arguments[2:]) - {str(p.rows)} <= set(gpu_tools.PROGRAMS)
+            program, *more = p.arguments[2:]
+            known = set(gpu_tools.PROGRAMS) if program != "accuracy" else {"sgd", "sam", "fsam"}
+            assert program in gpu_tools.PROGRAMS and set(more) - {str(p.rows)} <= known
 
 
 def test_nine_and_a_half_minutes_hold_the_first_pieces_and_the_next_call_the_next(
@@ -440,6 +445,29 @@ def test_the_counted_optimizers_are_the_kernels_alone(monkeypatch, device):
     assert [(runner.contender.method, len(runner.phases)) for runner in built] == [
         (method, 1 if method == "sgd" else 2) for _, method in gpu_tools.COUNTED]
     assert {runner.opt.backend_report()["backend"] for runner in built} == {"triton"}
+
+
+@pytest.mark.parametrize("method", ["sgd", "sam"])
+def test_a_short_training_leaves_its_accuracy(method, tmp_path, monkeypatch):
+    """As on a GPU, but narrow, short, and of noise. Again, it changes nothing."""
+    for part in ("train", "test"):
+        make_images(tmp_path / "images" / part, "ab", 8, size=(32, 32))
+    full = gpu_tools.training(method, tmp_path / "images", tmp_path)
+    small = ["--device", "cpu", "--width", "1", "--epochs", "1", "--eval-linf", "1",
+             "--eval-l2", "32", "--eval-steps", "1"]
+    monkeypatch.setattr(gpu_tools, "training", lambda *_: [*full[:-2], *small, *full[-2:]])
+    rows = tmp_path / "accuracy.jsonl"
+    for _ in range(2):
+        assert gpu_tools.accuracy(method, rows, tmp_path / "images") == 0
+        row, = [json.loads(line) for line in rows.read_text().splitlines()]
+        assert row["method"] == method
+        assert headline([row]).startswith(f"{method} {row['natural']:.1%} natural, ")
+
+
+def test_no_training_without_images(tmp_path, capsys):
+    code = gpu_tools.accuracy("sgd", tmp_path / "rows.jsonl", tmp_path / "images")
+    assert code == gpu_tools.LEFT_OUT and not (tmp_path / "rows.jsonl").exists()
+    assert "bench unpack" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("change", [lambda launches: launches[1:], lambda launches: []],

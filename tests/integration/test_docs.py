@@ -48,6 +48,21 @@ def test_every_link_to_a_file_leads_somewhere(page):
         assert (ROOT / page).parent.joinpath(target).exists(), target
 
 
+TOP = "bench|tests|docs|examples|fastsam|kernels"
+TEXTS = [*PAGES, *sorted(ROOT.glob("bench/**/*.md")), ROOT / "Makefile"]
+
+
+@pytest.mark.parametrize("page", [name_of(page) for page in TEXTS])
+def test_every_path_in_a_page_exists(page):
+    """In its code too, but for rows that a command will write; a name in capitals, such as
+    NAME.json, stands for one of the reader's."""
+    text = (ROOT / page).read_text().replace("--rows ", "--rows=")
+    paths = set(re.findall(rf"(?<![\w./*=-])((?:{TOP})/[\w./-]*\w)", text))
+    missing = [path for path in paths if not (ROOT / path).exists()
+               and not re.search(r"\b[A-Z]+\b", path)]
+    assert not missing, missing
+
+
 def test_the_pages_that_run_here_are_more_than_a_few():
     assert {"README.md", "docs/drop-in.md", "docs/checkpoints.md"} <= set(map(name_of, RUN_HERE))
 

@@ -93,6 +93,14 @@ def wide(a, b):
     return np.asarray(a).astype(double) * np.asarray(b).astype(double)
 
 
+def bit_field(a, start, length):
+    """`length` bits of an unsigned word from `start` on."""
+    if a.dtype.kind != "u":
+        raise UnknownInstruction("bfe of a signed word")
+    bits = a.astype(np.uint64) >> start.astype(np.uint64)
+    return (bits & (np.uint64(1) << length.astype(np.uint64)) - np.uint64(1)).astype(a.dtype)
+
+
 def exponential2(a):
     """Of an approximate instruction, the exact result."""
     return np.exp2(a.astype(np.float64)).astype(np.float32)
@@ -104,6 +112,7 @@ INTEGERS = {
     "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor, "not": np.invert,
     "neg": np.negative, "min": np.minimum, "max": np.maximum, "abs": abs,
     "div": quotient, "rem": np.fmod, "shl": shift_left, "shr": shift_right,
+    "bfe": bit_field,
 }
 REALS = {
     "add.rn": np.add, "sub.rn": np.subtract, "mul.rn": np.multiply, "add": np.add,
