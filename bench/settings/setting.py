@@ -174,5 +174,6 @@ def described(name: str, value: Any, of: Setting, hint: Any) -> Described:
 
 def check_settings(values: object) -> None:
     """Raise ValueError for a value of a dataclass's settings that cannot be."""
-    for name, of in settings_of(values.__class__).items():
+    owner: Any = type(values)
+    for name, of in settings_of(owner).items():
         of.check(getattr(values, name))

@@ -80,7 +80,7 @@ def squares(w, g, saved, m, flat, offs, mask, a, b, inv_scale, sigma, lmbda, sha
     """(T d)^2 and (T g)^2 of one block, which lies at w, g and flat."""
     g = read(g + offs, mask).to(tl.float32) * inv_scale
     old_m = g
-    if MODE != PLAIN:
+    if MODE > PLAIN:
         old_m = read(m + flat + offs, mask)
     d, _ = direction(g, old_m, sigma, lmbda, share, MODE)
     if SCALING != UNSCALED:
@@ -95,7 +95,7 @@ def squares(w, g, saved, m, flat, offs, mask, a, b, inv_scale, sigma, lmbda, sha
 def block_of(mode: int, scaling: str | None, along_v: bool = False) -> int:
     """Elements of K1's blocks: the less is read of each, the more are on their way at once. Of v,
     K3's, which leaves the same sums."""
-    return BLOCK if along_v else 4 * BLOCK >> bool(mode) + bool(scaling)
+    return BLOCK if along_v else 4 * BLOCK >> (mode > 0) + bool(scaling)
 
 
 @jit
@@ -130,18 +130,18 @@ def norm_kernel(w_table, g_table, saved, m, partials, blocks, layout, scalings, 
                                wide + i, offs, offs < fours - i, a, b, inv_scale, sigma, lmbda,
                                share, MODE, SCALING, MASTERS)
                 along_d += folded(x, SUMS)
-                if MODE != PLAIN:
+                if MODE > PLAIN:
                     along_g += folded(y, SUMS)
             for i in range(fours, size, BLOCK // 2):
                 x, y = squares(pointer(w, TYPE) + i, pointer(g, G_TYPE) + i, saved, m, flat + i,
                                few, few < size - i, a, b, inv_scale, sigma, lmbda, share, MODE,
                                SCALING, MASTERS)
                 few_along_d += folded(x, SUMS)
-                if MODE != PLAIN:
+                if MODE > PLAIN:
                     few_along_g += folded(y, SUMS)
     total = sum_by_halves(along_d, HALVINGS) + sum_by_halves(few_along_d, HALVINGS)
     tl.store(partials + tl.program_id(0), total)
-    if MODE != PLAIN:
+    if MODE > PLAIN:
         total = sum_by_halves(along_g, HALVINGS) + sum_by_halves(few_along_g, HALVINGS)
         tl.store(partials + PARTIALS + tl.program_id(0), total)
 
@@ -152,7 +152,8 @@ def norm(p: Pass) -> None:
 
 
 def norm_arguments(p: Pass, along_v: bool) -> dict:
-    space, mode = p.space, max(0, MODES[p.space.kind.mode])  # what is kept, is kept by K2
+    space = p.space
+    mode = MODES[None if space.kept is not None else space.kind.mode]  # K2 keeps, not K1
     return dict(saved=space.saved, m=space.m, partials=space.partials, scalings=space.scalings,
                 MODE=mode, SCALING=SCALINGS[p.scaling], MASTERS=space.kind.masters,
                 PARTIALS=PARTIALS, BLOCK=block_of(mode, p.scaling, along_v))

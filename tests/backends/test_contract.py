@@ -44,7 +44,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:(invalid|overflow):RuntimeWarnin
 
 @pytest.fixture(params=["triton", "numba"])
 def backend(request):
-    pytest.importorskip(request.param, reason=f"these kernels need {request.param}")
+    if request.param != "reference":
+        pytest.importorskip(request.param, reason=f"these kernels need {request.param}")
     return import_module(MODULES[request.param])
 
 
@@ -266,6 +267,7 @@ def test_a_small_direction_that_is_no_noise_climbs_by_the_radius(backend, device
     assert math.sqrt(float(exact(own.radii[0]).sum())) == pytest.approx(100, rel=1e-3)
 
 
+@pytest.mark.parametrize("backend", ["triton", "numba", "reference"], indirect=True)
 @pytest.mark.parametrize("name, share, moves", [
     ("fsam", 2.0**-36, False), ("fsam", 1.0001 * 2.0**-36, True), ("sam-full", 2.0**-36, False),
     ("fsam-official", 0.0, False), ("sam", 2.0**-36, True)])
