@@ -34,14 +34,17 @@ class Progress:
     def passed(self, images: int) -> None:
         """A pass of so many images of the batch that is under way has been made."""
         if self.passes:
-            reached = min(self.bar.n + images / self.passes, self.finished + self.most)
-            self.bar.update(reached - self.bar.n)
+            self.show(min(self.bar.n + images / self.passes, self.finished + self.most))
 
     def end_batch(self, images: int) -> None:
         self.finished += images
         self.left -= images
         self.most = min(self.most, self.left)
-        self.bar.update(self.finished - self.bar.n)
+        self.show(self.finished)
+
+    def show(self, n: float) -> None:
+        self.bar.n = n  # to the bit; a difference would be added with rounding
+        self.bar.update(0)
 
     @contextmanager
     def counting(self, *models: nn.Module) -> Iterator[None]:

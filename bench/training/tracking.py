@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -93,9 +94,8 @@ class Tracked:
     def track(self, history: Rows) -> None:
         for row in history[self.epochs :]:
             numbers = {k: v for k, v in row.items() if k != "epoch" and not isinstance(v, bool)}
-            if not self.attempt("given an epoch", lambda row=row, numbers=numbers: self.tracker.log(
-                numbers, step=row["epoch"]
-            )):  # fmt: skip
+            log = partial(self.tracker.log, numbers, step=row["epoch"])
+            if not self.attempt("given an epoch", log):
                 return
             self.epochs += 1
         self.note()
