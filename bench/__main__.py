@@ -8,6 +8,8 @@ from typing import Any
 
 from bench.cli import catalogue, evaluation, experiments, options, reports, speed, training
 from bench.cli.parse import Command, parse
+from bench.training.diverged import DIVERGED, Diverged
+from bench.training.stopped import TERMINATED, Stopped, Terminated
 
 COMMANDS = {
     command.name: command
@@ -26,9 +28,8 @@ def parsed(words: list[str]) -> tuple[Command, dict[str, Any]]:
 
 def main(argv: list[str] | None = None) -> int:
     """Return the exit code: 0, 1 when a benchmark's parity check is red, 2 after one sentence about
-    the input that cannot be used, DIVERGED (3) after one about the training that did, or 141 where
-    nobody reads the output."""
-    from bench.training.diverged import DIVERGED, Diverged
+    the input that cannot be used, DIVERGED (3) after one about the training that did, 143 after
+    SIGTERM, or 141 where nobody reads the output."""
 
     try:
         command, given = parsed(sys.argv[1:] if argv is None else argv)
@@ -47,6 +48,9 @@ def main(argv: list[str] | None = None) -> int:
     except Diverged as e:
         print(f"error: {e}", file=sys.stderr)
         return DIVERGED
+    except Stopped as where:
+        print(f"stopped {where}; repeat the command to go on")
+        return TERMINATED if isinstance(where, Terminated) else 0
 
 
 if __name__ == "__main__":

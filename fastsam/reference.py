@@ -12,7 +12,7 @@ projection constant sigma, averaging factor lmbda, scaling T. One step on a mini
 Momentum-SAM climbs before its only pass, along -v, the base's momentum, in g(w)'s place. GSAM and
 LookSAM keep g(w), and the base gets, with c taken over all parameters,
 
-    g(w') - alpha (g(w) - c g(w'))                      GSAM eq. 8; c = <g(w'), g(w)> / ||g(w')||^2
+    g(w') - alpha (g(w) - c g(w'))                      GSAM; c = <g(w'), g(w)> / ||g(w')||^2
     g(w'),  and m = g(w') - c g(w)                      LookSAM, every k-th step;
                                                         c = <g(w'), g(w)> / ||g(w)||^2
     g(w) + alpha c m                                    LookSAM, the steps between;

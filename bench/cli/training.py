@@ -33,7 +33,8 @@ class OfTrain(OfRuns):
 
 def run_train(options: dict[str, Any]) -> int:
     from bench.training import processes
-    from bench.training.session import TERMINATED, Sitting, Stopped
+    from bench.training.session import Sitting
+    from bench.training.stopped import TERMINATED, Stopped
 
     given = {k: options[k] for k in settings_of(SittingSettings) if k in options}
     sitting = Sitting(heeds_sigterm=True, **given)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.experiments.compare import append_rows
-from bench.experiments.pool import run_grid
+from bench.experiments.pool import run_all
 from bench.experiments.sweep import by_setting, runs_of, table
 from bench.files import write_text
 from bench.reports.claims import Claim, cost, judged
@@ -14,6 +14,7 @@ from bench.reports.groups import read_runs, sections_of
 from bench.settings.config import MACHINE, Config, differences
 from bench.settings.evaluation import Evaluation, resolve_evaluation
 from bench.settings.names import method_name
+from bench.settings.pool import Pool
 from bench.settings.recipes import STUDIES, names_in
 from bench.spelling import meant
 
@@ -180,7 +181,7 @@ def show(name: str, rows_path: Path, figure: Path | None) -> Rows:
 
 
 def run_study(
-    name: str, out: Path, jobs: int, rows_path: Path | None, train_only: bool = False
+    name: str, out: Path, pool: Pool, rows_path: Path | None, train_only: bool = False
 ) -> None:
     """Make the study's runs that neither `out` nor the rows hold; write its tables and figure.
 
@@ -203,7 +204,8 @@ def run_study(
             left[run] = (config, {} if train_only else open_ones)
     hours = study.get("hours", "minutes")
     print(f"{study['question']}\n{len(left)} of {len(runs)} runs lack rows; all take {hours}")
-    rows += run_grid(left, out, jobs, lambda row: append_rows(rows_path, [row]))
+    made = run_all(left, out, pool, lambda row: append_rows(rows_path, [row]))
+    rows += [row for summaries in made.values() for row in summaries]
     if train_only:
         print(f"trained, in {out}; repeat without --train-only to evaluate")
         return

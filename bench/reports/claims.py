@@ -120,7 +120,7 @@ def cost(config: Config) -> float:
     """Return how many passes, forward and backward, an image takes in a whole training: those of
     the optimizer and of the attack."""
     passes = 1.0
-    if config.rho is not None:
+    if config.rho is not None and config.optimizer != "msam":
         first = round(config.late * config.epochs) / config.epochs
         passes += (1 - first) * config.ascent_part / config.interval
     if split_method(config.method)[0] == "trades":

@@ -21,6 +21,9 @@ OPTIMIZER_NAMES = {
     "fishersam": "FisherSAM",
     "fsam": "Friendly-SAM",
     "fasam": "F-ASAM",
+    "msam": "Momentum-SAM",
+    "looksam": "LookSAM",
+    "gsam": "GSAM",
 }
 ADVERSARY_NAMES = {
     "at-linf": "AT (PGD, l_inf)",

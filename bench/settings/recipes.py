@@ -6,6 +6,7 @@ where the setting comes from; "published", the numbers in % that the source repo
 what the source leaves open and what was chosen.
 """
 
+import fnmatch
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,6 +47,22 @@ def recipe_names() -> list[str]:
     files = (p for p in RECIPES.rglob("*.json") if p.stem != "base")
     names = (p.relative_to(RECIPES).as_posix().removesuffix(".json") for p in files)
     return sorted(name for name in names if not name.startswith(("presets/", "studies/")))
+
+
+def recipes_matching(patterns: list[str]) -> list[str]:
+    """Return the recipes that match any of the patterns, such as "sam-at/cifar10/*", and the JSON
+    files among them. Raises ValueError for a pattern that none matches."""
+    known, found = recipe_names(), []
+    for pattern in patterns:
+        own = pattern.endswith(".json") and Path(pattern).is_file()
+        names = [pattern] if own else fnmatch.filter(known, pattern)
+        if not names:
+            raise ValueError(
+                f"no recipe matches {pattern!r}{meant(pattern, known)}; `python -m bench recipes` "
+                "lists them"
+            )
+        found += names
+    return list(dict.fromkeys(found))
 
 
 def names_in(folder: Path) -> list[str]:

@@ -142,6 +142,8 @@ def inside(value: float, bounds: str) -> bool:
 def in_words(bounds: str) -> str:
     """Return "at least 1" for "[1, inf)", "in [0, 1)" for that."""
     low, high = ends(bounds)
+    if low == -math.inf and high == math.inf:
+        return "finite"
     if high < math.inf:
         return f"in {bounds}"
     return f"at least {low:g}" if bounds[0] == "[" else "positive and finite"

@@ -272,7 +272,8 @@ def launches(method: str, base: str, dtype: str) -> list[tuple[str, dict, int]]:
     mode, scaling = METHODS[method]
     constants = dict(norm=dict(MODE=mode, SCALING=scaling, MASTERS=False),
                      climb=dict(MODE=mode, SCALING=scaling, MASTERS=False),
-                     step=dict(BASE=BASES[base], PERTURBED=True, MASTERS=False))
+                     step=dict(BASE=BASES[base], MIX=0, PERTURBED=True, ALONG_V=False,
+                               MASTERS=False))
     return [(kernel, constants[kernel], n)
             for kernel, n in kernel_bytes(method, base, DTYPES[dtype]).items()]
 

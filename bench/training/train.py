@@ -9,7 +9,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +34,9 @@ from bench.training.diverged import Diverged
 from bench.training.epoch_state import Position
 from bench.training.optimizers import build_optimizer, lr_at
 from bench.training.run import Run, forward_of
-from bench.training.session import STOP, Sitting, Stopped
+from bench.training.session import STOP, Sitting
 from bench.training.step import step
+from bench.training.stopped import Stopped
 from bench.training.tracking import tracked
 
 FITTED_TO = 5000  # images, as in airbench; evenly spread, for they may lie class by class
@@ -138,9 +139,16 @@ def load_state(run: Run, out: Path) -> None:
     run.history, run.position = checkpoint["history"], checkpoint.get("position")
 
 
-def refuse_early(config: Config, out: Path, download: bool = False) -> None:
-    """Raise the ValueError that train() would, without training or writing anything."""
-    load_state(set_up(config, download), out)
+def refuse_early(
+    config: Config, out: Path, download: bool = False, elsewhere: bool = False
+) -> None:
+    """Raise the ValueError that train() would, without training or writing anything.
+
+    elsewhere: the device is another process's or machine's, and is not asked.
+    """
+    run = set_up(replace(config, device="cpu", backend=None) if elsewhere else config, download)
+    run.config = config
+    load_state(run, out)
 
 
 def save(run: Run, out: Path, position: dict[str, Any] | None = None) -> None:

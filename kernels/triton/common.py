@@ -19,7 +19,7 @@ BLOCK = 1024
 PROGRAMS = 640
 WARPS = 4
 SUMS = tl.constexpr(4 * 32 * WARPS)  # four side by side for each thread
-HALVINGS = tl.constexpr((4 * 32 * WARPS).bit_length() - 1)  # from SUMS numbers to one
+HALVINGS = tl.constexpr(7)  # from SUMS numbers to WARPS
 # Fusion off, so that a product and a sum round twice, as in plain PyTorch; the kernels wait for
 # memory. Without a bound of its own, ptxas spills accumulators to fit one more program.
 OPTIONS = {"num_warps": WARPS, "enable_fp_fusion": False}
@@ -165,11 +165,11 @@ def folded(x, SUMS: tl.constexpr):
 
 @triton.jit
 def sum_by_halves(x, HALVINGS: tl.constexpr):
-    """The sum of SUMS numbers, two at a time, whose order has no meaning: the same bits whichever
-    thread holds what, which is the compiler's affair and another one in every kernel."""
+    """The sum of SUMS numbers: two at a time, whose order has no meaning, down to one for each
+    warp, so that which thread holds what, the compiler's affair, does not change its bits."""
     for _ in tl.static_range(HALVINGS):
         x = tl.sum(tl.reshape(x, (x.shape[0] // 2, 2)), 1)
-    return tl.sum(x)
+    return tl.sum(tl.sum(tl.reshape(x, (1, x.shape[0])), 1))
 
 
 @triton.jit

@@ -92,10 +92,17 @@ def squares(w, g, saved, m, flat, offs, mask, a, b, inv_scale, sigma, lmbda, sha
     return d * d, g * g
 
 
-def block_of(mode: int, scaling: str | None, along_v: bool = False) -> int:
+def block_of(mode: int, scaling: int, narrow: bool, along_v: bool = False) -> int:
     """Elements of K1's blocks: the less is read of each, the more are on their way at once. Of v,
-    K3's, which leaves the same sums."""
-    return BLOCK if along_v else 4 * BLOCK >> (mode > 0) + bool(scaling)
+    K3's, which leaves the same sums.
+
+    Args:
+        narrow: gradients, and weights without masters, have 16 bits.
+    """
+    if along_v:
+        return BLOCK
+    most = 8 if narrow and not mode and scaling != SCALINGS["gradient"] else 4
+    return most * BLOCK >> bool(mode) + bool(scaling)
 
 
 @jit
@@ -154,9 +161,11 @@ def norm(p: Pass) -> None:
 def norm_arguments(p: Pass, along_v: bool) -> dict:
     space = p.space
     mode = MODES[None if space.kept is not None else space.kind.mode]  # K2 keeps, not K1
+    narrow = p.g_dtype.itemsize == space.saved.element_size() == 2
+    block = block_of(mode, SCALINGS[p.scaling], narrow, along_v)
     return dict(saved=space.saved, m=space.m, partials=space.partials, scalings=space.scalings,
                 MODE=mode, SCALING=SCALINGS[p.scaling], MASTERS=space.kind.masters,
-                PARTIALS=PARTIALS, BLOCK=block_of(mode, p.scaling, along_v))
+                PARTIALS=PARTIALS, BLOCK=block)
 
 
 @triton.jit

@@ -88,7 +88,7 @@ def test_no_document_has_another_name_for_adversarial_training_or_a_method():
 def test_the_benchmarks_page_says_how_each_is_called_on_the_command_line():
     page = (ROOT / "docs" / "benchmark.md").read_text()
     for key, name in (OPTIMIZER_NAMES | ADVERSARY_NAMES).items():
-        assert re.search(rf"{re.escape(name)}(,| \() ?`{key}`", page), key
+        assert re.search(rf"{re.escape(name)}(, | \()`{key}`", page), key
 
 
 def test_looks_differ_by_more_than_colour():

@@ -15,7 +15,8 @@ from bench.provenance import ROOT
 from bench.settings.config import Config, resolve
 from bench.training.checkpoint import load_checkpoint
 from bench.training.epoch_state import Position
-from bench.training.session import Sitting, Stopped
+from bench.training.session import Sitting
+from bench.training.stopped import Stopped
 from bench.training.train import set_up, train
 
 from ..helpers.survive import SMALL, difference, learning, same, state, survive
@@ -54,6 +55,8 @@ def step_by_step(config: Config, out) -> int:
         ("sam-full", {"full_every": 3}),
         ("sam-noise", {"full_every": 3}),
         ("sam-db", {}),
+        ("msam", {"amp": "fp16"}),
+        ("at-linf+looksam", {"attack_steps": 1, "interval": 3}),
         ("sam-late", {"late": 0.5, "model": "vgg16bn"}),  # has dropout
     ],
 )

@@ -6,7 +6,7 @@ from itertools import product
 import pytest
 import torch
 
-from fastsam import FriendlySAM
+from fastsam import FriendlySAM, MomentumSAM
 from fastsam.kernels import triton as kernels
 
 from ...helpers.variants import VARIANTS
@@ -112,3 +112,28 @@ def test_pgd_s_kernels_touch_their_images_alone(executed, dtype):
         step(x_adv, g, x, 0.1, 0.05)
         assert x_adv.isfinite().all() and not torch.equal(x_adv, x)
     assert {name for name, _ in executed.traffic} == {"linf_kernel", "l2_kernel"}
+
+
+@pytest.mark.parametrize("base, dtype, masters", [
+    (SGD, torch.float32, False), (dict(base=torch.optim.AdamW, lr=1e-2), torch.bfloat16, True)],
+    ids=["sgd", "adamw"])
+def test_the_norm_that_a_step_leaves_has_the_bits_of_one_that_is_taken(executed, base, dtype,
+                                                                       masters):
+    """From misaligned gradients, and from none, too."""
+    sizes = [BLOCK + 7, 40, 2 * BLOCK]
+    steps = Steps(normals(sizes, dtype), "triton", MomentumSAM, rho=0.3, master_weights=masters,
+                  **base)
+    for offset in (0, 1):
+        steps.climb(normals(sizes, dtype, 1))
+        grads = normals(sizes, dtype, 2 + offset)
+        steps._set(grads, offset)
+        if offset:
+            steps.params[1].grad = None
+        steps.opt.second_step(zero_grad=True)
+        layout = steps.opt._phase.layout
+        assert layout.has_norm()
+        left = steps.spaces[0].partials[0].clone()
+        layout.keep_norm(None)
+        steps.opt.first_step()
+        assert left.any() and same_bits(left, steps.spaces[0].partials[0])
+        steps.opt.restore()
