@@ -66,8 +66,9 @@ def train_in(sitting: Any, options: dict[str, Any]) -> None:
     finished(config, evaluation, out)  # what these two refuse comes before the bar is drawn
     refuse_early(config, out, options["download"])
     quiet = processes.rank() > 0
+    sitting.bar = not quiet
     say_alpha([] if quiet else [config], options)
-    with tqdm(total=config.epochs, unit="epoch", desc=config.name, disable=quiet) as bar:
+    with tqdm(total=config.epochs, unit="epoch", desc=config.name, disable=quiet or None) as bar:
 
         def show(row: dict[str, Any]) -> None:
             bar.update()

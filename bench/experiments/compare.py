@@ -21,6 +21,7 @@ from bench.files import (
 from bench.reports.tables import markdown
 from bench.settings.config import SETTINGS, Config
 from bench.settings.evaluation import Evaluation
+from bench.settings.names import method_name
 from bench.settings.pool import Pool
 
 
@@ -38,6 +39,7 @@ def aggregate(method: str, summaries: list[dict[str, Any]]) -> dict[str, Any]:
             robust["mean"].setdefault(norm, {})[eps] = statistics.fmean(values)
             robust["std"].setdefault(norm, {})[eps] = spread(values)
     natural = [s["natural"] for s in summaries]
+    speeds = [s["images_per_second"] for s in summaries]
     first = summaries[0]
     return {
         "method": method,
@@ -45,7 +47,8 @@ def aggregate(method: str, summaries: list[dict[str, Any]]) -> dict[str, Any]:
         "natural_std": spread(natural),
         "robust": robust["mean"],
         "robust_std": robust["std"],
-        "images_per_second": statistics.fmean(s["images_per_second"] for s in summaries),
+        "images_per_second": statistics.fmean(speeds),
+        "images_per_second_std": spread(speeds),
         "seeds": [s["config"]["seed"] for s in summaries],
         "runs": [f"{method}-seed{s['config']['seed']}" for s in summaries],
         **{k: first[k] for k in ("config", "evaluation", "attacks", "test_images")},
@@ -68,7 +71,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         accuracies = [cell(row["natural"], row["natural_std"])]
         accuracies += [cell(row["robust"][n][e], row["robust_std"][n][e]) for n, e in columns]
         cost = [f"{row['images_per_second']:.0f}", f"{row['relative_cost']:.1f}x"]
-        lines.append([row["method"], *accuracies, *cost])
+        lines.append([method_name(row["method"]), *accuracies, *cost])
     return markdown(head, lines, left=1)
 
 
@@ -97,7 +100,8 @@ def caption(rows: list[dict[str, Any]]) -> str:
     config, evaluation = rows[0]["config"], rows[0]["evaluation"]
     configs = [row["config"] for row in rows]
     apart = differing(configs)
-    methods = "; ".join(f"{c['method']} {settings(c, configs)}".strip() for c in configs)
+    methods = "; ".join(f"{method_name(c['method'])} {settings(c, configs)}".strip()
+                        for c in configs)  # fmt: skip
     common = {"model": f"{config['model']}", "width": f"width {config['width']}",
               "epochs": f"{config['epochs']} epochs"}  # fmt: skip
     network = ", ".join(text for k, text in common.items() if k not in apart)
@@ -123,6 +127,8 @@ def write_outputs(rows: list[dict[str, Any]], out: Path) -> list[Path]:
     fastest = max(row["images_per_second"] for row in rows)
     for row in rows:
         row["relative_cost"] = fastest / row["images_per_second"]
+        share = row["images_per_second_std"] / row["images_per_second"]
+        row["relative_cost_std"] = row["relative_cost"] * share
     names = ("summary.json", "table.md", "accuracy-eps.png", "accuracy-cost.png")
     paths = [out / name for name in names]
     with alone_in(out, wait=True):

@@ -13,6 +13,7 @@ from bench.reports.claims import Claim, cost, judged
 from bench.reports.groups import read_runs, sections_of
 from bench.settings.config import MACHINE, Config, differences
 from bench.settings.evaluation import Evaluation, resolve_evaluation
+from bench.settings.names import method_name
 from bench.settings.pool import Pool
 from bench.settings.recipes import STUDIES, names_in
 from bench.spelling import meant
@@ -69,7 +70,7 @@ def draw(study: dict[str, Any], summaries: Rows, path: Path) -> None:
     series: dict[str, list] = {}
     for row in rows:
         if row["setting"][name] is not None:
-            series.setdefault(row["method"], []).append((row["setting"][name], row))
+            series.setdefault(method_name(row["method"]), []).append((row["setting"][name], row))
     level = [row for row in rows if row["setting"][name] is None]
     return figures.plot_rho(series, level, path, name.replace("_", " "))
 
@@ -149,7 +150,7 @@ def costs_of(study: dict[str, Any]) -> str:
     by_method = {config.method: cost(config) for config in study_runs(study).values()}
     first = next(iter(by_method.values()))
     return "Passes over the images, relative to " + ", ".join(
-        f"{method} {passes / first:.2f}" for method, passes in by_method.items()
+        f"{method_name(method)} {passes / first:.2f}" for method, passes in by_method.items()
     )
 
 

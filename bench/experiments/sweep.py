@@ -16,6 +16,7 @@ from bench.files import alone_in, refuse_unwritable, remove_unfinished, write_js
 from bench.reports.tables import markdown
 from bench.settings.config import SETTINGS, Config, check_used, resolve
 from bench.settings.evaluation import Evaluation
+from bench.settings.names import method_name
 from bench.settings.pool import Pool
 from bench.spelling import meant
 
@@ -138,7 +139,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         setting = [shown(k, v) for k, v in row["setting"].items()]
         several = len(row["seeds"]) > 1
         cells = [f"{100 * mean:.1f}" + f" ± {100 * std:.1f}" * several for mean, std in values]
-        lines.append([row["method"], *setting, str(len(row["seeds"])), *cells])
+        lines.append([method_name(row["method"]), *setting, str(len(row["seeds"])), *cells])
     heads += [f"{NORM_NAMES[norm]} {labelled(eps)}" for norm, eps in columns]
     return markdown(["method", *heads], lines, left=1)
 

@@ -11,6 +11,7 @@ import torch
 from bench.settings.setting import check_settings
 from bench.settings.sitting import SittingSettings
 from bench.training import processes
+from bench.training.tracking import refuse_missing
 
 SAVE, STOP = 1, 2
 ASKED_EVERY = 10  # steps, where several processes must agree
@@ -21,9 +22,11 @@ class Sitting(SittingSettings):
     """Nothing here changes the trained weights.
 
     heeds_sigterm: save and stop on SIGTERM too. asked: whether someone else wants the run to save
-    and stop. Raises ValueError for negative minutes, and when tensorboard is not installed.
+    and stop. bar: show each epoch's steps and its validation on stderr, where that is a terminal.
+    Raises ValueError for negative minutes, and for a tracker that is not installed.
     """
 
+    bar: bool = False
     heeds_sigterm: bool = False
     asked: Callable[[], bool] = lambda: False
     began: float = field(default_factory=time.monotonic)
@@ -32,14 +35,8 @@ class Sitting(SittingSettings):
     def __post_init__(self) -> None:
         self.saved = self.began
         check_settings(self)
-        if self.tensorboard:
-            try:
-                import torch.utils.tensorboard  # noqa: F401
-            except ImportError as e:
-                raise ValueError(
-                    f"--tensorboard needs a package that is not here ({e}); pip install "
-                    "tensorboard, or leave the option out: metrics.jsonl holds the same numbers"
-                ) from e
+        if self.track is not None:
+            refuse_missing(self.track)
 
     def wish(self) -> int:
         """Return 0, SAVE or STOP, by this process's clock and signals."""

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from bench.attacks.objectives import answers
 from bench.data.augmentation import Augmentation
@@ -28,7 +29,6 @@ from bench.models.pretrained import start_from
 from bench.settings.config import Config, differences
 from bench.training import processes
 from bench.training.adversarial import attacked, watch_single_step
-from bench.training.board import open_board, write_row
 from bench.training.checkpoint import changed_data, load_checkpoint, load_weights, save_checkpoint
 from bench.training.diverged import Diverged
 from bench.training.epoch_state import Position
@@ -37,6 +37,7 @@ from bench.training.run import Run, forward_of
 from bench.training.session import STOP, Sitting
 from bench.training.step import step
 from bench.training.stopped import Stopped
+from bench.training.tracking import tracked
 
 FITTED_TO = 5000  # images, as in airbench; evenly spread, for they may lie class by class
 
@@ -180,7 +181,9 @@ def train_epoch(run: Run, epoch: int, out: Path, sitting: Sitting) -> dict[str, 
     run.epoch = epoch
     run.model.train()
     start = time.perf_counter()
-    for i, (x, y) in enumerate(images, here.done):
+    shown = tqdm(images, f"epoch {epoch + 1}", steps, initial=here.done, unit="step", leave=False,
+                 disable=None if sitting.bar else True)  # fmt: skip
+    for i, (x, y) in enumerate(shown, here.done):
         for group in run.opt.param_groups:
             group["lr"] = lr_at(config, epoch, i, steps)
         processes.same_statistics(run.model)
@@ -211,7 +214,7 @@ def train_epoch(run: Run, epoch: int, out: Path, sitting: Sitting) -> dict[str, 
     return row
 
 
-def validate(run: Run) -> dict[str, Any]:
+def validate(run: Run, bar: bool = False) -> dict[str, Any]:
     """Return validation accuracy, that of adversarial training under PGD, and whether it is the
     best so far. Where nothing is held out, the last epoch counts as the best."""
     run.model.eval()
@@ -222,7 +225,7 @@ def validate(run: Run) -> dict[str, Any]:
     if attack is None:
         right = correct(run.model, mine, 500)
     else:
-        right = robust(run.model, mine, attack, 500, seed=run.epoch)
+        right = robust(run.model, mine, attack, 500, seed=run.epoch, bar=bar)
     accuracy = processes.total(right.double().sum()).item() / len(split)
     return {"val_acc": accuracy, "best": all(accuracy > old["val_acc"] for old in run.history)}
 
@@ -253,12 +256,12 @@ def train(
         write_json(out / "config.json", asdict(config))
     for row in run.history:
         after_epoch(row)
-    done = len(run.history)
-    board = open_board(out / "tensorboard", done) if first and sitting.tensorboard else None
-    with sitting.training():
-        for epoch in range(done, config.epochs):
+    tracker = sitting.track if first else None
+    with tracked(tracker, config, out, run.history) as track, sitting.training():
+        for epoch in range(len(run.history), config.epochs):
             row = train_epoch(run, epoch, out, sitting)
-            finish_epoch(run, row, out, board)
+            finish_epoch(run, row, out, sitting.bar)
+            track(run.history)
             after_epoch(row)
             sitting.saved = time.monotonic()
             if sitting.demand(run.device, 0) == STOP:
@@ -290,14 +293,12 @@ def refuse_divergence(run: Run, row: dict[str, Any], loss: Tensor, out: Path) ->
     )
 
 
-def finish_epoch(run: Run, row: dict[str, Any], out: Path, board: Any) -> None:
+def finish_epoch(run: Run, row: dict[str, Any], out: Path, bar: bool = False) -> None:
     """Validate, complete the epoch's row, and write what an epoch leaves."""
     processes.same_statistics(run.model)
-    row |= validate(run) | processes.from_first(watch_single_step, run)
+    row |= validate(run, bar) | processes.from_first(watch_single_step, run)
     run.history.append(row)
     first = processes.rank() == 0
-    if board is not None:
-        write_row(board, row)
     if first and row["best"]:
         save_checkpoint(out / "best.pt", run.config, run.data, run.model, epoch=row["epoch"])
     save(run, out)

@@ -168,7 +168,7 @@ def test_a_comparison_leaves_out_what_another_process_makes_and_takes_it_up(tmp_
         other.communicate()
     printed, said = process.communicate(timeout=120)
     assert process.returncode == 0, said
-    assert "| sgd" in printed and "| sam" in printed
+    assert "| SGD" in printed and "| SAM" in printed
     assert len(rows.read_text().splitlines()) == 2
 
 
