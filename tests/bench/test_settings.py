@@ -239,3 +239,9 @@ def test_settings_name_what_there_is():
     }  # fmt: skip
     not_options = {"method", "processes", "recipe"}
     assert set(Config.__dataclass_fields__) - SETTINGS.keys() == not_options
+
+
+@pytest.mark.parametrize("command", COMMANDS.values(), ids=lambda command: command.name)
+def test_a_command_has_each_option_once(command):
+    names = [name for of in command.options for name in (of.option, of.setting.alias) if name]
+    assert len(set(names)) == len(names)
