@@ -49,7 +49,7 @@ def assert_close(params, expected, what: str = "") -> None:
 
 @pytest.mark.parametrize("exact", EXACT)
 def test_momentum_sam_over_sgd_is_the_authors(exact):
-    """Their weight decay is of w', the base's of w: ours is given the difference in its gradients."""
+    """Their weight decay is of w', the base's of w: ours gets the difference in its gradients."""
     w = parameters()
     theirs = published.MomentumSAM(published.SGD(w, **HYPER), rho=0.4)
     opt = MomentumSAM(w, torch.optim.SGD, rho=0.4, backend=exact, **HYPER)
