@@ -15,6 +15,7 @@ from typing import Any
 from bench.reports.tables import markdown
 from bench.settings.config import Config
 from bench.settings.methods import split_method
+from bench.settings.names import method_name
 
 SHOWS, NOT, CANNOT = "shows", "does not show", "cannot tell"
 NATURAL = "natural"
@@ -110,7 +111,7 @@ def judged(rows: list[dict[str, Any]], claims: list[Claim]) -> str:
 def line_of(claim: Claim, difference: Difference) -> list[str]:
     low, high = (difference.mean + s * difference.half_width for s in (-1, 1))
     interval = f"[{low:+.1f}, {high:+.1f}]" if math.isfinite(low) else "one seed has none"
-    pair = f"{claim.more} - {claim.less}, {difference.at}"
+    pair = f"{method_name(claim.more)} - {method_name(claim.less)}, {difference.at}"
     n = f"{len(difference.by_seed)}"
     return [pair, n, f"{difference.mean:+.1f}", interval, difference.verdict(claim.margin)]
 

@@ -44,7 +44,7 @@ class Config:
         told=True,
     )
     noise_kind: str = setting(
-        "published", "published: F-SAM's, redrawn, some to the right class",
+        "published", "published: as in Friendly-SAM's paper, redrawn, some to the right class",
         choices=("published", "true"),
     )
     augment: str = setting(

@@ -83,9 +83,10 @@ def sum_of(parts, n_spaces, PARTIALS: tl.constexpr):
     return tl.sum(total)
 
 
-def block_of(mode: str | None, scaling: str | None, dtype: torch.dtype, masters: bool) -> int:
-    """Elements of K2's blocks: twice as many where there is least to read."""
-    return BLOCK if mode or scaling or masters or dtype.itemsize == 4 else 2 * BLOCK
+def block_of(mode: int, scaling: int, dtype: torch.dtype, masters: bool) -> int:
+    """Elements of K2's blocks: twice as many where there is least to read, and little to do."""
+    more = mode or scaling == SCALINGS["gradient"] or masters or dtype.itemsize == 4
+    return BLOCK if more else 2 * BLOCK
 
 
 @jit
@@ -169,10 +170,9 @@ def climb(p: Pass, sums: Tensor) -> Climb:
 def climb_arguments(p: Pass, n_spaces: int, _: int) -> dict:
     space = p.space
     m = space.m if space.kept is None else space.kept
+    mode, scaling, masters = MODES[space.kind.mode], SCALINGS[p.scaling], space.kind.masters
     return dict(saved=space.saved, m=m, radii=space.radii, scalings=space.scalings,
                 counters=space.counters, m_steps=space.steps[0], n_slots=len(space.slots),
                 n_spaces=n_spaces, guard=GUARD, noise_share=NOISE_SHARE,
-                MODE=MODES[space.kind.mode], SCALING=SCALINGS[p.scaling],
-                MASTERS=space.kind.masters, PARTIALS=PARTIALS,
-                BLOCK=block_of(space.kind.mode, p.scaling, space.kind.dtype,
-                               space.kind.masters))
+                MODE=mode, SCALING=scaling, MASTERS=masters, PARTIALS=PARTIALS,
+                BLOCK=block_of(mode, scaling, space.kind.dtype, masters))

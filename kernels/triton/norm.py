@@ -78,7 +78,7 @@ def squares(w, g, saved, m, flat, offs, mask, a, b, inv_scale, sigma, lmbda, sha
     """(T d)^2 and (T g)^2 of one block, which lies at w, g and flat."""
     g = read(g + offs, mask).to(tl.float32) * inv_scale
     old_m = g
-    if MODE != PLAIN:
+    if MODE > PLAIN:
         old_m = read(m + flat + offs, mask)
     d, _ = direction(g, old_m, sigma, lmbda, share, MODE)
     if SCALING != UNSCALED:
@@ -90,10 +90,17 @@ def squares(w, g, saved, m, flat, offs, mask, a, b, inv_scale, sigma, lmbda, sha
     return d * d, g * g
 
 
-def block_of(mode: int, scaling: str | None, along_v: bool = False) -> int:
+def block_of(mode: int, scaling: int, narrow: bool, along_v: bool = False) -> int:
     """Elements of K1's blocks: the less is read of each, the more are on their way at once. Of v,
-    K3's, which leaves the same sums."""
-    return BLOCK if along_v else 4 * BLOCK >> bool(mode) + bool(scaling)
+    K3's, which leaves the same sums.
+
+    Args:
+        narrow: gradients, and weights without masters, have 16 bits.
+    """
+    if along_v:
+        return BLOCK
+    most = 8 if narrow and not mode and scaling != SCALINGS["gradient"] else 4
+    return most * BLOCK >> bool(mode) + bool(scaling)
 
 
 @jit
@@ -128,18 +135,18 @@ def norm_kernel(w_table, g_table, saved, m, partials, blocks, layout, scalings, 
                                wide + i, offs, offs < fours - i, a, b, inv_scale, sigma, lmbda,
                                share, MODE, SCALING, MASTERS)
                 along_d += folded(x, SUMS)
-                if MODE != PLAIN:
+                if MODE > PLAIN:
                     along_g += folded(y, SUMS)
             for i in range(fours, size, BLOCK // 2):
                 x, y = squares(pointer(w, TYPE) + i, pointer(g, G_TYPE) + i, saved, m, flat + i,
                                few, few < size - i, a, b, inv_scale, sigma, lmbda, share, MODE,
                                SCALING, MASTERS)
                 few_along_d += folded(x, SUMS)
-                if MODE != PLAIN:
+                if MODE > PLAIN:
                     few_along_g += folded(y, SUMS)
     total = tl.sum(along_d) + tl.sum(few_along_d)
     tl.store(partials + tl.program_id(0), total)
-    if MODE != PLAIN:
+    if MODE > PLAIN:
         total = tl.sum(along_g) + tl.sum(few_along_g)
         tl.store(partials + PARTIALS + tl.program_id(0), total)
 
@@ -150,10 +157,13 @@ def norm(p: Pass) -> None:
 
 
 def norm_arguments(p: Pass, along_v: bool) -> dict:
-    space, mode = p.space, max(0, MODES[p.space.kind.mode])  # what is kept, is kept by K2
+    space = p.space
+    mode = MODES[None if space.kept is not None else space.kind.mode]  # K2 keeps, not K1
+    narrow = p.g_dtype.itemsize == space.saved.element_size() == 2
+    block = block_of(mode, SCALINGS[p.scaling], narrow, along_v)
     return dict(saved=space.saved, m=space.m, partials=space.partials, scalings=space.scalings,
                 MODE=mode, SCALING=SCALINGS[p.scaling], MASTERS=space.kind.masters,
-                PARTIALS=PARTIALS, BLOCK=block_of(mode, p.scaling, along_v))
+                PARTIALS=PARTIALS, BLOCK=block)
 
 
 @triton.jit

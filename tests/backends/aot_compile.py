@@ -76,15 +76,15 @@ INTEGERS = {"blocks": "*i32", "counters": "*i32", "m_steps": "*i32", "v_steps": 
             "layout": "*i64", "guard": "fp32", "noise_share": "fp32"}
 
 
-def block_of(name: str, constants: dict, element: str) -> int:
+def block_of(name: str, constants: dict, elements: str) -> int:
     """As the launchers choose it."""
-    mode, scaling = constants.get("MODE"), constants.get("SCALING")
+    mode, scaling, masters = (constants.get(c) for c in ("MODE", "SCALING", "MASTERS"))
     if name == "norm":
-        return norm.block_of(mode, scaling)
+        return norm.block_of(mode, scaling, "fp32" not in elements and not masters)
     if name == "climb":
-        return climb.block_of(mode, scaling, DTYPES[element], constants["MASTERS"])
+        return climb.block_of(mode, scaling, DTYPES[elements.split("/")[0]], masters)
     if name == "step":
-        return step.block_of(constants["MIX"], constants["MASTERS"])
+        return step.block_of(constants["MIX"], masters)
     return common.BLOCK
 
 
@@ -114,7 +114,7 @@ def compile_variant(name: str, constants: dict, elements: str, target: str):
     """The compiled kernel, every pointer argument 16-byte aligned as torch allocates it."""
     kernel, (element, *others) = KERNELS[name], elements.split("/")
     constants = {**constants, "TYPE": TYPES[element], "G_TYPE": TYPES[(others or [element])[0]],
-                 "BLOCK": block_of(name, constants, element)}
+                 "BLOCK": block_of(name, constants, elements)}
     if "PARTIALS" in kernel.arg_names:
         constants["PARTIALS"] = PARTIALS
     types = signature(kernel, element, constants)
@@ -171,7 +171,7 @@ def row(job: tuple) -> dict:
     measure = amd if target.startswith("gfx") else nvidia
     threads = TARGETS[target].warp_size * common.WARPS
     return dict(kernel=name, constants=constants, type=elements, target=target,
-                elements=block_of(name, constants, elements.split("/")[0]) // threads,
+                elements=block_of(name, constants, elements) // threads,
                 partials=PARTIALS // threads, programs=common.PROGRAMS, threads=threads,
                 shared=compiled.metadata.shared,
                 conversions=compiled.asm["ttgir"].count("convert_layout"), **measure(compiled))

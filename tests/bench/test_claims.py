@@ -117,6 +117,7 @@ TINY = {
 @pytest.fixture
 def tiny(tmp_path, monkeypatch):
     monkeypatch.setattr(studies, "STUDIES", tmp_path)
+    monkeypatch.setattr(studies, "names_in", lambda folder: ["tiny"])
     (tmp_path / "tiny.json").write_text(json.dumps(TINY))
     return tmp_path
 

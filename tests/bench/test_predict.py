@@ -1,5 +1,7 @@
 """The model of the kernels' time: what is read off machine code, and the arithmetic."""
 
+from itertools import product
+
 import pytest
 
 from bench.__main__ import main
@@ -47,6 +49,15 @@ def test_more_programs_than_fit_take_another_wave():
     full = CODE._replace(registers=255, programs=40)
     assert predict.resident(full, SMALL) == 2
     assert predict.predicted(full, SMALL, 10**8, 8)["waves"] == 2
+
+
+def test_what_is_predicted_are_variants_that_there_are():
+    pytest.importorskip("triton", reason="the kernels need Triton")
+    from ..backends.aot_compile import CONSTANTS
+
+    for what in product(predict.METHODS, predict.BASES, predict.DTYPES):
+        for kernel, constants, _ in predict.launches(*what):
+            assert constants in CONSTANTS[kernel], what
 
 
 def test_an_unknown_gpu_and_rows_without_prediction_are_refused(tmp_path, capsys):

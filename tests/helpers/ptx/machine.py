@@ -318,9 +318,16 @@ class Step:
             self.write(low, bits.astype(np.uint16))
             return self.write(high, (bits >> np.uint32(16)).astype(np.uint16))
         if isinstance(source, tuple):
-            low, high = (self.read(s, "b16").astype(np.uint32) for s in source)
+            low, high = (self._half(s).astype(np.uint32) for s in source)
             return self.write(target, low | high << np.uint32(16))
         return self.write(target, self.read(source, kind))
+
+    def _half(self, register):
+        """16 bits to be packed; poison where nothing was written: the compiler packs a number
+        beside nothing, and takes it out again."""
+        if isinstance(register, str) and register not in self.machine.registers:
+            return np.full(len(self.threads), POISON[np.uint16], np.uint16)
+        return self.read(register, "b16")
 
     def _selp(self) -> None:
         target, a, b, condition = self.i.operands

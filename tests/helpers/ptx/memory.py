@@ -153,6 +153,8 @@ class Shared:
         self.size, self.stride, self.threads = size, -(-size // 16) * 16, threads
         self.data = np.full(ctas * self.stride, POISON, np.uint8)
         self.shadow = Shadow(ctas * self.stride, granule, order, warp)
+        self.texts: dict[str, int] = {}
+        self.writer = np.full(ctas * self.stride, -1, np.int32)  # of a byte: which of the texts
 
     def at(self, text, threads, address, size: int) -> np.ndarray:
         """Where in `data` the accesses go."""
@@ -172,9 +174,20 @@ class Shared:
         return [words[index // width + i] for i in range(count)]
 
     def store(self, text, threads, address, width: int, values: list) -> None:
-        index = self.at(text, threads, address, width * len(values))
-        self.shadow.note(text, index, width * len(values), threads, write=True)
-        write_words(text, self.data.view(WORD[width]), index // width, values)
+        """Warps that hold the same numbers store them to the same place, by one instruction: they
+        count as one of them, as long as the bits are the same."""
+        index, words = self.at(text, threads, address, width * len(values)), self.data.view(
+            WORD[width])
+        number = self.texts.setdefault(text, len(self.texts))
+        again = self.writer[index] == number
+        for i, value in enumerate(values):
+            again &= words[index // width + i] == value
+        news = np.zeros(len(index), bool)
+        news[np.unique(index, return_index=True)[1]] = True
+        news &= ~again
+        self.shadow.note(text, index[news], width * len(values), threads[news], write=True)
+        self.writer[index] = number
+        write_words(text, words, index // width, values)
 
 
 class Global:
