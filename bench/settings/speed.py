@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from bench.settings.config import Config
 
 METHODS = ("sgd", "sam", "asam", "fsam", "fasam")
+STEPPED = (*METHODS, "msam", "gsam", "looksam")  # LookSAM's every k-th step, which does the most
 # Loops beside "fast": with a per-parameter SAM (SAM methods only); in float32; in float32 and NCHW;
 # without torch.compile; as one CUDA graph; and the plain recipe.
 BESIDE = ("eager", "fp32", "fp32-nchw", "uncompiled", "graph", "plain")
@@ -42,7 +43,8 @@ class StepConfig:
         None, "with --params: in so many equal tensors", bounds="[1, inf)", default=f"{TENSORS}"
     )
     methods: tuple[str, ...] = setting(
-        METHODS, f"of {', '.join(METHODS)}", choices=METHODS, metavar="METHOD...", default="all"
+        METHODS, f"of {', '.join(STEPPED)}", choices=STEPPED, metavar="METHOD...",
+        default=" ".join(METHODS),
     )
     base: str = setting("sgd", "the optimizer under SAM", choices=PLAIN)
     dtype: str = setting("fp32", "of weights and gradients", choices=("fp32", "bf16"))

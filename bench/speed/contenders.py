@@ -14,10 +14,12 @@ from bench.speed.baselines import (
     pytorch_optimizer_classes,
     why_not_compile,
 )
-from fastsam import SAM, FriendlySAM
+from fastsam import GSAM, SAM, FriendlySAM, LookSAM, MomentumSAM
 from fastsam.choose import BACKENDS
 
 FRIENDLY, ADAPTIVE = ("fsam", "fasam"), ("asam", "fasam")
+KEEPING = ("gsam", "looksam")  # the first pass's gradient, for the second
+RELATIVES = {"msam": MomentumSAM, "gsam": GSAM, "looksam": partial(LookSAM, k=1)}
 BASES = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
 BASE_STATES = {"sgd": 1, "adamw": 2}  # v, or m1 and v2
 
@@ -44,7 +46,8 @@ class Contender:
         the method is left out."""
         friendly = ("sigma", "lmbda") if self.method in FRIENDLY else ()
         own = ("rho", *friendly) if self.method != "sgd" else ()
-        perturbation = ("rho", "sigma", "lmbda")
+        own += ("alpha",) if self.method in KEEPING else ()
+        perturbation = ("rho", "sigma", "lmbda", "alpha")
         arguments = {k: x for k, x in hyper.items() if k in own or k not in perturbation}
         return self.build(params, **arguments)
 
@@ -59,6 +62,11 @@ def bytes_per_parameter(method: str, base: str, weight: int, state: int) -> int:
     step = 3 * weight + 2 * state * BASE_STATES[base]
     if method == "sgd":
         return step
+    if method == "msam":  # K2 reads v for g, whose norm the step before left
+        return state + 3 * weight + step
+    if method in KEEPING:  # g is kept; K0 reads it and g', and K3 it again; g_v is renewed
+        renewed = 2 * state * (method == "looksam")
+        return weight + 4 * weight + state + weight + state + step + state + renewed
     ema = state * (method in FRIENDLY)
     norm = weight + weight * (method in ADAPTIVE) + ema
     climb = 4 * weight + 2 * ema
@@ -87,8 +95,9 @@ def of_fastsam(methods: tuple[str, ...], base: str, dtype: torch.dtype, device: 
             left_out.append(f"fastsam {backend}: over {base} its step waits for the device")
             continue
         for method in methods:
-            cls = FriendlySAM if method in FRIENDLY else SAM
-            build = partial(cls, base_optimizer=BASES[base], backend=backend, **adaptive(method))
+            cls = RELATIVES.get(method, FriendlySAM if method in FRIENDLY else SAM)
+            own = {} if method in RELATIVES else adaptive(method)
+            build = partial(cls, base_optimizer=BASES[base], backend=backend, **own)
             found.append(Contender(method, f"fastsam {backend}", build, state=4))
     return found, left_out
 
@@ -112,7 +121,7 @@ def of_peers(methods: tuple[str, ...], base: str, state: int, graph: bool,
     kinds += [("pytorch_optimizer", package, extra)] if package else []
     found = []
     for method in methods:
-        for name, classes, arguments in kinds if method != "sgd" else ():
+        for name, classes, arguments in kinds if method not in ("sgd", *RELATIVES) else ():
             cls = classes[method in FRIENDLY]
             build = partial(cls, base_optimizer=BASES[base], **adaptive(method), **arguments)
             # some versions of pytorch_optimizer average the corrected gradient in F-SAM

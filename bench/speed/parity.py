@@ -17,7 +17,10 @@ BASE_HYPER: dict[str, dict[str, Any]] = {
     "sgd": {"lr": 0.6, "momentum": 0.8, "weight_decay": 0.05},
     "adamw": {"lr": 0.8, "betas": (0.7, 0.9), "eps": 1e-3, "weight_decay": 0.2},
 }
-PERTURBATIONS = ({"rho": 30.0, "sigma": 0.7, "lmbda": 0.6}, {"rho": 30.0, "sigma": 1, "lmbda": 0.9})
+PERTURBATIONS = (
+    {"rho": 30.0, "sigma": 0.7, "lmbda": 0.6, "alpha": 0.3},
+    {"rho": 30.0, "sigma": 1, "lmbda": 0.9, "alpha": 0.3},
+)
 
 
 def sgd(w: Tensor, grads: list[Tensor], h: dict) -> Tensor:
@@ -50,6 +53,11 @@ def exact_course(w: Tensor, passes: list[tuple[Tensor, ...]], method: str, base:
     m, seen = None, []
     for g1, g2 in passes:
         d = g1
+        if method == "msam":  # against the momentum, or Adam's first moment
+            factor, share = (h["momentum"], 1) if base == "sgd" else (h["betas"][0],
+                                                                      1 - h["betas"][0])
+            d = -share * sum((factor**k * g for k, g in enumerate(reversed(seen))),
+                             torch.zeros_like(w))  # fmt: skip
         if method in FRIENDLY and convention == "algorithm1":
             m = (1 - h["lmbda"]) * g1 + (0 if m is None else h["lmbda"] * m)
             d = g1 - h["sigma"] * m
@@ -58,6 +66,8 @@ def exact_course(w: Tensor, passes: list[tuple[Tensor, ...]], method: str, base:
             m = g1 if m is None else (1 - h["lmbda"]) * g1 + h["lmbda"] * m
         T = w.abs() if method in ADAPTIVE else torch.ones_like(w)
         climbed = w + h["rho"] * T**2 * d / ((T * d).norm() + 1e-12)
+        if method == "gsam":
+            g2 = g2 - h["alpha"] * (g1 - (g1 @ g2) / (g2 @ g2) * g2)
         seen.append(g2 + h["weight_decay"] * w if base == "sgd" else g2)
         after = sgd(w, seen, h) if base == "sgd" else adamw(w, seen, h)
         yield w, climbed, after
@@ -88,7 +98,8 @@ def course_error(contender: Contender, base: str, dtype: torch.dtype, device: to
             for g, value in zip(mine, values, strict=True):
                 g.copy_(value)
         for target, _ in zip(targets[-len(runner.phases) :], runner.step(), strict=True):
-            error = (flat(runner.params) - target).norm() / (target - before).norm()
+            off, way = (flat(runner.params) - target).norm(), (target - before).norm()
+            error = off / way if way > 0 else torch.where(off == 0, 0.0, torch.inf)
             worst = max(worst, error.nan_to_num(torch.inf).item())
     return worst
 

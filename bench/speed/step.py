@@ -17,6 +17,7 @@ from bench.speed.bandwidth import bandwidth, free_bytes
 from bench.speed.contenders import (
     BASE_STATES,
     FRIENDLY,
+    KEEPING,
     Contender,
     bytes_per_parameter,
     contenders,
@@ -27,7 +28,7 @@ from bench.spelling import meant
 from fastsam import SAM
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-PERTURBATION: dict[str, float] = {"rho": 0.1, "sigma": 1.0, "lmbda": 0.9}
+PERTURBATION: dict[str, float] = {"rho": 0.1, "sigma": 1.0, "lmbda": 0.9, "alpha": 0.4}
 BASE_HYPER: dict[str, dict[str, Any]] = {
     "sgd": {"lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4},
     "adamw": {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2},
@@ -77,6 +78,7 @@ def refuse_too_large(found: list[Contender], n: int, config: StepConfig,
     element, needed, free = DTYPES[config.dtype].itemsize, 0, free_bytes(device)
     for c in found:  # weights, saved weights, temporaries; states
         states = BASE_STATES[config.base] + (c.method in FRIENDLY)
+        states += KEEPING.count(c.method) + (c.method == "looksam")
         needed += n * (3 * element + states * c.state)
     needed += 4 * n * element  # the weights to start from, gradients, and their fresh values
     if free is not None and needed > free:

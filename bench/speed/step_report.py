@@ -9,7 +9,7 @@ from typing import Any
 from bench.files import write_text
 from bench.reports.tables import markdown
 from bench.settings.names import method_name
-from bench.settings.speed import METHODS
+from bench.settings.speed import STEPPED
 
 SETTING = ("device", "threads", "base", "dtype", "graph", "keep_memory")
 NEEDED = (
@@ -116,7 +116,7 @@ def step_report(rows: list[dict[str, Any]]) -> str:
     parts = []
     for name, group in by_setting(rows):
         group = sorted(
-            group, key=lambda r: (r["parameters"], r["tensors"], METHODS.index(r["method"]))
+            group, key=lambda r: (r["parameters"], r["tensors"], STEPPED.index(r["method"]))
         )
         parts.append(f"### {name}\n\n{step_table(group)}\n\n{step_caption(group)}")
     return "\n\n".join(parts)
@@ -148,7 +148,7 @@ def plot_steps(rows: list[dict[str, Any]], against: str, path: Path) -> None:
 
     select = {"parameters": same_tensors, "tensors": same_parameters}[against]
     settings = [(name, select(group)) for name, group in by_setting(rows)]
-    methods = {name: sorted({row["method"] for row in group}, key=METHODS.index)
+    methods = {name: sorted({row["method"] for row in group}, key=STEPPED.index)
                for name, group in settings}  # fmt: skip
     most = max(map(len, methods.values()))
     names = list(dict.fromkeys(row["implementation"] for row in rows))

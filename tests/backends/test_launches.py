@@ -302,6 +302,10 @@ def test_the_pages_steps_are_the_sums_and_the_benchmarks_budget(column, kind, ma
                                             "LookSAM, every k-th step", "LookSAM, between them"]
     relatives = steps_of_relatives(kind, masters, {"sgd": 1, "adamw": 2}[base])
     assert [int(cells[column]) for cells in rows[5:]] == relatives
+    if not masters:
+        weight = 4 if kind == "fp32" else 2
+        assert relatives[:3] == [bytes_per_parameter(method, base, weight, 4)
+                                 for method in ("msam", "gsam", "looksam")]
     rows = rows[:5]
     methods = {"sgd": None, "sam": (0, 0), "asam": (0, 1), "fsam": (1, 0), "fasam": (1, 1)}
     for cells, (method, direction) in zip(rows, methods.items(), strict=True):
