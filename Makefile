@@ -96,7 +96,8 @@ $(READY): pyproject.toml constraints.txt
 .venv/docs: pyproject.toml
 	$(call install,docs)
 
-# other people's attacks, for the tests that compare ours with them; they name versions of their own
+# other people's attacks, for the tests that compare ours with them; they name versions of their own;
+# and Ray
 .venv/peers: .venv/ready
-	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[peers]"
+	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[peers,ray]"
 	touch $@

@@ -4,9 +4,12 @@ import os
 import signal
 import sys
 from contextlib import suppress
+from typing import Any
 
 from bench.cli import catalogue, evaluation, experiments, options, reports, speed, training
-from bench.cli.parse import parse
+from bench.cli.parse import Command, parse
+from bench.training.diverged import DIVERGED, Diverged
+from bench.training.stopped import TERMINATED, Stopped, Terminated
 
 COMMANDS = {
     command.name: command
@@ -16,14 +19,20 @@ COMMANDS = {
 PIPE_CLOSED = 128 + signal.SIGPIPE  # the exit code that shells give
 
 
+def parsed(words: list[str]) -> tuple[Command, dict[str, Any]]:
+    try:
+        return parse(COMMANDS, words)
+    finally:
+        sys.stdout.flush()  # --help, which ends the program, is output too
+
+
 def main(argv: list[str] | None = None) -> int:
     """Return the exit code: 0, 1 when a benchmark's parity check is red, 2 after one sentence about
-    the input that cannot be used, DIVERGED (3) after one about the training that did, or 141 where
-    nobody reads the output."""
-    from bench.training.diverged import DIVERGED, Diverged
+    the input that cannot be used, DIVERGED (3) after one about the training that did, 143 after
+    SIGTERM, or 141 where nobody reads the output."""
 
     try:
-        command, given = parse(COMMANDS, sys.argv[1:] if argv is None else argv)
+        command, given = parsed(sys.argv[1:] if argv is None else argv)
         if "TORCHELASTIC_RUN_ID" in os.environ and command.name != "train":
             raise ValueError(f"torchrun is for train alone; start {command.name} without it")
         code = command.run(given) or 0
@@ -39,6 +48,9 @@ def main(argv: list[str] | None = None) -> int:
     except Diverged as e:
         print(f"error: {e}", file=sys.stderr)
         return DIVERGED
+    except Stopped as where:
+        print(f"stopped {where}; repeat the command to go on")
+        return TERMINATED if isinstance(where, Terminated) else 0
 
 
 if __name__ == "__main__":

@@ -5,12 +5,14 @@ import glob
 import json
 import math
 import os
+import platform
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
+fcntl: Any
 try:
     import fcntl
 except ImportError:  # Windows
@@ -83,12 +85,16 @@ def alone_in(folder: Path, wait: bool = False) -> Iterator[None]:
     or this process does. wait: until others leave it; else raises Busy where another one keeps it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as f:
+    with open(folder / ".lock", "a+") as f:
         if not lock(f, "lockf", wait):
+            f.seek(0)
             raise Busy(
-                f"another process is at work in {str(folder)!r}; wait for its end, or choose "
-                "another --out"
+                f"another process is at work in {str(folder)!r} ({f.read()}); wait for its end, or "
+                "choose another --out"
             )
+        with suppress(OSError):  # a full disk; the name is for people alone
+            os.ftruncate(f.fileno(), 0)
+            os.write(f.fileno(), f"{platform.node()}, process {os.getpid()}".encode())
         yield
 
 

@@ -33,9 +33,14 @@ class freeze_bn_stats(ContextDecorator):
             time. Default False.
 
     A call without `with` freezes nothing and warns.
+
+    Raises:
+        TypeError: what is given is no module.
     """
 
     def __init__(self, model: nn.Module, *, all_buffers: bool = False):
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"freeze_bn_stats takes the model, not a {type(model).__name__}")
         self.used = False
         self.model, self.all_buffers = model, all_buffers
         self.blocks: list[tuple[list[_BatchNorm], list[Own]]] = []

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 FRIENDLY = ("algorithm1", "official")  # the modes with a moving average
+WITH_M = (*FRIENDLY, "full", "noise")  # those whose direction is made with m
 KEEPING = ("gsam", "looksam")  # those that keep the first pass's gradient for the second
 
 

@@ -697,7 +697,8 @@ class SAM(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a state: of this class, of the base optimizer alone, or of a public SAM or
         F-SAM class, whose saved weights (`old_p`) are transient and left out. Group keys that it
-        lacks, such as rho in SGD's, stay as they are.
+        lacks, such as rho in SGD's, stay as they are. What another class of this package keeps
+        under a name that is something else here is refused.
 
         Raises:
             PhaseError: while perturbed.
@@ -711,13 +712,15 @@ class SAM(Optimizer):
     def _load(self, state_dict: dict[str, Any]) -> None:
         if not self._traits.base:
             state_dict = foreign.as_saved(state_dict, self.param_groups, self._shared)
+        saving.refuse_others_keys(self.param_groups, state_dict["param_groups"],
+                                  state_dict["state"].values(), self._traits.mode)
         groups = saving.merged_groups(self.param_groups, state_dict["param_groups"])
         saving.keep_decoupled(groups, self.base_optimizer)
         self._check(groups)
         params = self._parameters()
         states = [state_dict["state"].get(i, {}) for g in groups for i in g["params"]]
         for p, entry in zip(params, states, strict=False):
-            saving.check_entry(p, entry, self._traits.base)
+            saving.check_entry(p, entry, self._traits.base, self._traits.mode)
         state_dict = {**state_dict, "param_groups": groups}
         containers = self.param_groups, self.state
         super().load_state_dict({**state_dict, "state": {}})

@@ -12,7 +12,7 @@ projection constant sigma, averaging factor lmbda, scaling T. One step on a mini
 Momentum-SAM climbs before its only pass, along -v, the base's momentum, in g(w)'s place. GSAM and
 LookSAM keep g(w), and the base gets, with c taken over all parameters,
 
-    g(w') - alpha (g(w) - c g(w'))                      GSAM eq. 8; c = <g(w'), g(w)> / ||g(w')||^2
+    g(w') - alpha (g(w) - c g(w'))                      GSAM; c = <g(w'), g(w)> / ||g(w')||^2
     g(w'),  and m = g(w') - c g(w)                      LookSAM, every k-th step;
                                                         c = <g(w'), g(w)> / ||g(w)||^2
     g(w) + alpha c m                                    LookSAM, the steps between;
@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .hyper import FRIENDLY, KEEPING, Hyper
+from .hyper import FRIENDLY, KEEPING, WITH_M, Hyper
 from .passes import Climb, Pass
 from .space import GUARD, Kept, Slot
 
@@ -174,14 +174,14 @@ def other(p: Pass, slot: Slot) -> Kept:
 
 
 def norm(p: Pass) -> None:
-    """space.partials = the parts of ||T d||^2 and, with a mode, of ||T g||^2, over the slots that
-    climb."""
+    """space.partials = the parts of ||T d||^2 and, where d is made with m, of ||T g||^2, over
+    the slots that climb."""
     p.space.partials.zero_()
     for i, slot, h in members(p):
         g, d, _ = ascent(p, i, slot, h)
         T = scaling(weights(p, i), g, *p.ab[i], p.scaling)
         p.space.partials[0, 0] += (T * d).square().sum()
-        if p.space.kind.mode not in (None, *KEEPING):
+        if p.space.kind.mode in WITH_M:
             p.space.partials[1, 0] += (T * g).square().sum()
 
 
@@ -200,7 +200,7 @@ def climb(p: Pass, sums: Tensor) -> Climb:
     sums = sums.sum(1)
     total = sums[0].sqrt()
     ok = total.isfinite()
-    moves = ok if kind.mode in (None, *KEEPING) else ok & ~is_noise(sums)
+    moves = ok & ~is_noise(sums) if kind.mode in WITH_M else ok
     p.space.radii.zero_()
     for i, slot, _ in members(p):
         slot.saved.copy_(weights(p, i))

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .hyper import COLUMN, COLUMNS, KEEPING, Hyper
+from .hyper import COLUMN, COLUMNS, KEEPING, WITH_M, Hyper
 
 PAD = 16  # elements: 16-byte alignment for the narrowest dtype, with room
 PARTIALS = 1024  # room for the partial sums of one norm
@@ -104,7 +104,7 @@ class Space:
         saved: (size,), dtype of the parameters, or float32 masters.
         m, v, u: (size,) or None.
         steps: (2, slots) int32, the slots' m_steps and v_steps.
-        partials: (2, PARTIALS), parts of ||T d||^2 and, with a mode, of ||T g||^2.
+        partials: (2, PARTIALS), parts of ||T d||^2 and, where d is made with m, of ||T g||^2.
         dots: (3, PARTIALS), parts of <g, m>, <g, g>, <m, m>, where there is a projection.
         radii: (2, PARTIALS), parts of the climb's squared length: as stored, and as wanted.
         control: (6,), the cells of CONTROL.
@@ -153,7 +153,7 @@ class Space:
             offsets.append(size)
             size += -(-w.numel() // PAD) * PAD
         saved = zeros(size, dtype=kind.acc if kind.masters else kind.dtype)
-        m = zeros(size) if kind.mode not in (None, "gsam") else None
+        m = zeros(size) if kind.mode in (*WITH_M, "looksam") else None
         kept = zeros(size) if kind.mode in KEEPING else None
         v = zeros(size) if kind.base in ("sgd-momentum", "adam") else None
         u = zeros(size) if kind.base == "adam" else None

@@ -8,7 +8,7 @@ all go this way.
 from collections import OrderedDict
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -16,11 +16,11 @@ from torch.optim import AdamW, Optimizer
 
 from .checks import is_number
 from .distributed import is_sharded, like
-from .hyper import FRIENDLY
+from .hyper import FRIENDLY, KEEPING
 from .space import Slot, Space, local
 
 State = dict[str, Any]  # of one parameter
-M = ("ema", "full_gradient", "g_v")  # m's names
+M = ("ema", "full_gradient", "g_v")  # m's names: each is another thing
 OWN = (*M, "ema_steps")  # SAM's own names; beside a base that is not fused
 FOREIGN = "sam_"  # they begin with this, since such a base may use any name
 COUNTED = (("ema", "ema_steps"), ("sam_ema", "sam_ema_steps"),
@@ -34,13 +34,10 @@ def shown(space: Space, slot: Slot) -> dict[str, Tensor]:
     master, and how often each was updated."""
     kind, state = space.kind, dict[str, Tensor]()
     prefix = "" if kind.base else FOREIGN
+    if slot.m is not None:
+        state[f"{prefix}{name_of_m(kind.mode)}"] = like(slot.param, slot.m)
     if kind.mode in FRIENDLY:
-        state[prefix + "ema"] = like(slot.param, slot.m)
         state[prefix + "ema_steps"] = slot.m_steps
-    elif kind.mode == "looksam":
-        state[prefix + "g_v"] = like(slot.param, slot.m)
-    elif slot.m is not None:
-        state[prefix + "full_gradient"] = like(slot.param, slot.m)
     if kind.base == "sgd-momentum":
         state.update(momentum_buffer=like(slot.param, slot.v), momentum_steps=slot.v_steps)
     if kind.base == "adam":
@@ -80,34 +77,59 @@ def keep_decoupled(groups: list[State], base: Optimizer) -> None:
             group["decoupled_weight_decay"] = True
 
 
-def saved_m(state: State, fused: bool) -> Tensor | None:
-    """m in a saved state: of this class, or of the published F-SAM code ("momentum"). Beside a
-    base that is not fused, a name without our prefix may be the base's own."""
-    names = [FOREIGN + name for name in M]
+def name_of_m(mode: str | None) -> str | None:
+    """m's public name; None where there is no m."""
+    if mode in (None, "gsam"):
+        return None
+    return "ema" if mode in FRIENDLY else "g_v" if mode == "looksam" else "full_gradient"
+
+
+def saved_ms(state: State, fused: bool) -> dict[str, tuple[str, Tensor]]:
+    """The m of every class in a saved state, by m's name, with the key that it has there: ours, or
+    that of the published F-SAM code ("momentum"). Beside a base that is not fused, a key without
+    our prefix may be the base's own."""
+    keys = [("ema", "momentum")] if "old_p" in state else []
     if fused or is_old_form(state):
-        names += M
-    for name in names:
-        if isinstance(state.get(name), Tensor):
-            return state[name]
-    return state.get("momentum") if "old_p" in state else None
+        keys += [(name, name) for name in M]
+    keys += [(name, FOREIGN + name) for name in M]
+    return {name: (key, state[key]) for name, key in keys if isinstance(state.get(key), Tensor)}
 
 
-def check_entry(p: Tensor, state: State, base: str | None) -> None:
-    """Refuse the state of another parameter, and what no state can be.
+def saved_m(state: State, fused: bool, mode: str | None) -> Tensor | None:
+    """This class's m in a saved state."""
+    return saved_ms(state, fused).get(cast(str, name_of_m(mode)), (None, None))[1]
+
+
+def check_m(p: Tensor, state: State, base: str | None, mode: str | None) -> None:
+    """Refuse an m that does not fit, or that is another class's alone."""
+    mine, found = name_of_m(mode), saved_ms(state, bool(base))
+    if mine is None:
+        return
+    if found and mine not in found:
+        key = next(iter(found.values()))[0]
+        raise ValueError(f"a state has {key!r}, which is another class's, where this one keeps "
+                         f"{mine!r}: delete it from the state to begin {mine!r} anew")
+    check_tensor(p, mine, found.get(mine, (None, None))[1], base)
+
+
+def check_entry(p: Tensor, state: State, base: str | None, mode: str | None) -> None:
+    """Refuse the state of another parameter or class, and what no state can be.
 
     Args:
         base: the fused base optimizer, as in `Kind`; None: the base's part is its own affair.
+        mode: as `Kind.mode`.
 
     Raises:
         ValueError: no dict; a tensor whose shape differs, or that is whole where the parameter is
-            sharded; something else where a tensor or a count belongs; a part of Adam's state.
+            sharded; something else where a tensor or a count belongs; a part of Adam's state;
+            what another class keeps in m's place.
     """
     if not isinstance(state, dict):
         if base:
             raise ValueError(f"the state of a parameter of shape {tuple(p.shape)} is a "
                              f"{type(state).__name__}: use a dict")
         return
-    check_tensor(p, "ema", saved_m(state, bool(base)), base)
+    check_m(p, state, base, mode)
     if base:
         for name in ("momentum_buffer", "exp_avg", "exp_avg_sq", "master"):
             check_tensor(p, name, state.get(name), base)
@@ -157,6 +179,26 @@ def merged_groups(mine: list[State], theirs: list[State]) -> list[State]:
         return theirs
     return [{**{k: x for k, x in group.items() if k != "params"}, **saved}
             for group, saved in zip(mine, theirs, strict=True)]
+
+
+def refuse_others_keys(mine: list[State], theirs: list[State], states: Collection[State],
+                       mode: str | None) -> None:
+    """Refuse a group key that another class has under a name of this one's: `eta` is ASAM's, which
+    has a `scale` too, or FisherSAM's; `alpha` is LookSAM's, whose states have a g_v, or GSAM's.
+
+    Args:
+        states: the saved states of the parameters.
+        mode: as `Kind.mode`.
+    """
+    entries = [x for x in states if isinstance(x, dict) and x]
+    looks = any(FOREIGN + "g_v" in x or "g_v" in x for x in entries)
+    for own, saved in zip(mine, theirs, strict=False):
+        others = ["eta"] if ("scale" in own) != ("scale" in saved) else []
+        others += ["alpha"] if mode in KEEPING and entries and looks != (mode == "looksam") else []
+        for key in others:
+            if key in own and key in saved:
+                raise ValueError(f"{key}={saved[key]!r} in a state is another class's {key}: "
+                                 f"delete it from the groups to keep {own[key]!r}")
 
 
 class Shown:
@@ -212,8 +254,8 @@ def adopt(shown: Shown, params: Sequence[Tensor], state: dict[Tensor, State]) ->
     """
     entries = [state.get(p) or {} for p in params]
     for p, entry in zip(params, entries, strict=True):
-        base = shown.places[p][0].kind.base
-        check_entry(p, entry, base and base.partition("-")[0])
+        kind = shown.places[p][0].kind
+        check_entry(p, entry, kind.base and kind.base.partition("-")[0], kind.mode)
     flats = {flat.untyped_storage().data_ptr() for p in params
              for flat in buffers(shown.places[p][0])}
     entries = [apart(without_stale_counts(entry, shown.tensors[p]), flats)
@@ -244,7 +286,8 @@ def load(space: Space, slot: Slot, state: State) -> None:
     """Copy a state into the slot; what is not in `state` starts anew."""
     v_name, v_count = (("exp_avg", "step") if space.kind.base == "adam"
                        else ("momentum_buffer", "momentum_steps"))
-    m, v = saved_m(state, bool(space.kind.base)), state.get(v_name) if space.kind.base else None
+    fused = bool(space.kind.base)
+    m, v = saved_m(state, fused, space.kind.mode), state.get(v_name) if fused else None
     fill(slot.m, m)
     fill(slot.v, v)
     fill(slot.u, state.get("exp_avg_sq"))

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastsam.hyper import COLUMN, FRIENDLY, KEEPING
+from fastsam.hyper import COLUMN, FRIENDLY, WITH_M
 from fastsam.passes import Climb, Pass
 from fastsam.space import CONTROL, COUNTERS, Space
 
@@ -113,7 +113,7 @@ def dots(p: Pass) -> None:
 
 
 def norm(p: Pass) -> None:
-    """space.partials = the parts of ||T d||^2 and, with a mode, of ||T g||^2."""
+    """space.partials = the parts of ||T d||^2 and, where d is made with m, of ||T g||^2."""
     s, kind, f = p.space, p.space.kind, frame_of(p.space)
     loop = cpu_loops.norm(kind.mode, p.scaling, kind.masters, *dtypes(p))
     run(loop, p, f, s.steps.numpy()[0], address(s.saved), address(s.m), f.sums)
@@ -133,7 +133,7 @@ def climb(p: Pass, sums: Tensor) -> Climb:
     f.control[OK] = math.isfinite(total)
     if not math.isfinite(total):
         return stay(p)
-    moves = bool(kind.mode in (None, *KEEPING)
+    moves = bool(kind.mode not in WITH_M
                  or d > (32 * torch.finfo(sums.dtype).eps) ** 2 * g)
     loop = cpu_loops.climb(kind.mode, p.scaling, kind.masters, *dtypes(p))
     steps = s.steps.numpy()[0]

@@ -20,7 +20,7 @@ from numba import boolean, float32, float64, int32, int64, njit, void
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from fastsam.hyper import COLUMN, KEEPING
+from fastsam.hyper import COLUMN, KEEPING, WITH_M
 from fastsam.space import CONTROL, GUARD
 
 BLOCK = 16384
@@ -273,10 +273,10 @@ def squares(v, n, size, dtype):
 @lru_cache
 def norm(mode: str | None, scaling: str | None, masters: bool, dtype: str, g_dtype: str,
          ) -> Callable:
-    """sums[0, b] = ||T d||^2 of block b; with a mode also sums[1, b] = ||T g||^2."""
+    """sums[0, b] = ||T d||^2 of block b; where d is made with m also sums[1, b] = ||T g||^2."""
     W, G, A = dtype, g_dtype, accumulates_in(dtype)
     size, w_size, g_size = SIZES[A], SIZES[W], SIZES[G]
-    has_m, new, along = mode not in (None, *KEEPING), mode == "algorithm1", mode == "full"
+    has_m, new, along = mode in WITH_M, mode == "algorithm1", mode == "full"
     by_w, by_g = scaling == "weights", scaling == "gradient"
     one = np.dtype(A).type(1)
 
@@ -340,7 +340,7 @@ def climb(mode: str | None, scaling: str | None, masters: bool, dtype: str, g_dt
     W, G, A = dtype, g_dtype, accumulates_in(dtype)
     S = A if masters else W
     size, w_size, g_size, s_size = SIZES[A], SIZES[W], SIZES[G], SIZES[S]
-    has_m, new, along = mode not in (None, *KEEPING), mode == "algorithm1", mode == "full"
+    has_m, new, along = mode in WITH_M, mode == "algorithm1", mode == "full"
     averages, official = mode in ("algorithm1", "official"), mode == "official"
     keeps = mode in KEEPING
     by_w, by_g = scaling == "weights", scaling == "gradient"

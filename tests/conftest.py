@@ -51,7 +51,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
         round_to_bfloat16_as_gpus_do()
 
 
-LONGEST = ("test_sequences", "test_recipes", "test_aot", "test_kernels",
+LONGEST = ("test_sequences", "test_recipes", "test_aot", "test_contract",
            "test_distributed", "test_resume")
 
 

@@ -21,6 +21,7 @@ NAMES = "clean, fgsm, pgd-STEPS, pgd-STEPS-RESTARTS, apgd-ce, apgd-t, autoattack
 KINDS = ("clean", "fgsm", "pgd", "apgd-ce", "apgd-t", "autoattack")
 PATTERN = re.compile(r"(clean|fgsm|autoattack|(pgd|apgd-ce|apgd-t)(-[1-9]\d*)?(-[1-9]\d*)?)")
 APGD_STEPS = 100
+AUTOATTACK_PASSES = 7800  # about: APGD 101 and 9 x 101, FAB 9 x 200, Square 5000
 AUTOATTACK = ("autoattack", "pyautoattack")  # the authors' module, from source and as a package
 
 IN_BF16 = "; gradients in bf16, judged in float32"
@@ -34,13 +35,15 @@ class Attempt:
 
     text: its whole configuration. perturb: (forward, x, y, generators, model) -> images to judge,
     of a model in eval mode; forward makes its passes for gradients, perhaps less exactly. restarts:
-    how often it is tried; an image is robust when it withstands all.
+    how often it is tried; an image is robust when it withstands all. passes: forward passes that an
+    image takes in one try, at most and about, to show progress by.
     """
 
     name: str
     text: str
     perturb: Perturb
     restarts: int = 1
+    passes: int = 1
 
 
 def split_name(name: str) -> tuple[str, int | None, int]:
@@ -74,7 +77,7 @@ def attempt(
         attack = evaluation_attack(norm, eps, own_steps or steps)
         text = (f"PGD-{attack.steps}, {ball}, alpha {both_forms(attack.alpha)}, random start, "
                 f"{tries}, {in_words(FIRST, LAST)}{passes}")  # fmt: skip
-        return Attempt(name, text, by_pgd(attack), restarts)
+        return Attempt(name, text, by_pgd(attack), restarts, attack.steps)
     if kind == "autoattack":
         return autoattack(norm, eps, classes)
     own_steps = own_steps or APGD_STEPS
@@ -85,7 +88,7 @@ def attempt(
             lambda forward, x, y, rng, model: apgd(
                 forward, x, y, norm, eps, own_steps, None, rng, exact(model, forward)
             )[0],
-            restarts,
+            restarts, own_steps + 1,
         )  # fmt: skip
     if classes < 4:
         raise ValueError(
@@ -98,7 +101,7 @@ def attempt(
         lambda forward, x, y, rng, model: apgd_targeted(
             forward, x, y, norm, eps, own_steps, rng, exact(model, forward)
         )[0],
-        restarts,
+        restarts, min(TARGETS, classes - 1) * (own_steps + 1) + 1,
     )  # fmt: skip
 
 
@@ -136,7 +139,7 @@ def autoattack(norm: str, eps: float, classes: int) -> Attempt:
             found = attack.run_standard_evaluation(x, y)
         return found[0] if isinstance(found, tuple) else found  # some return labels, too
 
-    return Attempt("autoattack", text, perturb)
+    return Attempt("autoattack", text, perturb, passes=AUTOATTACK_PASSES)
 
 
 @contextmanager

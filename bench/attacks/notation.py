@@ -52,8 +52,8 @@ def parse_eps(text: str, norm: str, force: bool = False) -> float:
     good a value as a count.
     """
     try:
-        form = form_of(text)
-        top, bottom = FRACTION.fullmatch(text.strip()).groups() if form == "fraction" else (text, 1)
+        form, fraction = form_of(text), FRACTION.fullmatch(text.strip())
+        top, bottom = fraction.groups() if form == "fraction" and fraction else (text, 1)
         value = float(top) / float(bottom)
     except (ValueError, ZeroDivisionError):
         raise ValueError(f"eps {text!r} is not a positive finite number; {HINT}") from None

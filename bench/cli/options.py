@@ -6,19 +6,21 @@ from typing import Any
 from bench.cli.parse import Command
 from bench.settings.config import Config
 from bench.settings.evaluation import Evaluation
+from bench.settings.pool import Pool
 from bench.settings.setting import Described, settings_of
 from bench.settings.sitting import SittingSettings
 
 INTRODUCTION = """# Options of a run
 
-`train`, `compare` and `sweep` have these; `python -m bench COMMAND --help` tells a command's own
-too. What is not given is the recipe's or the preset's, then the method's, then the default here. A
-recipe names a setting with `_` for `-`.
+`train`, `compare` and `sweep` have these, the last two tables as they say; `python -m bench COMMAND
+--help` tells a command's own too. What is not given is the recipe's or the preset's, then the
+method's, then the default here. A recipe names a setting with `_` for `-`.
 
 This page is what `python -m bench options` prints. What it tells stands once, beside the settings'
 fields, from which the command line and the checks come too ([extending](extending.md))."""
 TABLES = {"What is trained": Config, "What is measured": Evaluation,
-          "How `train` goes": SittingSettings}  # fmt: skip
+          "How `train` goes": SittingSettings,
+          "Where `compare`, `sweep` and `study` make their runs": Pool}  # fmt: skip
 
 
 @dataclass

@@ -109,8 +109,9 @@ def parse(commands: dict[str, Command], words: list[str]) -> tuple[Command, dict
     names = [Annotated[command.parser(), tyro.conf.subcommand(name, description=command.help)]
              for name, command in commands.items()]  # fmt: skip
     about = (
-        "Train image classifiers with SGD, SAM, ASAM, F-SAM or adversarial training, and measure "
-        f"their natural and robust accuracy. `{PROGRAM} COMMAND --help` tells a command's options."
+        "Train image classifiers with SGD, SAM, ASAM, Friendly-SAM or adversarial training, and "
+        "measure their natural and robust accuracy. "
+        f"`{PROGRAM} COMMAND --help` tells a command's options."
     )
     anyone: Any = Union[tuple(names)]  # noqa: UP007
     tyro.cli(anyone, args=words, prog=PROGRAM, description=about)

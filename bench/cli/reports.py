@@ -1,11 +1,11 @@
-"""`bench report` and `theory`: what is made of numbers."""
+"""`bench report`, `export` and `theory`: what is made of runs and of numbers."""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bench.cli.parse import Command
-from bench.settings.setting import setting
+from bench.settings.setting import MISSING, setting
 
 
 @dataclass(kw_only=True)
@@ -18,6 +18,13 @@ class OfReport:
         None, "instead: JSONL files of `bench step --rows`", metavar="FILE..."
     )
     out: Path = setting(Path("runs/report"), "the report's directory", metavar="DIR")
+
+
+@dataclass(kw_only=True)
+class OfExport:
+    run: Path = setting(MISSING, "a finished run's directory", positional=True, metavar="RUN")
+    out: Path = setting(MISSING, "the directory to write to", positional=True, metavar="OUT")
+    checkpoint: str = setting("last", "whose weights", choices=("last", "best"))
 
 
 @dataclass(kw_only=True)
@@ -49,6 +56,13 @@ def run_report(options: dict[str, Any]) -> None:
         report_runs(options["runs"], options["out"])
 
 
+def run_export(options: dict[str, Any]) -> None:
+    from bench.reports.export import export
+
+    for path in export(options["run"], options["out"], options["checkpoint"]):
+        print(f"wrote {path}")
+
+
 def run_theory(options: dict[str, Any]) -> None:
     from bench.theory.report import SETTINGS, Model, theory
 
@@ -62,6 +76,10 @@ COMMANDS = (
     Command(
         "report", "tables, figures and one HTML page from what runs or benchmarks left",
         run_report, OfReport,
+    ),
+    Command(
+        "export", "a finished run's network for others: safetensors, its source, a model card",
+        run_export, OfExport,
     ),
     Command(
         "theory", "the SAM/AT paper's binary model: what of its theory is exact, and what is not",

@@ -8,7 +8,7 @@ from bench.cli.parse import options_of
 from bench.settings.config import Config
 from bench.settings.evaluation import Evaluation
 from bench.settings.methods import ADVERSARIES, OPTIMIZERS
-from bench.settings.recipes import preset_names
+from bench.settings.recipes import PRESETS, names_in
 from bench.settings.setting import setting, settings_of
 
 METHODS = (
@@ -37,7 +37,7 @@ class OfRuns(OfData):
         "in bench/recipes; `python -m bench recipes` lists them",
     )
     preset: str | None = setting(
-        None, f"settings that leave the method open, of {', '.join(preset_names())}",
+        None, f"settings that leave the method open, of {', '.join(names_in(PRESETS))}",
         default="by data",
     )
     optimizer: str | None = setting(

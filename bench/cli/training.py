@@ -33,7 +33,8 @@ class OfTrain(OfRuns):
 
 def run_train(options: dict[str, Any]) -> int:
     from bench.training import processes
-    from bench.training.session import TERMINATED, Sitting, Stopped
+    from bench.training.session import Sitting
+    from bench.training.stopped import TERMINATED, Stopped
 
     given = {k: options[k] for k in settings_of(SittingSettings) if k in options}
     sitting = Sitting(heeds_sigterm=True, **given)
@@ -65,8 +66,9 @@ def train_in(sitting: Any, options: dict[str, Any]) -> None:
     finished(config, evaluation, out)  # what these two refuse comes before the bar is drawn
     refuse_early(config, out, options["download"])
     quiet = processes.rank() > 0
+    sitting.bar = not quiet
     say_alpha([] if quiet else [config], options)
-    with tqdm(total=config.epochs, unit="epoch", desc=config.name, disable=quiet) as bar:
+    with tqdm(total=config.epochs, unit="epoch", desc=config.name, disable=quiet or None) as bar:
 
         def show(row: dict[str, Any]) -> None:
             bar.update()

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from bench.attacks.by_name import Attempt, Perturb, attempt, by_pgd
 from bench.attacks.notation import eps_key
@@ -20,18 +19,25 @@ from bench.attacks.objectives import answers
 from bench.attacks.pgd import Attack, Forward
 from bench.data.datasets import Split
 from bench.evaluation import masked_gradients
+from bench.evaluation.progress import Progress
 from bench.settings.evaluation import Evaluation
 
 NORM_NAMES = {"linf": "l_inf", "l2": "l2"}
 INSPECTED = 128  # images for the checks of the model
 
 
-def answered(model: nn.Module, split: Split, batch_size: int) -> Tensor:
+def answered(
+    model: nn.Module, split: Split, batch_size: int, tell: Callable[[int], Any] = lambda n: None
+) -> Tensor:
     """Return the (N,) classes that the model in its current mode gives, -1 where the logits are not
-    finite."""
+    finite. tell: takes the number of images after each batch."""
+    parts = []
     with torch.no_grad():
-        parts = [split.batch(slice(i, i + batch_size)) for i in range(0, len(split), batch_size)]
-        return torch.cat([answers(model(x)) for x, _ in parts])
+        for i in range(0, len(split), batch_size):
+            x, _ = split.batch(slice(i, i + batch_size))
+            parts.append(answers(model(x)))
+            tell(len(x))
+    return torch.cat(parts)
 
 
 def correct(model: nn.Module, split: Split, batch_size: int) -> Tensor:
@@ -86,24 +92,29 @@ def judged(model: Forward, x: Tensor) -> Tensor:
 
 
 def robust(
-    model: nn.Module, split: Split, attack: Attack, batch_size: int, seed: int = 0
-) -> Tensor:
-    """Return an (N,) bool tensor: which images stay right under PGD, all (N,) tried."""
-    return withstand(model, split, by_pgd(attack), 1, batch_size, seed)[0]
+    model: nn.Module, split: Split, attack: Attack, batch_size: int, seed: int = 0,
+    bar: bool = False,
+) -> Tensor:  # fmt: skip
+    """Return an (N,) bool tensor: which images stay right under PGD, all (N,) tried. bar: show
+    progress on stderr, where that is a terminal."""
+    with Progress(len(split), bar) as progress, progress.counting(model):
+        progress.begin("validation", len(split), batch_size, attack.steps)
+        perturb, tell = by_pgd(attack), progress.end_batch
+        return withstand(model, split, perturb, 1, batch_size, seed, tell=tell)[0]
 
 
-def passes_of(model: nn.Module, precision: str) -> Forward:
-    """Return the model's passes for an attack's gradients: its own, or in bf16 and channels_last,
-    with float32 logits."""
+def passes_of(model: nn.Module, precision: str) -> tuple[Forward, nn.Module]:
+    """Return the model's passes for an attack's gradients, and the module that makes them: its own,
+    or in bf16 and channels_last, with float32 logits."""
     if precision == "fp32":
-        return model
+        return model, model
     fast = copy.deepcopy(model).to(memory_format=torch.channels_last)
 
     def forward(x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, torch.bfloat16):
             return fast(x.contiguous(memory_format=torch.channels_last)).float()
 
-    return forward
+    return forward, fast
 
 
 def attempts(evaluation: Evaluation, classes: int) -> list[tuple[str, str, list[Attempt]]]:
@@ -133,8 +144,8 @@ def evaluate(
     "attacks": {"linf": {"8/255": "PGD-10, ..."}}, "each": {"linf": {"8/255": {"pgd": r}}},
     "configurations": as "each" with texts, "images": N, "of": the number in the split, "warnings":
     sentences}. The model is left in eval mode. say: takes a line after each attack. bar: show
-    progress on stderr. Raises ValueError, before any attack, for one that this model or this
-    machine cannot have.
+    progress on stderr, where that is a terminal. Raises ValueError, before any attack, for one that
+    this model or this machine cannot have.
     """
     model.eval()
     cudnn = torch.backends.cudnn
@@ -148,7 +159,9 @@ def measured(
     total = len(split)
     if evaluation.samples is not None:
         split = split.take(shuffled(split)[: evaluation.samples])
-    answer = answered(model, split, evaluation.batch_size)
+    with Progress(len(split), bar) as progress:
+        progress.begin("natural", len(split), evaluation.batch_size, 1)
+        answer = answered(model, split, evaluation.batch_size, progress.end_batch)
     natural = answer == split.labels
     right = split.take(natural.nonzero().squeeze(1))
     result = {"natural": natural.double().mean().item(), "images": len(split), "of": total}
@@ -160,23 +173,24 @@ def measured(
     planned = attempts(evaluation, classes)
     result["warnings"] = masked_gradients.of_answers(answer)
     result["warnings"] += masked_gradients.of_model(model, *sample, evaluation.batch_size)
-    forward = passes_of(model, evaluation.precision)
+    forward, fast = passes_of(model, evaluation.precision)
     count = len(right) * sum(len(attacks) for _, _, attacks in planned)
-    with tqdm(total=count, unit="image", desc="attacks", disable=not bar, leave=False) as done:
+    with Progress(count, bar) as progress, progress.counting(model, fast):
         for norm, eps, attacks in planned:
             stands, own = torch.ones(len(right), dtype=torch.bool, device=split.images.device), {}
             for a in attacks:
+                where = f"{NORM_NAMES[norm]} {eps} {a.name}"
+                progress.begin(where, len(right), evaluation.batch_size, a.passes * a.restarts)
                 survivors: list[tuple[Tensor, Tensor]] = []
                 kept, lost = withstand(
                     model, right, a.perturb, a.restarts, evaluation.batch_size, 0, forward,
-                    done.update, survivors,
+                    progress.end_batch, survivors,
                 )  # fmt: skip
                 own[a.name] = kept.sum().item() / len(split)
                 stands &= kept
-                where = f"{NORM_NAMES[norm]} {eps} {a.name}"
                 result["warnings"] += masked_gradients.of_attack(where, lost, len(right))
                 result["warnings"] += masked_gradients.of_survivors(where, model, survivors)
-                with done.external_write_mode(file=sys.stderr):
+                with progress.bar.external_write_mode(file=sys.stderr):
                     say(f"{where}: {own[a.name]:.2%}")
             result["robust"][norm][eps] = stands.sum().item() / len(split)
             result["attacks"][norm][eps] = summary_of(attacks)

@@ -1,25 +1,16 @@
 """Train and attack several methods over several seeds; one summary, one table, two plots."""
 
-import multiprocessing
-import os
 import statistics
-import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-from tqdm import tqdm
 
 from bench.attacks.by_name import IN_BF16
 from bench.attacks.notation import eps_key, in_both_forms, labelled
 from bench.attacks.objectives import FIRST, LAST, in_words
 from bench.evaluation.evaluate import NORM_NAMES
-from bench.experiments.train_and_evaluate import finished, refuse_changed_data, train_and_evaluate
+from bench.experiments.pool import run_all
 from bench.files import (
-    Busy,
     alone_in,
     append_jsonl,
     refuse_unwritable,
@@ -30,133 +21,8 @@ from bench.files import (
 from bench.reports.tables import markdown
 from bench.settings.config import SETTINGS, Config
 from bench.settings.evaluation import Evaluation
-from bench.training.diverged import Diverged
-from bench.training.train import refuse_early
-
-ASKED_AGAIN = 2.0  # seconds between looks at what another process is at work on
-_epochs_done: Any = None
-
-
-def start_worker(epochs_done: Any) -> None:
-    """Give a worker the epoch counter, and end it with its parent: an orphan would go on writing
-    into directories that the next, resuming comparison writes too."""
-    global _epochs_done
-    _epochs_done = epochs_done
-
-    def follow_parent() -> None:
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=follow_parent, daemon=True).start()
-
-
-def work(config: Config, evaluation: Evaluation, out: Path) -> dict[str, Any]:
-    def count(row: dict[str, Any]) -> None:
-        with _epochs_done.get_lock():
-            _epochs_done.value += 1
-
-    return train_and_evaluate(config, evaluation, out, after_epoch=count)
-
-
-def run_all(
-    runs: dict[str, Config], evaluation: Evaluation, out: Path, jobs: int, download: bool = False
-) -> list[dict[str, Any]]:
-    """Return every run's summary, in the runs' order.
-
-    runs: by their directories' names in `out`. Finished ones there are not repeated, interrupted
-    ones continue, and those that another process makes are waited for. jobs: runs at a time.
-    Raises ValueError for what set_up and load_state refuse, and for finished runs of other images,
-    before anything is written.
-    """
-    if jobs < 1:
-        raise ValueError(f"jobs must be at least 1, got {jobs}")
-    summaries = {name: finished(config, evaluation, out / name) for name, config in runs.items()}
-    left = {name: runs[name] for name, summary in summaries.items() if summary is None}
-    for name, config in left.items():
-        refuse_early(config, out / name, download)
-    for name, summary in summaries.items():
-        if left and summary is not None:
-            refuse_changed_data(runs[name], summary, out / name, download)
-    if left:
-        summaries |= make(left, evaluation, out, jobs)
-    return list(summaries.values())
-
-
-def make(
-    runs: dict[str, Config], evaluation: Evaluation, out: Path, jobs: int
-) -> dict[str, dict[str, Any]]:
-    """Train and evaluate, `jobs` runs at a time; return the summaries by the runs' names.
-
-    Runs that another process is at work on are left for the end, and then taken from it, or up
-    where it was ended. Raises OSError where a process here is killed, and Diverged for runs that
-    do, after all the others are made.
-    """
-    context = multiprocessing.get_context("spawn")
-    epochs_done = context.Value("q", 0)
-    total = sum(config.epochs for config in runs.values())
-    summaries: dict[str, dict[str, Any]] = {}
-    diverged: dict[str, Diverged] = {}
-    said = ""
-    with (
-        ProcessPoolExecutor(jobs, context, start_worker, (epochs_done,)) as pool,
-        tqdm(total=total, unit="epoch", desc=f"{len(runs)} runs", smoothing=0.02) as bar,
-    ):
-        while left := {name: runs[name] for name in runs if name not in {**summaries, **diverged}}:
-            futures = {pool.submit(work, config, evaluation, out / name): name
-                       for name, config in left.items()}  # fmt: skip
-            for name, made in completed(futures, pool, lambda: bar.update(
-                epochs_done.value - bar.n
-            )):  # fmt: skip
-                if isinstance(made, Diverged):
-                    diverged[name] = made
-                    bar.write(f"{name}: {made}")
-                    continue
-                summaries[name] = made
-                bar.write(f"{name}: {one_line(made)}")
-            if elsewhere := ", ".join(n for n in left if n not in {**summaries, **diverged}):
-                if elsewhere != said:
-                    bar.write(f"at work in another process, waited for: {elsewhere}")
-                said = elsewhere
-                time.sleep(ASKED_AGAIN)
-    if diverged:
-        raise Diverged(
-            f"{len(diverged)} of {len(runs)} runs diverged ({', '.join(diverged)}); the others are "
-            f"made and stay in {str(out)!r}: lower lr, or repeat the command without these"
-        )
-    return summaries
-
-
-def completed(
-    futures: dict[Future, str], pool: ProcessPoolExecutor, tick: Callable[[], None]
-) -> Iterator[tuple[str, dict[str, Any] | Diverged]]:
-    """Yield name and summary of each run as it ends, or its divergence, but of those that others
-    are at work on. tick: called all the while. The first other error ends the wait, when what is
-    under way has ended."""
-    pending = set(futures)
-    while pending:
-        done, pending = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
-        tick()
-        for future in done:
-            error = future.exception()
-            if error is None or isinstance(error, Diverged):
-                yield futures[future], error or future.result()
-            elif isinstance(error, BrokenProcessPool):
-                raise ChildProcessError(
-                    f"a process that trained was killed (of {', '.join(futures.values())}); repeat "
-                    "the command to go on, with fewer --jobs if memory was short"
-                ) from error
-            elif not isinstance(error, Busy):
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise error
-
-
-def one_line(summary: dict[str, Any]) -> str:
-    robust = summary["robust"]["linf"]
-    at = ", ".join(f"{accuracy:.1%} at l_inf {labelled(eps)}" for eps, accuracy in robust.items())
-    return (
-        f"natural {summary['natural']:.1%}, {at}, "
-        f"{summary['images_per_second']:.0f} images/s in training"
-    )
+from bench.settings.names import method_name
+from bench.settings.pool import Pool
 
 
 def spread(values: list[float]) -> float:
@@ -173,6 +39,7 @@ def aggregate(method: str, summaries: list[dict[str, Any]]) -> dict[str, Any]:
             robust["mean"].setdefault(norm, {})[eps] = statistics.fmean(values)
             robust["std"].setdefault(norm, {})[eps] = spread(values)
     natural = [s["natural"] for s in summaries]
+    speeds = [s["images_per_second"] for s in summaries]
     first = summaries[0]
     return {
         "method": method,
@@ -180,7 +47,8 @@ def aggregate(method: str, summaries: list[dict[str, Any]]) -> dict[str, Any]:
         "natural_std": spread(natural),
         "robust": robust["mean"],
         "robust_std": robust["std"],
-        "images_per_second": statistics.fmean(s["images_per_second"] for s in summaries),
+        "images_per_second": statistics.fmean(speeds),
+        "images_per_second_std": spread(speeds),
         "seeds": [s["config"]["seed"] for s in summaries],
         "runs": [f"{method}-seed{s['config']['seed']}" for s in summaries],
         **{k: first[k] for k in ("config", "evaluation", "attacks", "test_images")},
@@ -203,7 +71,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         accuracies = [cell(row["natural"], row["natural_std"])]
         accuracies += [cell(row["robust"][n][e], row["robust_std"][n][e]) for n, e in columns]
         cost = [f"{row['images_per_second']:.0f}", f"{row['relative_cost']:.1f}x"]
-        lines.append([row["method"], *accuracies, *cost])
+        lines.append([method_name(row["method"]), *accuracies, *cost])
     return markdown(head, lines, left=1)
 
 
@@ -232,7 +100,8 @@ def caption(rows: list[dict[str, Any]]) -> str:
     config, evaluation = rows[0]["config"], rows[0]["evaluation"]
     configs = [row["config"] for row in rows]
     apart = differing(configs)
-    methods = "; ".join(f"{c['method']} {settings(c, configs)}".strip() for c in configs)
+    methods = "; ".join(f"{method_name(c['method'])} {settings(c, configs)}".strip()
+                        for c in configs)  # fmt: skip
     common = {"model": f"{config['model']}", "width": f"width {config['width']}",
               "epochs": f"{config['epochs']} epochs"}  # fmt: skip
     network = ", ".join(text for k, text in common.items() if k not in apart)
@@ -258,6 +127,8 @@ def write_outputs(rows: list[dict[str, Any]], out: Path) -> list[Path]:
     fastest = max(row["images_per_second"] for row in rows)
     for row in rows:
         row["relative_cost"] = fastest / row["images_per_second"]
+        share = row["images_per_second_std"] / row["images_per_second"]
+        row["relative_cost_std"] = row["relative_cost"] * share
     names = ("summary.json", "table.md", "accuracy-eps.png", "accuracy-cost.png")
     paths = [out / name for name in names]
     with alone_in(out, wait=True):
@@ -282,7 +153,7 @@ def compare(
     by_seed: list[list[Config]],
     evaluation: Evaluation,
     out: Path,
-    jobs: int = 1,
+    pool: Pool,
     rows_path: Path | None = None,
     download: bool = False,
 ) -> list[dict[str, Any]]:
@@ -292,8 +163,10 @@ def compare(
     rest is as in run_all.
     """
     refuse_unwritable(rows_path)
-    runs = {config.name: config for of_seed in by_seed for config in of_seed}
-    summaries = run_all(runs, evaluation, out, jobs, download)
+    runs = {config.name: (config, {"summary.json": evaluation})
+            for of_seed in by_seed for config in of_seed}  # fmt: skip
+    made = run_all(runs, out, pool, download=download)
+    summaries = [summary for (summary,) in made.values()]
     methods = [config.method for config in by_seed[0]]
     rows = [aggregate(m, [s for s in summaries if s["method"] == m]) for m in methods]
     paths = write_outputs(rows, out)

@@ -6,17 +6,18 @@ from pathlib import Path
 from typing import Any
 
 from bench.experiments.compare import append_rows
-from bench.experiments.pool import run_grid
+from bench.experiments.pool import run_all
 from bench.experiments.sweep import by_setting, runs_of, table
 from bench.files import write_text
 from bench.reports.claims import Claim, cost, judged
 from bench.reports.groups import read_runs, sections_of
 from bench.settings.config import MACHINE, Config, differences
 from bench.settings.evaluation import Evaluation, resolve_evaluation
-from bench.settings.recipes import RECIPES, study_names
+from bench.settings.names import method_name
+from bench.settings.pool import Pool
+from bench.settings.recipes import STUDIES, names_in
 from bench.spelling import meant
 
-STUDIES = RECIPES / "studies"
 Rows = list[dict[str, Any]]
 
 
@@ -25,7 +26,7 @@ def load_study(name: str) -> dict[str, Any]:
     and hours if it has some, and its figure where that is not one of accuracies against the grid.
     """
     path = STUDIES / f"{name}.json"
-    known = study_names()
+    known = names_in(STUDIES)
     if name not in known:
         raise ValueError(
             f"unknown study {name!r}{meant(name, known)}; choose from {', '.join(known)}"
@@ -69,7 +70,7 @@ def draw(study: dict[str, Any], summaries: Rows, path: Path) -> None:
     series: dict[str, list] = {}
     for row in rows:
         if row["setting"][name] is not None:
-            series.setdefault(row["method"], []).append((row["setting"][name], row))
+            series.setdefault(method_name(row["method"]), []).append((row["setting"][name], row))
     level = [row for row in rows if row["setting"][name] is None]
     return figures.plot_rho(series, level, path, name.replace("_", " "))
 
@@ -149,7 +150,7 @@ def costs_of(study: dict[str, Any]) -> str:
     by_method = {config.method: cost(config) for config in study_runs(study).values()}
     first = next(iter(by_method.values()))
     return "Passes over the images, relative to " + ", ".join(
-        f"{method} {passes / first:.2f}" for method, passes in by_method.items()
+        f"{method_name(method)} {passes / first:.2f}" for method, passes in by_method.items()
     )
 
 
@@ -180,7 +181,7 @@ def show(name: str, rows_path: Path, figure: Path | None) -> Rows:
 
 
 def run_study(
-    name: str, out: Path, jobs: int, rows_path: Path | None, train_only: bool = False
+    name: str, out: Path, pool: Pool, rows_path: Path | None, train_only: bool = False
 ) -> None:
     """Make the study's runs that neither `out` nor the rows hold; write its tables and figure.
 
@@ -203,7 +204,8 @@ def run_study(
             left[run] = (config, {} if train_only else open_ones)
     hours = study.get("hours", "minutes")
     print(f"{study['question']}\n{len(left)} of {len(runs)} runs lack rows; all take {hours}")
-    rows += run_grid(left, out, jobs, lambda row: append_rows(rows_path, [row]))
+    made = run_all(left, out, pool, lambda row: append_rows(rows_path, [row]))
+    rows += [row for summaries in made.values() for row in summaries]
     if train_only:
         print(f"trained, in {out}; repeat without --train-only to evaluate")
         return

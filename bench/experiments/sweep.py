@@ -10,11 +10,14 @@ from typing import Any
 
 from bench.attacks.notation import eps_key, labelled, refuse_mixed
 from bench.evaluation.evaluate import NORM_NAMES
-from bench.experiments.compare import aggregate, append_rows, run_all
+from bench.experiments.compare import aggregate, append_rows
+from bench.experiments.pool import run_all
 from bench.files import alone_in, refuse_unwritable, remove_unfinished, write_json, write_text
 from bench.reports.tables import markdown
 from bench.settings.config import SETTINGS, Config, check_used, resolve
 from bench.settings.evaluation import Evaluation
+from bench.settings.names import method_name
+from bench.settings.pool import Pool
 from bench.spelling import meant
 
 Grid = dict[str, list[Any]]
@@ -70,17 +73,30 @@ def runs_of(
 
     Raises ValueError as resolve, and for an option or a grid that no method uses.
     """
+    check_grid(methods, grid, options)
+    return {
+        named(config, grid): config
+        for seed, method, *values in product(seeds, methods, *grid.values())
+        for config in [resolve(method, preset, options | given(grid, values) | {"seed": seed})]
+    }
+
+
+def given(grid: Grid, values: list[Any]) -> dict[str, Any]:
+    return dict(zip(grid, values, strict=True))
+
+
+def check_grid(methods: list[str], grid: Grid, options: dict[str, Any]) -> None:
+    """Raise ValueError for an option or a grid that no method uses."""
     check_used(methods, options)
     for name, values in grid.items():
         check_used(methods, {name: values})
-    runs = {}
-    for seed, method, *values in product(seeds, methods, *grid.values()):
-        given = dict(zip(grid, values, strict=True))
-        config = resolve(method, preset, options | given | {"seed": seed})
-        own = {k: getattr(config, k) for k in grid}
-        parts = [f"{k}{v}" for k, v in own.items() if v is not None]
-        runs["-".join([config.method, *parts, f"seed{seed}"])] = config
-    return runs
+
+
+def named(config: Config, grid: Grid) -> str:
+    """Return the name of a run's directory."""
+    own = {k: getattr(config, k) for k in grid}
+    parts = [f"{k}{v}" for k, v in own.items() if v is not None]
+    return "-".join([config.method, *parts, f"seed{config.seed}"])
 
 
 def by_setting(summaries: list[dict[str, Any]], names: list[str]) -> list[dict[str, Any]]:
@@ -123,7 +139,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         setting = [shown(k, v) for k, v in row["setting"].items()]
         several = len(row["seeds"]) > 1
         cells = [f"{100 * mean:.1f}" + f" ± {100 * std:.1f}" * several for mean, std in values]
-        lines.append([row["method"], *setting, str(len(row["seeds"])), *cells])
+        lines.append([method_name(row["method"]), *setting, str(len(row["seeds"])), *cells])
     heads += [f"{NORM_NAMES[norm]} {labelled(eps)}" for norm, eps in columns]
     return markdown(["method", *heads], lines, left=1)
 
@@ -133,7 +149,7 @@ def sweep(
     names: list[str],
     evaluation: Evaluation,
     out: Path,
-    jobs: int = 1,
+    pool: Pool,
     rows_path: Path | None = None,
     download: bool = False,
 ) -> list[dict[str, Any]]:
@@ -143,7 +159,9 @@ def sweep(
     run to. Raises ValueError as run_all, before anything is written.
     """
     refuse_unwritable(rows_path)
-    summaries = run_all(runs, evaluation, out, jobs, download)
+    whole = {name: (config, {"summary.json": evaluation}) for name, config in runs.items()}
+    made = run_all(whole, out, pool, download=download)
+    summaries = [summary for (summary,) in made.values()]
     rows = by_setting(summaries, names)
     with alone_in(out, wait=True):
         remove_unfinished(out)

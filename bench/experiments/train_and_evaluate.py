@@ -20,6 +20,7 @@ from bench.settings.evaluation import Evaluation, check_judges
 from bench.training import processes
 from bench.training.checkpoint import changed_data, load_checkpoint, rebuild
 from bench.training.session import Sitting
+from bench.training.tracking import track_summary
 from bench.training.train import Run, data_of, train
 
 NEEDED = (
@@ -149,4 +150,5 @@ def train_and_evaluate(
             return {}
         summary = summarise(run, evaluation, out, git, bar)
         write_json(out / file, summary)
+        track_summary(sitting.track if sitting else None, config, out, summary)
     return summary

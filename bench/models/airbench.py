@@ -24,6 +24,8 @@ class Whitening(nn.Module):
     the state_dict. The bias is trained.
     """
 
+    directions: Tensor
+
     def __init__(self, channels: int) -> None:
         super().__init__()
         n = channels * KERNEL**2

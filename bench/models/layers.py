@@ -1,6 +1,7 @@
 """What every network here is made of."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -8,6 +9,9 @@ from torch import Tensor, nn
 
 class Normalize(nn.Module):
     """x -> (x - mean) / std per channel; mean and std travel in the state_dict."""
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
@@ -22,7 +26,7 @@ def conv(c_in: int, c_out: int, kernel: int, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(c_in, c_out, kernel, stride, padding=kernel // 2, bias=False)
 
 
-def he_normal(net: nn.Module, mode: str) -> None:
+def he_normal(net: nn.Module, mode: Literal["fan_in", "fan_out"]) -> None:
     """Draw every convolution's weights from N(0, 2/n) (He et al. 2015); biases become 0.
 
     mode: "fan_in" for n = kernel area times input channels, "fan_out" for output channels.

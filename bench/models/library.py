@@ -1,5 +1,7 @@
 """The image classifiers of torchvision and timm, freshly initialised: nothing is downloaded."""
 
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -66,7 +68,8 @@ def from_timm(name: str, channels: int, classes: int) -> nn.Module:
         raise ValueError(f"'timm:{name}' needs timm ({e}); pip install timm") from e
     if not timm.is_model(name):
         raise ValueError(f"unknown model 'timm:{name}'; timm.list_models() names those there are")
-    own = {"drop_path_rate": DROP_PATH[name]} if name in DROP_PATH else {}
-    net = timm.create_model(name, pretrained=False, num_classes=classes, in_chans=channels, **own)
+    own: dict[str, Any] = {"drop_path_rate": DROP_PATH[name]} if name in DROP_PATH else {}
+    own |= dict(num_classes=classes, in_chans=channels)
+    net: Any = timm.create_model(name, pretrained=False, **own)
     demands_size = net.pretrained_cfg.get("fixed_input_size", False)
     return Fitted(net, False, tuple(net.pretrained_cfg["input_size"][1:]) if demands_size else None)

@@ -15,7 +15,7 @@ PREFIXES = ("module.", "_orig_mod.", "model.", "net.")  # of DataParallel, torch
 SHOWN = 4  # names in a message
 
 
-def start_from(model: nn.Module, path: Path) -> None:
+def start_from(model: nn.Sequential, path: Path) -> None:
     """Copy the weights in a file into the model, normalisation excepted.
 
     path: a checkpoint of `bench train`, or a state_dict that torch.save wrote, by itself or under

@@ -17,7 +17,8 @@ class VGG16BN(nn.Module):
 
     def __init__(self, channels: int, classes: int, width: int = 64) -> None:
         super().__init__()
-        layers, c_in = [], channels
+        layers: list[nn.Module] = []
+        c_in = channels
         for factor in LAYERS:
             if factor == POOL:
                 layers.append(nn.MaxPool2d(2, ceil_mode=True))  # 8x8 images end as one pixel, too

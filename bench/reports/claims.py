@@ -15,6 +15,7 @@ from typing import Any
 from bench.reports.tables import markdown
 from bench.settings.config import Config
 from bench.settings.methods import split_method
+from bench.settings.names import method_name
 
 SHOWS, NOT, CANNOT = "shows", "does not show", "cannot tell"
 NATURAL = "natural"
@@ -110,7 +111,7 @@ def judged(rows: list[dict[str, Any]], claims: list[Claim]) -> str:
 def line_of(claim: Claim, difference: Difference) -> list[str]:
     low, high = (difference.mean + s * difference.half_width for s in (-1, 1))
     interval = f"[{low:+.1f}, {high:+.1f}]" if math.isfinite(low) else "one seed has none"
-    pair = f"{claim.more} - {claim.less}, {difference.at}"
+    pair = f"{method_name(claim.more)} - {method_name(claim.less)}, {difference.at}"
     n = f"{len(difference.by_seed)}"
     return [pair, n, f"{difference.mean:+.1f}", interval, difference.verdict(claim.margin)]
 
@@ -119,7 +120,7 @@ def cost(config: Config) -> float:
     """Return how many passes, forward and backward, an image takes in a whole training: those of
     the optimizer and of the attack."""
     passes = 1.0
-    if config.rho is not None:
+    if config.rho is not None and config.optimizer != "msam":
         first = round(config.late * config.epochs) / config.epochs
         passes += (1 - first) * config.ascent_part / config.interval
     if split_method(config.method)[0] == "trades":

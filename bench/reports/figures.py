@@ -1,7 +1,7 @@
 """Figures of trained runs: curves, and accuracy against eps, cost, time, rho and natural accuracy.
 
 A "row" is `bench.experiments.compare.aggregate`'s: means and deviations over the seeds of one
-setting.
+setting. Its "label", where it has one, tells it from others of its method.
 """
 
 import math
@@ -13,16 +13,22 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
+from cycler import cycler  # noqa: E402
 from matplotlib.ticker import LogLocator, NullFormatter  # noqa: E402
 
 from bench.attacks.notation import labelled  # noqa: E402
 from bench.files import replacing  # noqa: E402
+from bench.settings.names import SIGNS, in_figures, method_name  # noqa: E402
 
-NORM_LABELS = {"linf": r"$\ell_\infty$", "l2": r"$\ell_2$"}
+NORM_LABELS = {"linf": SIGNS["l_inf"], "l2": SIGNS["l2"]}
 FEW = 6  # lines that a legend inside a panel has room for
 ROOM = 1.5  # inches beside the panels that figures have for a legend
-# The looks of ten lines or points each, in ten colours.
-LINES, MARKERS, FILLS = ("-", "--", ":", "-."), "osD^", ("full", "none", "left", "top")
+# Okabe and Ito's colours, which the colour-blind tell apart, but its yellow, faint on white. Their
+# number and those of line styles and markers have no common factor, so looks repeat late.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9")
+LINES, MARKERS = ("-", "--", "-.", ":"), "os^DvPX<>"
+FILLS = ("full", "left", "none")  # natural, at the smallest and at the largest radius
+plt.rcParams["axes.prop_cycle"] = cycler(color=COLOURS)
 
 
 def radius(eps: str) -> float:
@@ -48,8 +54,18 @@ def save(figure: plt.Figure, path: Path) -> None:
 
 
 def style(i: int) -> dict[str, str]:
-    """Return the look of the i-th line: ten colours, then the same ones dashed, and so on."""
-    return {"color": f"C{i % 10}", "linestyle": LINES[i // 10 % 4]}
+    """Return the look of the i-th line: no two of the first 28 share colour and line style, no two
+    of the first 63 colour and marker."""
+    return {"color": COLOURS[i % 7], "linestyle": LINES[i % 4], "marker": MARKERS[i % 9]}
+
+
+def point_style(i: int) -> dict[str, str]:
+    return style(i) | {"linestyle": "none"}
+
+
+def label_of(row: dict[str, Any]) -> str:
+    """Return a row's name in tables; `in_figures` of it is that in legends."""
+    return row.get("label") or method_name(row["method"])
 
 
 def legend_beside(figure: plt.Figure, handles: list[Any], labels: list[str]) -> None:
@@ -104,7 +120,7 @@ def plot_eps(rows: list[dict[str, Any]], path: Path) -> None:
             mean, std = zip(*(by_eps[eps] for eps in sorted(by_eps)), strict=True)
             panel.errorbar(
                 sorted(by_eps), [100 * m for m in mean], [100 * s for s in std], **style(i),
-                marker="o", markersize=3, capsize=2, label=row["method"],
+                markersize=4, capsize=2, label=in_figures(label_of(row)),
             )  # fmt: skip
         panel.set_xlabel(f"{NORM_LABELS[norm]} attack radius eps, in 255ths and as a number "
                          "(0: natural)")  # fmt: skip
@@ -119,18 +135,18 @@ def plot_eps(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def draw_cost(panel: plt.Axes, rows: list[dict[str, Any]], against: str) -> None:
-    """Draw natural and smallest- and largest-l_inf robust accuracy against row[against]."""
+    """Draw natural and smallest- and largest-l_inf robust accuracy against row[against], bars one
+    std of both where they are known."""
     radii = sorted(rows[0]["robust"].get("linf", {}), key=radius)
-    shown = dict.fromkeys(radii[:1] + radii[-1:])
+    shown = dict.fromkeys(["natural", *(f"linf {eps}" for eps in radii[:1] + radii[-1:])])
     for i, row in enumerate(rows):
-        look = {"color": f"C{i % 10}", "fillstyle": FILLS[i // 10 % 4]}
-        values = [row["natural"], *(row["robust"]["linf"][eps] for eps in shown)]
-        for accuracy, marker in zip(values, "os^"[: len(values)], strict=True):
-            panel.plot(row[against], 100 * accuracy, marker, **look)
-        panel.plot([], [], "o", label=row["method"], **look)
-    panel.plot([], [], "o", color="gray", label="natural")
-    for eps, marker in zip(shown, "s^"[: len(shown)], strict=True):
-        panel.plot([], [], marker, color="gray", label=pretty(f"linf {eps}"))
+        for name, fill in zip(shown, FILLS, strict=False):
+            mean, std = accuracies(row)[name]
+            panel.errorbar(row[against], mean, std or None, row.get(f"{against}_std") or None,
+                           elinewidth=0.7, capsize=2, fillstyle=fill, **point_style(i))  # fmt: skip
+        panel.plot([], [], label=in_figures(label_of(row)), **point_style(i))
+    for name, fill in zip(shown, FILLS, strict=False):
+        panel.plot([], [], "o", color="gray", fillstyle=fill, label=pretty(name))
     panel.set_ylabel("test accuracy, %")
     panel.grid(alpha=0.3)
 
@@ -144,6 +160,12 @@ def plot_cost(rows: list[dict[str, Any]], path: Path) -> None:
     panel.set_xlabel("training time per image, relative to the cheapest method")
     panel.legend(fontsize=8)
     save(figure, path)
+
+
+def apart(points: int, i: int) -> tuple[int, int]:
+    """Return at which points the i-th of several long lines has its marker, as `markevery`."""
+    every = max(1, points // 8)
+    return i % every, every
 
 
 def plot_curves(histories: dict[str, list[list[dict[str, Any]]]], path: Path) -> None:
@@ -165,7 +187,8 @@ def plot_curves(histories: dict[str, list[list[dict[str, Any]]]], path: Path) ->
             if not all(values):
                 continue
             x = [epoch[0]["epoch"] + 1 for epoch in epochs]
-            panel.plot(x, [fmean(v) for v in values], label=name, **style(i))
+            panel.plot(x, [fmean(v) for v in values], label=in_figures(name), markersize=4,
+                       markevery=apart(len(x), i), **style(i))  # fmt: skip
             panel.fill_between(x, [min(v) for v in values], [max(v) for v in values],
                                color=style(i)["color"], alpha=0.15, linewidth=0)  # fmt: skip
         panel.set(xlabel="epoch", ylabel=label)
@@ -181,22 +204,20 @@ def plot_trade_off(
     """Draw robust against natural accuracy, a panel a radius: the last checkpoint filled, with
     bars of one std; the best hollow; the paper's numbers as stars.
 
-    published: method -> accuracies in %, by `accuracies`' names.
+    published: label -> accuracies in %, by `accuracies`' names.
     """
     names = list(accuracies(last[0]))[1:]
     figure, axes = panels(len(names))
     for panel, name in zip(axes, names, strict=True):
         for i, (row, other) in enumerate(zip(last, best, strict=True)):
             (x, dx), (y, dy) = accuracies(row)["natural"], accuracies(row)[name]
-            color = style(i)["color"]
-            mark = MARKERS[i // 10 % 4]
-            panel.errorbar(x, y, dy, dx, color=color, marker=mark, markersize=5, elinewidth=0.7,
-                           linestyle="none", label=row["method"])  # fmt: skip
-            panel.plot(accuracies(other)["natural"][0], accuracies(other)[name][0], mark,
-                       color=color, fillstyle="none", markersize=7)  # fmt: skip
-            paper = published.get(row["method"], {})
+            panel.errorbar(x, y, dy, dx, markersize=5, elinewidth=0.7, **point_style(i),
+                           label=in_figures(label_of(row)))  # fmt: skip
+            panel.plot(accuracies(other)["natural"][0], accuracies(other)[name][0],
+                       fillstyle="none", markersize=7, **point_style(i))  # fmt: skip
+            paper = published.get(label_of(row), {})
             if "natural" in paper and name in paper:
-                panel.plot(paper["natural"], paper[name], "*", color=color, markersize=10)
+                draw_paper(panel, paper["natural"], paper[name], i)
         panel.set_title(f"robust at {pretty(name)}", fontsize=9)
         panel.margins(0.1)
     figure.supxlabel("natural test accuracy, %", fontsize=10)
@@ -209,6 +230,13 @@ def plot_trade_off(
         labels.append(label)
     legend_beside(figure, handles, labels)
     save(figure, path)
+
+
+def draw_paper(panel: plt.Axes, x: float, y: float, i: int) -> None:
+    """Draw a star in the i-th method's marker."""
+    look = point_style(i)
+    panel.plot(x, y, fillstyle="none", markersize=11, markeredgewidth=0.7, **look)
+    panel.plot(x, y, "*", color=look["color"], markersize=5)
 
 
 def plot_rho(
@@ -227,10 +255,10 @@ def plot_rho(
             mean, std = zip(*(accuracies(row)[name] for _, row in points), strict=True)
             apart = 1 + 0.04 * (i - (len(series) - 1) / 2)  # so that bars do not hide each other
             rhos = [rho * apart for rho, _ in points]
-            panel.errorbar(rhos, mean, std, marker="o", markersize=3, capsize=2, label=method,
+            panel.errorbar(rhos, mean, std, markersize=4, capsize=2, label=in_figures(method),
                            **style(i))  # fmt: skip
         for j, row in enumerate(flat):
-            panel.axhline(accuracies(row)[name][0], color="gray", label=row["method"],
+            panel.axhline(accuracies(row)[name][0], color="gray", label=in_figures(label_of(row)),
                           linestyle=("--", ":", "-.")[j % 3])  # fmt: skip
         ticks = sorted({rho for points in series.values() for rho, _ in points})
         if ticks[0] > 0:
@@ -253,7 +281,7 @@ def plot_time(
     validation's on the way, each the mean over the seeds."""
     figure, axes = panels(1 + bool(histories), columns=2)
     figure.set_size_inches(4.5 + 4.5 * len(axes), 4)
-    order = {row["method"]: i for i, row in enumerate(rows)}
+    order = {label_of(row): i for i, row in enumerate(rows)}
     for name, seeds in histories.items():
         epochs, seconds = list(zip(*seeds, strict=False)), 0.0
         x, y = [], []
@@ -263,7 +291,8 @@ def plot_time(
             if values:
                 x.append(seconds)
                 y.append(100 * fmean(values))
-        axes[0].plot(x, y, marker=".", markersize=3, **style(order[name]))
+        axes[0].plot(x, y, markersize=4, markevery=apart(len(x), order[name]),
+                     **style(order[name]))  # fmt: skip
     if histories:
         axes[0].set_ylabel("validation accuracy, %")
     draw_cost(axes[-1], rows, "train_seconds")

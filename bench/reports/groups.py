@@ -16,6 +16,7 @@ from bench.experiments.train_and_evaluate import NEEDED, read_summary
 from bench.settings.config import MACHINE, USED_BY, Config, resolve
 from bench.settings.evaluation import Evaluation, resolve_evaluation
 from bench.settings.methods import ADVERSARIES, OPTIMIZERS, split_method
+from bench.settings.names import method_name
 from bench.settings.recipes import load_recipe, recipe_names
 from bench.settings.setting import settings_of
 
@@ -222,9 +223,9 @@ def group_of(told: list[str], runs: list[dict[str, Any]]) -> Group:
     """Return the runs of one setting as a group; told: the values that its label names."""
     runs, config = sorted(runs, key=lambda run: run["config"]["seed"]), runs[0]["config"]
     values = [f"{k} {shown(k, config[k])}" for k in told if config[k] is not None]
-    label = f"{config['method']} {', '.join(values)}".strip()
-    last = aggregate(label, runs)
-    best = aggregate(label, [run | run["best"] for run in runs])
+    label = f"{method_name(config['method'])} {', '.join(values)}".strip()
+    last = aggregate(config["method"], runs) | {"label": label}
+    best = aggregate(config["method"], [run | run["best"] for run in runs]) | {"label": label}
     times = [run["train_seconds"] for run in runs]
     time = {"train_seconds": fmean(times), "train_seconds_std": spread(times)}
     return Group(label, runs, last | time, best | time)

@@ -72,8 +72,10 @@ def notes(section: Section) -> list[str]:
     config = section.groups[0].config
     common = ", ".join(f"{k} {config[k]}" for k in ("model", "width", "epochs", "batch_size", "lr")
                        if identity(k, config[k]) in shared)  # fmt: skip
+    several = any(len(group.runs) > 1 for group in section.groups)
     lines = [
-        f"Test accuracy in % on {section.title}, mean ± sample standard deviation over the seeds.",
+        f"Test accuracy in % on {section.title}"
+        + ", mean ± sample standard deviation over the seeds" * several + ".",
         "Last: after the last epoch; best: after the epoch of the highest validation accuracy.",
         "Training time is that of the training epochs alone, whatever else the machine did.",
     ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from bench.settings.methods import FULL, OTHER_IMAGES
+from bench.settings.methods import FULL, OTHER_IMAGES, WHOLE_BATCH
 from bench.settings.setting import check_settings
 
 if TYPE_CHECKING:
@@ -18,6 +18,9 @@ def check(config: Config) -> None:
             f"nesterov has no effect on momentum {config.momentum} of {config.optimizer} with base "
             f"{config.base}; it needs SGD with momentum"
         )
+    if config.optimizer == "msam" and config.base == "sgd" and config.momentum == 0:
+        raise ValueError("msam climbs along SGD's momentum, of which momentum 0.0 leaves nothing; "
+                         "use momentum 0.9, or base adamw")  # fmt: skip
     check_processes(config)
     check_other_images(config)
     if config.amp == "fp16" and (config.attack is not None or config.awp_gamma):
@@ -36,10 +39,12 @@ def check_processes(config: Config) -> None:
             raise ValueError(f"{name} has no effect in one process; start several with torchrun")
     if config.sync_bn and config.device.partition(":")[0] == "cpu":
         raise ValueError("sync_bn needs GPUs, torch has it for no CPU; leave it out")
-    if config.local_ascent and (config.rho is None or config.sigma is not None):
+    if config.local_ascent and (
+        config.rho is None or config.sigma is not None or config.optimizer in WHOLE_BATCH
+    ):
         raise ValueError(
-            f"local_ascent is not for {config.method!r}: it needs SAM without F-SAM's average, of "
-            "which every process would have another; use sam or asam"
+            f"local_ascent is not for {config.method!r}: it needs a first pass, and no state of "
+            "it, of which every process would have another; use sam or asam"
         )
 
 

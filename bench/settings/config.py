@@ -44,7 +44,7 @@ class Config:
         told=True,
     )
     noise_kind: str = setting(
-        "published", "published: F-SAM's, redrawn, some to the right class",
+        "published", "published: as in Friendly-SAM's paper, redrawn, some to the right class",
         choices=("published", "true"),
     )
     augment: str = setting(
@@ -95,8 +95,9 @@ class Config:
     rho: float | None = setting(
         None, "SAM's radius", bounds="[0, inf)",
         # F-SAM table 1 (CIFAR-10); SAM_AT's smallest. ASAM's there belongs to the form that scales
-        # all parameters by |w|; F-ASAM's is not stated in F-SAM table 3: as ASAM's.
-        used_by=dict.fromkeys(SAMS, 0.1) | {"asam": 2.0, "fasam": 2.0},
+        # all parameters by |w|; F-ASAM's is not stated in F-SAM table 3: as ASAM's. Momentum-SAM's
+        # authors have 3 in their code for CIFAR-100 and ImageNet, where SAM has 0.2.
+        used_by=dict.fromkeys(SAMS, 0.1) | {"asam": 2.0, "fasam": 2.0, "msam": 3.0},
     )
     sigma: float | None = setting(
         None, "how much of the gradient's average is removed",
@@ -119,8 +120,16 @@ class Config:
         used_by={"asam": 0.01, "fishersam": 1.0},  # F-SAM table 1; FisherSAM's is not stated
     )
     interval: int = setting(
-        1, "climb at every so-many-th step", bounds="[1, inf)",
-        used_by={"sam-interval": 5},
+        1, "climb at every so-many-th step; LookSAM's k", bounds="[1, inf)",
+        used_by={"sam-interval": 5, "looksam": 5},
+    )
+    look_alpha: float | None = setting(
+        None, "LookSAM's alpha: the length of what it reuses, in lengths of the gradient",
+        bounds="(-inf, inf)", used_by={"looksam": 0.7},  # as in Momentum-SAM's authors' code
+    )
+    gsam_alpha: float | None = setting(
+        None, "GSAM's alpha: the share of the surrogate gap's gradient", bounds="(-inf, inf)",
+        used_by={"gsam": 0.4},  # its authors' example on CIFAR
     )
     late: float = setting(
         0.0, "share of the epochs before the first climb", bounds="[0, 1)",

@@ -9,7 +9,7 @@ from typing import Any
 
 from bench.spelling import meant
 
-PLAIN = ("sgd", "adamw")  # optimizers that make one pass
+PLAIN = ("sgd", "adamw")  # optimizers without a climb
 # need the gradient G of all training images (F-SAM section 4: which part of the gradient climbs)
 FULL = ("sam-full", "sam-noise")
 SAMS = (
@@ -18,13 +18,16 @@ SAMS = (
     # F-SAM section 4: which images climb: as many others, or several batches, this one among them
     *FULL, "sam-db", "sam-batches",
     "asam", "fishersam", "fsam", "fasam",
+    "msam", "looksam", "gsam",
 )  # fmt: skip
 OPTIMIZERS = (*PLAIN, *SAMS)
 ADVERSARIES = ("at-linf", "at-l2", "fgsm-rs", "n-fgsm", "trades")
 OTHER_IMAGES = (*FULL, "sam-db", "sam-batches")  # climb by other images than the batch's
+WHOLE_BATCH = ("msam", "looksam", "gsam")  # do not climb by a part of the batch, or a process's
 SINGLE_STEP = ("fgsm-rs", "n-fgsm")
 RELATIVES = {  # take a preset's values for the method they vary, where it names none of their own
-    "sam": ("sam-interval", "sam-late", "sam-part", "sam-micro", "sam-full", "sam-noise", "sam-db"),
+    "sam": ("sam-interval", "sam-late", "sam-part", "sam-micro", "sam-full", "sam-noise", "sam-db",
+            "looksam", "gsam"),
     "at-linf": (*SINGLE_STEP, "trades"),
 }
 

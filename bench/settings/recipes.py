@@ -6,6 +6,7 @@ where the setting comes from; "published", the numbers in % that the source repo
 what the source leaves open and what was chosen.
 """
 
+import fnmatch
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ from bench.settings.methods import with_relatives
 from bench.spelling import meant
 
 RECIPES = Path(__file__).parents[1] / "recipes"
+PRESETS, STUDIES = RECIPES / "presets", RECIPES / "studies"
 KEYS = {"extends", "source", "published", "note", "config", "methods"}
 
 
@@ -47,12 +49,24 @@ def recipe_names() -> list[str]:
     return sorted(name for name in names if not name.startswith(("presets/", "studies/")))
 
 
-def preset_names() -> list[str]:
-    return sorted(p.stem for p in RECIPES.glob("presets/*.json"))
+def recipes_matching(patterns: list[str]) -> list[str]:
+    """Return the recipes that match any of the patterns, such as "sam-at/cifar10/*", and the JSON
+    files among them. Raises ValueError for a pattern that none matches."""
+    known, found = recipe_names(), []
+    for pattern in patterns:
+        own = pattern.endswith(".json") and Path(pattern).is_file()
+        names = [pattern] if own else fnmatch.filter(known, pattern)
+        if not names:
+            raise ValueError(
+                f"no recipe matches {pattern!r}{meant(pattern, known)}; `python -m bench recipes` "
+                "lists them"
+            )
+        found += names
+    return list(dict.fromkeys(found))
 
 
-def study_names() -> list[str]:
-    return sorted(p.stem for p in RECIPES.glob("studies/*.json"))
+def names_in(folder: Path) -> list[str]:
+    return sorted(p.stem for p in folder.glob("*.json"))
 
 
 def load_recipe(name: str) -> Recipe:
@@ -60,10 +74,10 @@ def load_recipe(name: str) -> Recipe:
 
     Raises ValueError for an unknown name and for a file that is no recipe.
     """
-    places = [RECIPES / f"{name}.json", RECIPES / "presets" / f"{name}.json", Path(name)]
+    places = [RECIPES / f"{name}.json", PRESETS / f"{name}.json", Path(name)]
     path = next((p for p in places if p.suffix == ".json" and p.is_file()), None)
     if path is None:
-        presets = preset_names()
+        presets = names_in(PRESETS)
         raise ValueError(
             f"unknown recipe or preset {name!r}{meant(name, [*presets, *recipe_names()])}; `python "
             f"-m bench recipes` lists the recipes, the presets are {', '.join(presets)}"

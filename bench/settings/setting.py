@@ -23,10 +23,10 @@ class Setting:
     "[0, 1)". used_by: the methods that use it, with their defaults; {}: not of a method. option:
     its name on the command line, where that is not the field's. alias: another one. metavar: what
     stands for its value in the help. as_text: the command line leaves it as it is written (8/255).
-    positional: it has no name there. may_be_empty: of several values, none is a
-    value. default: in words, where the field's default does not say it.
-    told: a table's caption tells it where it is not the default. machine: it decides where a run
-    happens and perhaps bits, not what the setting is.
+    positional: it has no name there. may_be_empty: of several values, none is a value. default: in
+    words, where the field's default does not say it. told: a table's caption tells it where it is
+    not the default, as it does of what is used_by methods. machine: it decides where a run happens
+    and perhaps bits, not what is trained.
     """
 
     help: str
@@ -68,6 +68,7 @@ class Described:
 
     @property
     def told(self) -> bool:
+        """Whether a table's caption tells it where it is not the default."""
         return self.setting.told or (bool(self.setting.used_by) and not self.setting.machine)
 
     @property
@@ -76,14 +77,10 @@ class Described:
 
     def check(self, value: Any) -> None:
         """Raise ValueError for a value of another kind, none of the choices, or out of bounds."""
-        name = self.setting.option or self.name
         if value is None and self.optional:
             return
-        if self.several:
-            for one in value:
-                check_one(self, name, one)
-        else:
-            check_one(self, name, value)
+        for one in value if self.several else [value]:
+            check_one(self, one)
 
     @property
     def help(self) -> str:
@@ -101,11 +98,14 @@ class Described:
         return "" if self.value in (MISSING, None) else written(self.value)
 
 
-def check_one(of: Described, name: str, value: Any) -> None:
+def check_one(of: Described, value: Any) -> None:
     kind, choices, bounds = of.kind, of.setting.choices, of.setting.bounds
+    where = f"--{of.option}: " if of.setting.option else ""
+    name = where + of.name
     if choices and value not in choices:
         raise ValueError(
-            f"unknown {name} {value!r}{meant(value, choices)}; choose from {', '.join(choices)}"
+            f"{where}unknown {of.name} {value!r}{meant(value, choices)}; choose from "
+            f"{', '.join(choices)}"
         )
     accepted = (int, float) if kind is float else (kind,)
     if kind in KINDS and (not isinstance(value, accepted) or isinstance(value, bool) is not
@@ -141,6 +141,8 @@ def inside(value: float, bounds: str) -> bool:
 def in_words(bounds: str) -> str:
     """Return "at least 1" for "[1, inf)", "in [0, 1)" for that."""
     low, high = ends(bounds)
+    if low == -math.inf and high == math.inf:
+        return "finite"
     if high < math.inf:
         return f"in {bounds}"
     return f"at least {low:g}" if bounds[0] == "[" else "positive and finite"
@@ -171,7 +173,8 @@ def described(name: str, value: Any, of: Setting, hint: Any) -> Described:
     return Described(name, value, of, get_args(hint)[0] if several else hint, several, optional)
 
 
-def check_settings(values: Any) -> None:
+def check_settings(values: object) -> None:
     """Raise ValueError for a value of a dataclass's settings that cannot be."""
-    for name, of in settings_of(type(values)).items():
+    owner: Any = type(values)
+    for name, of in settings_of(owner).items():
         of.check(getattr(values, name))

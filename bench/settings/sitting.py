@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from bench.settings.setting import setting
 
+TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")  # of Accelerate's
+
 
 @dataclass
 class SittingSettings:
@@ -15,4 +17,6 @@ class SittingSettings:
         None, "save and stop when they are over; repeat the command to go on", metavar="MINUTES",
         bounds="[0, inf)",
     )
-    tensorboard: bool = setting(False, "write TensorBoard's files beside metrics.jsonl too")
+    track: str | None = setting(
+        None, "give a tracker the numbers of metrics.jsonl too", choices=TRACKERS,
+    )

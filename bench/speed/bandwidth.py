@@ -24,9 +24,9 @@ def elapsed_ms(call: Callable[[], object], device: torch.device, queued: bool = 
     """
     wait(device)
     if device.type != "cuda":
-        start = time.perf_counter()
+        before = time.perf_counter()
         call()
-        return 1e3 * (time.perf_counter() - start)
+        return 1e3 * (time.perf_counter() - before)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     if queued:
         torch.cuda._sleep(400_000)  # cycles

@@ -32,7 +32,7 @@ LIMIT = 570  # seconds: leased machines take commands of ten minutes
 TIMED_OUT = 124  # the exit code of coreutils' timeout
 RED = "parity is red"  # what `bench step` and `bench throughput` print then
 PARITY_NEEDS = ("triton", "pytest", "pytest_benchmark", "hypothesis")
-LONG = {"test_kernels": 240, "test_sequences": 180, "test_launches": 120}  # seconds
+LONG = {"test_contract": 240, "test_sequences": 180, "test_launches": 120}  # seconds
 # of the kernels' own tests, those that meet every kernel, type and path
 PARITY = "every_method or adam_and_adamw or masters_of_16 or misaligned_gradients or several_blocks"
 # The most valuable: what one command of ten minutes gets through, at the estimates below.
@@ -87,8 +87,9 @@ def parity_pieces() -> list[Piece]:
     """Return the gates: the tests that take longest to doubt, on the device."""
     pytest = ("-m", "pytest", "-q", "-p", "no:cacheprovider")
     return [
-        Piece("parity-kernels", (*pytest, "-k", PARITY, "tests/backends/test_kernels.py"), 60,
-              gate=True),
+        Piece("parity-kernels", (*pytest, "-k", f"({PARITY}) and not numba",
+                                 "tests/backends/test_contract.py",
+                                 "tests/backends/test_kernels.py"), 60, gate=True),
         Piece("parity-sequences", (*pytest, "-k", "any_sequence and triton",
                                    "tests/unit/test_sequences.py"), 60, gate=True),
         *(Piece(f"{check}-fsam", ("-m", "bench.speed.gpu_tools", check, "friendly"), 30, 120,

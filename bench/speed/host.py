@@ -166,7 +166,8 @@ def line_up(n: int, move: bool) -> list[HostRunner]:
 
 def race(runners: list[HostRunner], reps: int | None) -> list[list[float]]:
     """Return everyone's times in microseconds: in turn, TURN steps at a time."""
-    times, start = [[] for _ in runners], time.monotonic()
+    times: list[list[float]] = [[] for _ in runners]
+    start = time.monotonic()
     gc.collect()
     for i in range(-(-(reps or 500) // TURN)):
         if reps is None and i >= 2 and time.monotonic() - start > 20:
@@ -216,7 +217,7 @@ def table(rows: list[dict[str, Any]]) -> str:
              for r in rows}
     lines = [f"{'host time, us; gradients stay or move':<40}" + "".join(f"{n:>9}" for n in counts)]
     for name in dict.fromkeys(key[:3] for key in cells):
-        times = "".join(f"{cells[(*name, n)]:9.0f}" for n in counts)
+        times = "".join(f"{cells[name + (n,)]:9.0f}" for n in counts)
         lines.append(f"{' '.join(name):<40}{times}")
     return "\n".join(lines)
 

@@ -1,6 +1,7 @@
 """The gate before every speed: three steps against the papers' formulas in float64."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ SHAPES = ((64, 3, 3, 3), (64,), (33, 41), (7,), (1,))  # wide blocks and odd tai
 # Allowed error in parts of the distance that a phase moves the weights.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.03}
 # Nothing neutral, and moves about as long as the weights, which keeps bf16's rounding small.
-BASE_HYPER = {
+BASE_HYPER: dict[str, dict[str, Any]] = {
     "sgd": {"lr": 0.6, "momentum": 0.8, "weight_decay": 0.05},
     "adamw": {"lr": 0.8, "betas": (0.7, 0.9), "eps": 1e-3, "weight_decay": 0.2},
 }
@@ -22,7 +23,7 @@ PERTURBATIONS = ({"rho": 30.0, "sigma": 0.7, "lmbda": 0.6}, {"rho": 30.0, "sigma
 def sgd(w: Tensor, grads: list[Tensor], h: dict) -> Tensor:
     """Return w after SGD's next step, from all gradients so far, each with its weight decay: the
     momentum buffer is v = sum over k of momentum^k g_(t-k)."""
-    v = sum(h["momentum"] ** k * g for k, g in enumerate(reversed(grads)))
+    v = sum((h["momentum"] ** k * g for k, g in enumerate(reversed(grads))), torch.zeros_like(w))
     return w - h["lr"] * v
 
 
@@ -30,7 +31,8 @@ def adamw(w: Tensor, grads: list[Tensor], h: dict) -> Tensor:
     """Return w after AdamW's next step (Loshchilov and Hutter 2019), from all gradients so far."""
 
     def average(values: list[Tensor], beta: float) -> Tensor:
-        total = sum((1 - beta) * beta**k * x for k, x in enumerate(reversed(values)))
+        terms = ((1 - beta) * beta**k * x for k, x in enumerate(reversed(values)))
+        total = sum(terms, torch.zeros_like(w))
         return total / (1 - beta ** len(values))
 
     (beta1, beta2), lr = h["betas"], h["lr"]
@@ -38,7 +40,7 @@ def adamw(w: Tensor, grads: list[Tensor], h: dict) -> Tensor:
     return (1 - lr * h["weight_decay"]) * w - lr * average(grads, beta1) / (root + h["eps"])
 
 
-def exact_course(w: Tensor, passes: list[tuple[Tensor, Tensor]], method: str, base: str,
+def exact_course(w: Tensor, passes: list[tuple[Tensor, ...]], method: str, base: str,
                  convention: str, h: dict) -> Iterator[tuple[Tensor, Tensor, Tensor]]:  # fmt: skip
     """Yield every step's (w before, w' after the climb, w after the step).
 
@@ -62,7 +64,7 @@ def exact_course(w: Tensor, passes: list[tuple[Tensor, Tensor]], method: str, ba
         w = after
 
 
-def flat(tensors: list[Tensor]) -> Tensor:
+def flat(tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat([t.detach().to("cpu", torch.float64).flatten() for t in tensors])
 
 

@@ -147,7 +147,7 @@ def written(i: Instruction) -> list[str]:
         return []
     own = registers(i.operands[0])
     if own and (i.is_load or ".WIDE" in i.opcode or ".64" in i.opcode):
-        kind, first = re.fullmatch(r"(\D+)(\d+)", own[0]).groups()
+        kind, first = re.findall(r"(\D+)(\d+)", own[0])[0]
         own = [f"{kind}{int(first) + k}" for k in range(max(1 if i.is_load else 2, i.bytes // 4))]
     if i.opcode.startswith(("ISETP", "FSETP", "PLOP", "UISETP", "LOP3", "IADD3")):
         own += registers(i.operands[1]) if "P" in i.operands[1] else []
@@ -176,7 +176,8 @@ def first_wide_depth(code: list[Instruction], begin: int, end: int) -> int:
 
 def before_waiting(body: list[Instruction]) -> int:
     """Bytes that a thread of a loop's body asks for before an instruction needs any of them."""
-    asked, coming = 0, set()
+    asked = 0
+    coming: set[str] = set()
     for i in body:
         reads = {r for o in (i.operands if i.opcode.startswith("ST") else i.operands[1:])
                  for r in registers(o)}
@@ -214,7 +215,7 @@ def read_code(compiled: Any, block: int, threads: int, programs: int) -> Code:
     around = [(a, b) for a, b in loops(code) if a <= begin and end <= b and (a, b) != (begin, end)]
     outer = min(around, key=lambda loop: loop[1] - loop[0], default=(begin, end))
     first = next(n for n in range(begin, end) if code[n].is_load and code[n].bytes >= 8)
-    return Code(programs, threads, block, int(re.search(r"REG:(\d+)", text)[1]),
+    return Code(programs, threads, block, int(re.findall(r"REG:(\d+)", text)[0]),
                 compiled.metadata.shared, sum(i.bytes for i in code[begin:end] if i.is_load),
                 before_waiting(code[begin:end]), end - begin + 1,
                 first_wide_depth(code, 0, first + 1),
@@ -230,9 +231,9 @@ def compiled_code(kernel: str, constants: tuple, dtype: str, target: str) -> Cod
         from tests.backends import aot_compile as aot
     except ImportError as error:
         raise ValueError(f"the prediction needs Triton and a checkout ({error})") from error
-    constants = dict(constants)
-    compiled = aot.compile_variant(kernel, constants, dtype, target)
-    return read_code(compiled, aot.block_of(kernel, constants, dtype), 32 * aot.common.WARPS,
+    of = dict(constants)
+    compiled = aot.compile_variant(kernel, of, dtype, target)
+    return read_code(compiled, aot.block_of(kernel, of, dtype), 32 * aot.common.WARPS,
                      aot.common.PROGRAMS)
 
 

@@ -27,8 +27,8 @@ from bench.spelling import meant
 from fastsam import SAM
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-PERTURBATION = {"rho": 0.1, "sigma": 1.0, "lmbda": 0.9}
-BASE_HYPER = {
+PERTURBATION: dict[str, float] = {"rho": 0.1, "sigma": 1.0, "lmbda": 0.9}
+BASE_HYPER: dict[str, dict[str, Any]] = {
     "sgd": {"lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4},
     "adamw": {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2},
 }

@@ -8,6 +8,7 @@ from typing import Any
 
 from bench.files import write_text
 from bench.reports.tables import markdown
+from bench.settings.names import method_name
 from bench.settings.speed import METHODS
 
 SETTING = ("device", "threads", "base", "dtype", "graph", "keep_memory")
@@ -57,9 +58,9 @@ def by_setting(rows: list[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any
     return [(name, list(group)) for name, group in groupby(ordered, setting)]
 
 
-def method_name(row: dict[str, Any]) -> str:
+def name_of(row: dict[str, Any]) -> str:
     """The method's name; "sgd" is the base optimizer's plain step, whichever the base is."""
-    return row["base"] if row["method"] == "sgd" else row["method"]
+    return method_name(row["base"] if row["method"] == "sgd" else row["method"])
 
 
 def short(x: float) -> str:
@@ -75,7 +76,7 @@ def step_table(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         ms, note = row["ms"], " (speed only)" if row["speed_only"] else ""
         lines.append([
-            method_name(row), row["implementation"] + note, f"{row['parameters']:,}",
+            name_of(row), row["implementation"] + note, f"{row['parameters']:,}",
             str(row["tensors"]), f"{short(ms['p50'])} ({short(ms['p20'])}-{short(ms['p80'])})",
             str(row["bytes_per_parameter"]), short(row["gb_per_s"]), f"{row['of_copy']:.0%}",
             f"{row['of_triad']:.0%}", "-" if row["launches"] is None else str(row["launches"]),
@@ -123,7 +124,7 @@ def step_report(rows: list[dict[str, Any]]) -> str:
 
 def same_tensors(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the rows to draw against parameters: each number of them in its fewest tensors."""
-    fewest = {}
+    fewest: dict[int, int] = {}
     for row in rows:
         n = row["parameters"]
         fewest[n] = min(row["tensors"], fewest.get(n, row["tensors"]))
@@ -143,7 +144,7 @@ def same_parameters(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def plot_steps(rows: list[dict[str, Any]], against: str, path: Path) -> None:
     """Draw time per step against "parameters" or "tensors": a row of panels per setting, a panel
     per method, a line per implementation, bars from the 20th to the 80th percentile."""
-    from bench.reports.figures import plt, save
+    from bench.reports.figures import plt, save, style
 
     select = {"parameters": same_tensors, "tensors": same_parameters}[against]
     settings = [(name, select(group)) for name, group in by_setting(rows)]
@@ -165,13 +166,15 @@ def plot_steps(rows: list[dict[str, Any]], against: str, path: Path) -> None:
         for panel, method in zip(panels, methods[title], strict=False):
             draw_panel(panel, [row for row in group if row["method"] == method], against, names)
             name_ticks(panel, {row[against] for row in group})
-    handles = [plt.Line2D([], [], color=f"C{i}", marker="o", markersize=3, label=name)
+    handles = [plt.Line2D([], [], markersize=4, label=name, **style(i))
                for i, name in enumerate(names)]  # fmt: skip
     figure.legend(handles=handles, loc="outside right upper", fontsize=8)
     save(figure, path)
 
 
 def draw_panel(panel: Any, rows: list[dict[str, Any]], against: str, names: list[str]) -> None:
+    from bench.reports.figures import style
+
     for i, name in enumerate(names):
         line = sorted((r for r in rows if r["implementation"] == name), key=lambda r: r[against])
         if not line:
@@ -179,9 +182,9 @@ def draw_panel(panel: Any, rows: list[dict[str, Any]], against: str, names: list
         p20, p50, p80 = ([row["ms"][p] for row in line] for p in ("p20", "p50", "p80"))
         below = [m - low for m, low in zip(p50, p20, strict=True)]
         above = [high - m for m, high in zip(p50, p80, strict=True)]
-        panel.errorbar([row[against] for row in line], p50, [below, above], color=f"C{i}",
-                       marker="o", markersize=3, capsize=2)  # fmt: skip
-    panel.set_title("\n" + method_name(rows[0]), fontsize=9, weight="bold")  # below the row's own
+        panel.errorbar([row[against] for row in line], p50, [below, above], markersize=4,
+                       capsize=2, **style(i))  # fmt: skip
+    panel.set_title("\n" + name_of(rows[0]), fontsize=9, weight="bold")  # below the row's own
     panel.set(xscale="log", yscale="log", xlabel=against)
     panel.grid(alpha=0.3)
 

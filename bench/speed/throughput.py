@@ -22,6 +22,7 @@ from bench.devices import usable_device
 from bench.files import append_jsonl
 from bench.provenance import git_hash
 from bench.settings.config import Config
+from bench.settings.names import method_name
 from bench.speed.bandwidth import wait
 from bench.speed.baselines import PerParameterSAM, why_not_compile
 from bench.speed.step import provenance
@@ -43,7 +44,8 @@ class Clock:
     """Moments on the device: events on a GPU, which nothing waits for, else the host's clock."""
 
     def __init__(self, device: torch.device) -> None:
-        self.on_gpu, self.marks = device.type == "cuda", []
+        self.on_gpu = device.type == "cuda"
+        self.marks: list[tuple[str, Any, Any]] = []
 
     def now(self) -> Any:
         if not self.on_gpu:
@@ -113,7 +115,8 @@ def breakdown(loop: Loop, steps: int, device: torch.device) -> dict[str, float] 
 
 def race(loops: list[Loop], steps: int, turns: int, device: torch.device) -> list[dict[str, Any]]:
     """Return each loop's times: the loops take turns, after one turn that does not count."""
-    seconds, step_ms = [[[] for _ in loops] for _ in range(2)]
+    seconds: list[list[float]] = [[] for _ in loops]
+    step_ms: list[list[float]] = [[] for _ in loops]
     method, total = loops[0].config.method, len(loops) * (turns + 2)
     bar = tqdm(total=total, desc=method, disable=None, leave=False)
     for turn in range(-1, turns):
@@ -142,7 +145,7 @@ def race(loops: list[Loop], steps: int, turns: int, device: torch.device) -> lis
 def report(rows: list[dict[str, Any]]) -> str:
     """Return the rows as a table; times in milliseconds a step."""
     columns = ("p20", "p50", "p80", "fast is", *PARTS)
-    head = f"{'method':10} {'loop':10} {'images/s':>9}"
+    head = f"{'method':15} {'loop':10} {'images/s':>9}"
     lines = [head + "".join(f" {name:>{max(8, len(name))}}" for name in columns)]
     for row in rows:
         times = "".join(f" {row['step_ms'][p]:8.1f}" for p in ("p20", "p50", "p80"))
@@ -150,7 +153,7 @@ def report(rows: list[dict[str, Any]]) -> str:
             f" {row['breakdown_ms'][p]:{max(8, len(p))}.1f}" for p in PARTS if row["breakdown_ms"]
         )
         ratio = f"{row['fast_is_faster']:.2f}x"
-        name = f"{row['method']:10} {row['loop']:10} {row['images_per_second']:9.1f}"
+        name = f"{method_name(row['method']):15} {row['loop']:10} {row['images_per_second']:9.1f}"
         lines.append(f"{name}{times} {ratio:>8}{parts}")
     return "\n".join(lines)
 

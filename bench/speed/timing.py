@@ -3,7 +3,7 @@
 import json
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ class Runner:
     """
 
     def __init__(self, contender: Contender, weights: list[Tensor],
-                 passes: tuple[list[Tensor], list[Tensor]], hyper: dict) -> None:  # fmt: skip
+                 passes: tuple[list[Tensor], ...], hyper: dict) -> None:  # fmt: skip
         self.contender, self.passes = contender, passes
         self.params = [nn.Parameter(w.clone()) for w in weights]
         self.opt = contender.optimizer(self.params, hyper)
@@ -34,7 +34,9 @@ class Runner:
             self.phases = [(passes[1], self.opt.step)]
         else:
             self.phases = [(passes[0], self.opt.first_step), (passes[1], self.opt.second_step)]
-        self.captured, self.kept, self.ms, self.first_ms = False, 0, [], None
+        self.captured, self.kept = False, 0
+        self.ms: list[float] = []
+        self.first_ms: float | None = None
 
     def point_at(self, grads: list[Tensor]) -> None:
         for p, g in zip(self.params, grads, strict=True):
@@ -110,7 +112,7 @@ def count_launches(trace: dict[str, Any]) -> int:
     return sum(event.get("cat") in kinds for event in trace["traceEvents"])
 
 
-def random_like(shapes: list, dtype: torch.dtype, device: torch.device, seed: int,
+def random_like(shapes: Sequence[Any], dtype: torch.dtype, device: torch.device, seed: int,
                 scale: float = 1.0) -> list[Tensor]:  # fmt: skip
     """Return normally distributed tensors of standard deviation `scale`."""
     generator = torch.Generator(device).manual_seed(seed)

@@ -10,10 +10,13 @@ and searches share `log_error` alone; no search uses a derivative.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from scipy.optimize import brentq, minimize_scalar
 from scipy.special import log_ndtr
+
+Radii = TypeVar("Radii", float, np.ndarray)  # one, or several at once
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,7 @@ def w_sam_series(m: Model, rho: float) -> float:
     return w_st(m) * (1 + rho**2 / (3 * m.n))
 
 
-def eps_at_series(m: Model, rho: float) -> float:
+def eps_at_series(m: Model, rho: Radii) -> Radii:
     """Theorem 4.5 from that series: the eps at which AT has SAM's w, eta rho^2 / (3n + rho^2)."""
     return m.eta * rho**2 / (3 * m.n + rho**2)
 

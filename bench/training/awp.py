@@ -19,7 +19,7 @@ def climbs(model: nn.Module, loss: Tensor) -> list[tuple[Tensor, Tensor]]:
         p for name, p in model.named_parameters()
         if p.requires_grad and p.ndim > 1 and "weight" in name
     ]  # fmt: skip
-    gs = processes.mean(torch.autograd.grad(loss, ws))
+    gs = processes.mean(list(torch.autograd.grad(loss, ws)))
     return [(w, w.detach().norm() * unit(g[None])[0]) for w, g in zip(ws, gs, strict=True)]
 
 

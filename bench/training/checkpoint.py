@@ -64,7 +64,8 @@ def load_checkpoint(path: Path, device: str = "cpu") -> dict[str, Any]:
     except Exception as e:  # of damaged bytes anything can come
         raise ValueError(damaged) from e
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
-        raise ValueError(f"{str(path)!r} is a checkpoint of another program; {wanted}")
+        raise ValueError(f"{str(path)!r} is a checkpoint of another program; {wanted}, "
+                         "or see docs/evaluation.md for a network of your own")
     if missing := [key for key in ENTRIES if key not in checkpoint]:
         raise ValueError(f"{str(path)!r} has no {missing[0]}; {wanted}, or remove it and train "
                          "again")  # fmt: skip

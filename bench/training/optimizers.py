@@ -41,6 +41,13 @@ def build_optimizer(config: Config, model: nn.Module, steps: int = 0) -> torch.o
         case "sam-full" | "sam-noise":
             part = config.optimizer.removeprefix("sam-")
             return fastsam.FullGradientSAM(w, cls, part, projection=config.projection, **base)
+        case "msam":
+            return fastsam.MomentumSAM(w, cls, **base)
+        case "gsam":
+            return fastsam.GSAM(w, cls, alpha=config.gsam_alpha, **base)
+        case "looksam":
+            k = base.pop("interval")
+            return fastsam.LookSAM(w, cls, alpha=config.look_alpha, k=k, **base)
         case _:
             return fastsam.SAM(w, cls, **base)
 

@@ -69,7 +69,8 @@ def replicated(model: nn.Module, sync_bn: bool) -> nn.Module:
         nn.SyncBatchNorm.convert_sync_batchnorm(model)
     names = inspect.signature(DistributedDataParallel).parameters
     new = "forward_sync_buffers"  # in torch 2.15 the name for what was broadcast_buffers
-    return DistributedDataParallel(model, **{new if new in names else "broadcast_buffers": False})
+    options: dict[str, Any] = {new if new in names else "broadcast_buffers": False}
+    return DistributedDataParallel(model, **options)
 
 
 def share(t: Tensor) -> Tensor:

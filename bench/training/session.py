@@ -2,7 +2,7 @@
 
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -11,44 +11,38 @@ import torch
 from bench.settings.setting import check_settings
 from bench.settings.sitting import SittingSettings
 from bench.training import processes
+from bench.training.tracking import refuse_missing
 
 SAVE, STOP = 1, 2
 ASKED_EVERY = 10  # steps, where several processes must agree
-TERMINATED = 128 + signal.SIGTERM  # the exit code that shells give
-
-
-class Stopped(Exception):
-    """A run that ended before its last epoch, with all that it needs to go on in last.pt."""
 
 
 @dataclass
 class Sitting(SittingSettings):
     """Nothing here changes the trained weights.
 
-    heeds_sigterm: save and stop on SIGTERM too. Raises ValueError for negative minutes, and when
-    tensorboard is not installed.
+    heeds_sigterm: save and stop on SIGTERM too. asked: whether someone else wants the run to save
+    and stop. bar: show each epoch's steps and its validation on stderr, where that is a terminal.
+    Raises ValueError for negative minutes, and for a tracker that is not installed.
     """
 
+    bar: bool = False
     heeds_sigterm: bool = False
+    asked: Callable[[], bool] = lambda: False
     began: float = field(default_factory=time.monotonic)
     terminated: bool = False
 
     def __post_init__(self) -> None:
         self.saved = self.began
         check_settings(self)
-        if self.tensorboard:
-            try:
-                import torch.utils.tensorboard  # noqa: F401
-            except ImportError as e:
-                raise ValueError(
-                    f"--tensorboard needs a package that is not here ({e}); pip install "
-                    "tensorboard, or leave the option out: metrics.jsonl holds the same numbers"
-                ) from e
+        if self.track is not None:
+            refuse_missing(self.track)
 
     def wish(self) -> int:
         """Return 0, SAVE or STOP, by this process's clock and signals."""
         now, budget = time.monotonic(), self.time_budget
-        if self.terminated or (budget is not None and now - self.began >= 60 * budget):
+        over = budget is not None and now - self.began >= 60 * budget
+        if over or self.terminated or self.asked():
             return STOP
         return SAVE if now - self.saved >= 60 * self.save_every else 0
 

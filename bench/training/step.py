@@ -16,12 +16,15 @@ def step(run: Run, forward: Forward, x: Tensor, y: Tensor) -> tuple[Tensor, Tens
     """Make one optimizer step on a batch that `attacked` made, all passes on the same images.
 
     Returns the first pass's loss and logits, detached (the second's, where the first does not see
-    the whole batch).
+    the whole batch; Momentum-SAM's only pass is at the moved weights).
     """
     with weight_perturbation(run, x, y):
-        if run.config.rho is not None and run.opt.climbs_next:
+        climbs = run.config.rho is not None and run.opt.climbs_next
+        if climbs and not run.opt.climbs_first:
             loss, logits = sharp_gradient(run, forward, x, y)
         else:
+            if climbs:
+                run.opt.first_step(scaler=run.scaler)
             loss, logits = loss_of(run, forward, x, y)
             backward(run, loss)
         run.scaler.step(run.opt)

@@ -9,12 +9,13 @@ import math
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from bench.attacks.objectives import answers
 from bench.data.augmentation import Augmentation
@@ -28,14 +29,15 @@ from bench.models.pretrained import start_from
 from bench.settings.config import Config, differences
 from bench.training import processes
 from bench.training.adversarial import attacked, watch_single_step
-from bench.training.board import open_board, write_row
 from bench.training.checkpoint import changed_data, load_checkpoint, load_weights, save_checkpoint
 from bench.training.diverged import Diverged
 from bench.training.epoch_state import Position
 from bench.training.optimizers import build_optimizer, lr_at
 from bench.training.run import Run, forward_of
-from bench.training.session import STOP, Sitting, Stopped
+from bench.training.session import STOP, Sitting
 from bench.training.step import step
+from bench.training.stopped import Stopped
+from bench.training.tracking import tracked
 
 FITTED_TO = 5000  # images, as in airbench; evenly spread, for they may lie class by class
 
@@ -137,9 +139,16 @@ def load_state(run: Run, out: Path) -> None:
     run.history, run.position = checkpoint["history"], checkpoint.get("position")
 
 
-def refuse_early(config: Config, out: Path, download: bool = False) -> None:
-    """Raise the ValueError that train() would, without training or writing anything."""
-    load_state(set_up(config, download), out)
+def refuse_early(
+    config: Config, out: Path, download: bool = False, elsewhere: bool = False
+) -> None:
+    """Raise the ValueError that train() would, without training or writing anything.
+
+    elsewhere: the device is another process's or machine's, and is not asked.
+    """
+    run = set_up(replace(config, device="cpu", backend=None) if elsewhere else config, download)
+    run.config = config
+    load_state(run, out)
 
 
 def save(run: Run, out: Path, position: dict[str, Any] | None = None) -> None:
@@ -172,7 +181,9 @@ def train_epoch(run: Run, epoch: int, out: Path, sitting: Sitting) -> dict[str, 
     run.epoch = epoch
     run.model.train()
     start = time.perf_counter()
-    for i, (x, y) in enumerate(images, here.done):
+    shown = tqdm(images, f"epoch {epoch + 1}", steps, initial=here.done, unit="step", leave=False,
+                 disable=None if sitting.bar else True)  # fmt: skip
+    for i, (x, y) in enumerate(shown, here.done):
         for group in run.opt.param_groups:
             group["lr"] = lr_at(config, epoch, i, steps)
         processes.same_statistics(run.model)
@@ -203,7 +214,7 @@ def train_epoch(run: Run, epoch: int, out: Path, sitting: Sitting) -> dict[str, 
     return row
 
 
-def validate(run: Run) -> dict[str, Any]:
+def validate(run: Run, bar: bool = False) -> dict[str, Any]:
     """Return validation accuracy, that of adversarial training under PGD, and whether it is the
     best so far. Where nothing is held out, the last epoch counts as the best."""
     run.model.eval()
@@ -214,7 +225,7 @@ def validate(run: Run) -> dict[str, Any]:
     if attack is None:
         right = correct(run.model, mine, 500)
     else:
-        right = robust(run.model, mine, attack, 500, seed=run.epoch)
+        right = robust(run.model, mine, attack, 500, seed=run.epoch, bar=bar)
     accuracy = processes.total(right.double().sum()).item() / len(split)
     return {"val_acc": accuracy, "best": all(accuracy > old["val_acc"] for old in run.history)}
 
@@ -245,12 +256,12 @@ def train(
         write_json(out / "config.json", asdict(config))
     for row in run.history:
         after_epoch(row)
-    done = len(run.history)
-    board = open_board(out / "tensorboard", done) if first and sitting.tensorboard else None
-    with sitting.training():
-        for epoch in range(done, config.epochs):
+    tracker = sitting.track if first else None
+    with tracked(tracker, config, out, run.history) as track, sitting.training():
+        for epoch in range(len(run.history), config.epochs):
             row = train_epoch(run, epoch, out, sitting)
-            finish_epoch(run, row, out, board)
+            finish_epoch(run, row, out, sitting.bar)
+            track(run.history)
             after_epoch(row)
             sitting.saved = time.monotonic()
             if sitting.demand(run.device, 0) == STOP:
@@ -282,14 +293,12 @@ def refuse_divergence(run: Run, row: dict[str, Any], loss: Tensor, out: Path) ->
     )
 
 
-def finish_epoch(run: Run, row: dict[str, Any], out: Path, board: Any) -> None:
+def finish_epoch(run: Run, row: dict[str, Any], out: Path, bar: bool = False) -> None:
     """Validate, complete the epoch's row, and write what an epoch leaves."""
     processes.same_statistics(run.model)
-    row |= validate(run) | processes.from_first(watch_single_step, run)
+    row |= validate(run, bar) | processes.from_first(watch_single_step, run)
     run.history.append(row)
     first = processes.rank() == 0
-    if board is not None:
-        write_row(board, row)
     if first and row["best"]:
         save_checkpoint(out / "best.pt", run.config, run.data, run.model, epoch=row["epoch"])
     save(run, out)

@@ -64,8 +64,9 @@ def sam_of(optimizer: Any) -> SAM:
     """The fastsam optimizer inside Accelerate's wrapper."""
     sam = getattr(optimizer, "optimizer", optimizer)
     if not isinstance(sam, SAM):
-        raise TypeError(f"the optimizer is a {type(sam).__name__}, which has no second pass: give "
-                        "a fastsam optimizer, such as fastsam.SAM")
+        raise TypeError(f"the optimizer is of {type(sam).__name__}, which has no second pass: give "
+                        "one of fastsam's, such as fastsam.SAM (SAMTrainer takes it as "
+                        "optimizer_cls_and_kwargs)")
     return sam
 
 

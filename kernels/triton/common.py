@@ -19,7 +19,6 @@ BLOCK = 1024
 PROGRAMS = 640
 WARPS = 4
 SUMS = tl.constexpr(4 * 32 * WARPS)  # four side by side for each thread
-HALVINGS = tl.constexpr((4 * 32 * WARPS).bit_length() - 1)  # from SUMS numbers to one
 # Fusion off, so that a product and a sum round twice, as in plain PyTorch; the kernels wait for
 # memory. Without a bound of its own, ptxas spills accumulators to fit one more program.
 OPTIONS = {"num_warps": WARPS, "enable_fp_fusion": False}
@@ -161,15 +160,6 @@ def folded(x, SUMS: tl.constexpr):
     """SUMS sums of a block: of its stretches of SUMS elements, each thread's own, so that fewer
     registers carry them from block to block."""
     return tl.sum(tl.reshape(x, (x.shape[0] // SUMS, SUMS)), 0)
-
-
-@triton.jit
-def sum_by_halves(x, HALVINGS: tl.constexpr):
-    """The sum of SUMS numbers, two at a time, whose order has no meaning: the same bits whichever
-    thread holds what, which is the compiler's affair and another one in every kernel."""
-    for _ in tl.static_range(HALVINGS):
-        x = tl.sum(tl.reshape(x, (x.shape[0] // 2, 2)), 1)
-    return tl.sum(x)
 
 
 @triton.jit

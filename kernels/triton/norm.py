@@ -12,7 +12,6 @@ from .common import (
     EMA_SHARE,
     FULL,
     GRADIENT,
-    HALVINGS,
     HYPER,
     INV_SCALE1,
     INV_SCALE2,
@@ -35,7 +34,6 @@ from .common import (
     read,
     run_of_blocks,
     share_of_blocks,
-    sum_by_halves,
     weights,
     wide_place,
     wide_pointer,
@@ -80,7 +78,7 @@ def squares(w, g, saved, m, flat, offs, mask, a, b, inv_scale, sigma, lmbda, sha
     """(T d)^2 and (T g)^2 of one block, which lies at w, g and flat."""
     g = read(g + offs, mask).to(tl.float32) * inv_scale
     old_m = g
-    if MODE != PLAIN:
+    if MODE > PLAIN:
         old_m = read(m + flat + offs, mask)
     d, _ = direction(g, old_m, sigma, lmbda, share, MODE)
     if SCALING != UNSCALED:
@@ -137,19 +135,19 @@ def norm_kernel(w_table, g_table, saved, m, partials, blocks, layout, scalings, 
                                wide + i, offs, offs < fours - i, a, b, inv_scale, sigma, lmbda,
                                share, MODE, SCALING, MASTERS)
                 along_d += folded(x, SUMS)
-                if MODE != PLAIN:
+                if MODE > PLAIN:
                     along_g += folded(y, SUMS)
             for i in range(fours, size, BLOCK // 2):
                 x, y = squares(pointer(w, TYPE) + i, pointer(g, G_TYPE) + i, saved, m, flat + i,
                                few, few < size - i, a, b, inv_scale, sigma, lmbda, share, MODE,
                                SCALING, MASTERS)
                 few_along_d += folded(x, SUMS)
-                if MODE != PLAIN:
+                if MODE > PLAIN:
                     few_along_g += folded(y, SUMS)
-    total = sum_by_halves(along_d, HALVINGS) + sum_by_halves(few_along_d, HALVINGS)
+    total = tl.sum(along_d) + tl.sum(few_along_d)
     tl.store(partials + tl.program_id(0), total)
-    if MODE != PLAIN:
-        total = sum_by_halves(along_g, HALVINGS) + sum_by_halves(few_along_g, HALVINGS)
+    if MODE > PLAIN:
+        total = tl.sum(along_g) + tl.sum(few_along_g)
         tl.store(partials + PARTIALS + tl.program_id(0), total)
 
 
@@ -159,7 +157,8 @@ def norm(p: Pass) -> None:
 
 
 def norm_arguments(p: Pass, along_v: bool) -> dict:
-    space, mode = p.space, max(0, MODES[p.space.kind.mode])  # what is kept, is kept by K2
+    space = p.space
+    mode = MODES[None if space.kept is not None else space.kind.mode]  # K2 keeps, not K1
     narrow = p.g_dtype.itemsize == space.saved.element_size() == 2
     block = block_of(mode, SCALINGS[p.scaling], narrow, along_v)
     return dict(saved=space.saved, m=space.m, partials=space.partials, scalings=space.scalings,

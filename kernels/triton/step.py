@@ -15,7 +15,6 @@ from .common import (
     EPS,
     FOUND_INF,
     GSAM,
-    HALVINGS,
     HYPER,
     INV_SCALE2,
     LOG_BETA1,
@@ -43,7 +42,6 @@ from .common import (
     read,
     run_of_blocks,
     share_of_blocks,
-    sum_by_halves,
     weights,
     wide_place,
     wide_pointer,
@@ -237,7 +235,7 @@ def step_kernel(w_table, g_table, climbed_table, saved, v, u, m, kept, partials,
                     x = read(v + flat + i + few, few < size - i)
                     few_along_v += folded(x * x, SUMS)
     if ALONG_V:
-        total = sum_by_halves(along_v, HALVINGS) + sum_by_halves(few_along_v, HALVINGS)
+        total = tl.sum(along_v) + tl.sum(few_along_v)
         tl.store(partials + tl.program_id(0), total)
     skipped = tl.load(counters + SKIPPED)  # every thread reads, one writes: the barrier between
     if is_last_program(counters + STEP_TICKET):

@@ -16,6 +16,7 @@ pytest.importorskip("triton", reason="the kernels need Triton")
 
 ROOT = Path(__file__).parents[2]
 TARGETS = ("sm_80", "sm_90")
+KERNELS = ("tests/backends/test_contract.py", "tests/backends/test_kernels.py")
 # of the kernels' own tests, those that meet every kernel, type and path, dealt out to the targets;
 # `make prove` runs all of them on both
 SOME = {"sm_80": "adam_and_adamw or masters_of_16 or several_blocks",
@@ -42,7 +43,7 @@ def test_executed_code(target):
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_kernels_executed(target):
-    run("--target", target, "tests/backends/test_kernels.py", "-k", SOME[target])
+    run("--target", target, *KERNELS, "-k", f"({SOME[target]}) and not numba")
 
 
 @pytest.mark.long
@@ -56,5 +57,5 @@ def test_all_executed_code(target):
 @pytest.mark.parametrize("schedule", [(), ("--alone",)], ids=["together", "alone"])
 @pytest.mark.parametrize("target", TARGETS)
 def test_all_kernel_tests_executed(target, schedule):
-    run("--target", target, *schedule, "tests/backends/test_kernels.py",
-        "tests/backends/test_pgd_kernels.py")
+    run("--target", target, *schedule, *KERNELS, "tests/backends/test_pgd_kernels.py",
+        "-k", "not numba")

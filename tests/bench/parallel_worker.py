@@ -15,7 +15,8 @@ from bench.__main__ import COMMANDS
 from bench.cli.training import train_in
 from bench.settings.config import Config, resolve
 from bench.training import processes
-from bench.training.session import Sitting, Stopped
+from bench.training.session import Sitting
+from bench.training.stopped import Stopped
 from bench.training.train import train
 
 from ..helpers.survive import SMALL

@@ -11,7 +11,8 @@ from bench.models import build_model
 from bench.models.airbench import Whitening
 from bench.settings.config import resolve
 from bench.training.checkpoint import load_model
-from bench.training.session import Sitting, Stopped
+from bench.training.session import Sitting
+from bench.training.stopped import Stopped
 from bench.training.train import set_up, train
 
 OPTIONS = {"model": "airbench-relu", "width": 4, "epochs": 2, "val": 0.5, "threads": 1,

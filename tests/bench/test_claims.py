@@ -95,7 +95,8 @@ def test_the_cost_counts_passes():
 
     assert of("sgd") == 24 and of("sam") == of("fsam") == 48
     assert of("sam-late") == 30 == 1.25 * of("sgd")
-    assert of("sam-interval", interval=4) == 30
+    assert of("sam-interval", interval=4) == of("looksam", interval=4) == 30
+    assert of("msam") == of("sgd") and of("gsam") == 48
     assert of("at-linf", epochs=12) == 12 * (1 + 5) and of("trades", epochs=1, alpha="1") == 2 + 5
 
 
@@ -116,6 +117,7 @@ TINY = {
 @pytest.fixture
 def tiny(tmp_path, monkeypatch):
     monkeypatch.setattr(studies, "STUDIES", tmp_path)
+    monkeypatch.setattr(studies, "names_in", lambda folder: ["tiny"])
     (tmp_path / "tiny.json").write_text(json.dumps(TINY))
     return tmp_path
 

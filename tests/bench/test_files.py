@@ -12,8 +12,6 @@ import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import Future
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +20,7 @@ import torch
 from PIL import Image
 
 from bench.__main__ import main
-from bench.experiments.compare import caption, completed
+from bench.experiments.compare import caption
 from bench.experiments.train_and_evaluate import train_and_evaluate
 from bench.files import append_jsonl, refuse_unwritable, remove_unfinished, replacing
 from bench.provenance import ROOT
@@ -170,7 +168,7 @@ def test_a_comparison_leaves_out_what_another_process_makes_and_takes_it_up(tmp_
         other.communicate()
     printed, said = process.communicate(timeout=120)
     assert process.returncode == 0, said
-    assert "| sgd" in printed and "| sam" in printed
+    assert "| SGD" in printed and "| SAM" in printed
     assert len(rows.read_text().splitlines()) == 2
 
 
@@ -201,14 +199,6 @@ def test_a_run_that_was_finished_meanwhile_is_not_made_again(tmp_path, monkeypat
     monkeypatch.setattr("bench.experiments.train_and_evaluate.train",
                         lambda *a: pytest.fail("trained again"))
     assert train_and_evaluate(config, EVALUATION, tmp_path) == made and len(looks) == 2
-
-
-def test_a_worker_that_is_killed_is_said_in_one_sentence():
-    future = Future()
-    future.set_exception(BrokenProcessPool("A process in the process pool was terminated abruptly"))
-    with pytest.raises(OSError, match="sgd-seed0.*repeat the command") as said:
-        list(completed({future: "sgd-seed0"}, None, lambda: None))
-    assert "\n" not in str(said.value)
 
 
 # ---- full and read-only disks

@@ -302,7 +302,8 @@ def test_the_agenda_is_whole_and_every_command_of_it_can_be_parsed(tmp_path):
 
 def test_the_tests_and_programs_that_parity_names_are_there(tmp_path):
     """A pytest that selects nothing fails, and would end the session as red."""
-    text = (ROOT / "tests/backends/test_kernels.py").read_text()
+    text = "".join((ROOT / f"tests/backends/test_{name}.py").read_text()
+                   for name in ("contract", "kernels"))
     tests = re.findall(r"def (test_\w+)", text)
     for name in gpu_session.PARITY.split(" or "):
         assert any(name in test for test in tests), name

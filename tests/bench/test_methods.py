@@ -13,7 +13,7 @@ from bench.__main__ import main
 from bench.attacks.objectives import LAST, SPREAD, spread
 from bench.attacks.pgd import Attack, n_fgsm, trades
 from bench.models import build_model
-from bench.settings.config import check_used, resolve
+from bench.settings.config import check_used, resolve, values_of
 from bench.settings.methods import ADVERSARIES, OPTIMIZERS, method_of, split_method
 from bench.training import adversarial
 from bench.training.adversarial import attacked, divergence, loss_of, watch_single_step
@@ -200,7 +200,7 @@ def test_what_the_second_pass_does_to_batchnorm(mode, passes_counted):
 @pytest.mark.parametrize("optimizer", ["sam", "asam", "fishersam", "fsam", "fasam", "sam-part",
                                        "sam-micro", "adamw"])  # fmt: skip
 def test_one_attack_a_step_and_every_pass_on_its_images(adversary, optimizer, monkeypatch):
-    steps = {"attack_steps": 2} if "attack_steps" in ADVERSARIES[adversary] else {}
+    steps = {"attack_steps": 2} if "attack_steps" in values_of(adversary) else {}
     run, x, y = started(f"{adversary}+{optimizer}", **steps)
     attacks, seen = [], []
     perturbed, loss = adversarial.perturbed, loss_of

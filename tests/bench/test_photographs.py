@@ -18,7 +18,8 @@ from bench.models import build_model
 from bench.models.pretrained import start_from
 from bench.settings.config import resolve
 from bench.training.checkpoint import load_model, save_checkpoint
-from bench.training.session import Sitting, Stopped
+from bench.training.session import Sitting
+from bench.training.stopped import Stopped
 from bench.training.train import set_up, train
 
 SIZE = 32

@@ -210,7 +210,7 @@ def test_presets_are_what_they_were():
 @pytest.mark.parametrize("preset", sorted(p.stem for p in RECIPES.glob("presets/*.json")))
 @pytest.mark.parametrize("method, relatives", [
     ("sam", ["sam-interval", "sam-late", "sam-part", "sam-micro", "sam-full", "sam-noise",
-             "sam-db"]),
+             "sam-db", "looksam", "gsam"]),
     ("at-linf", ["trades", "fgsm-rs", "n-fgsm"]),
 ])  # fmt: skip
 def test_relatives_of_a_method_differ_from_it_in_nothing_but_themselves(preset, method, relatives):
@@ -222,8 +222,8 @@ def test_relatives_of_a_method_differ_from_it_in_nothing_but_themselves(preset, 
         values = {k: v for k, v in vars(config).items() if k != "method" and k not in theirs
                   and k not in own.get(relative, {})}  # fmt: skip
         changed = {k for k, v in values.items() if v != its[k]}
-        assert changed <= {"interval", "late", "ascent_part", "micro", "full_every", "projection",
-                           "beta"}, relative  # fmt: skip
+        assert changed <= {"look_alpha", "gsam_alpha", "interval", "late", "ascent_part", "micro",
+                           "full_every", "projection", "beta"}, relative  # fmt: skip
         assert not single_step or config.alpha is None
         assert not single_step or config.attack.alpha >= config.eps  # one step, of the whole ball
         assert config.eps == its["eps"] and config.rho == its["rho"]

@@ -33,6 +33,7 @@ from bench.reports.runs import by_rho, csv_of, draw, latex_of, lines_of, notes, 
 from bench.reports.tables import latex, markdown, tex
 from bench.settings.config import resolve
 from bench.settings.evaluation import resolve_evaluation
+from bench.settings.names import method_name
 from bench.settings.recipes import load_recipe
 from bench.speed.step_report import plot_steps, read_rows
 
@@ -99,7 +100,7 @@ def test_tables_hold_the_means_and_deviations_of_the_committed_rows(tmp_path, ca
     for method in ("sgd", "sam", "fsam", "at-linf"):
         runs = [row for row in rows if row["method"] == method]
         for checkpoint, results in (("last", runs), ("best", [run["best"] for run in runs])):
-            (line,) = [cell for cell in lines if cell[:2] == [method, checkpoint]]
+            (line,) = [cell for cell in lines if cell[:2] == [method_name(method), checkpoint]]
             (row,) = [o for o in objects if (o["method"], o["checkpoint"]) == (method, checkpoint)]
             columns = {"natural": [r["natural"] for r in results]} | {
                 f"{norm} {eps}": [r["robust"][norm][eps] for r in results]
@@ -123,8 +124,8 @@ def test_only_runs_that_differ_in_the_seed_alone_are_averaged(tmp_path):
     ]  # fmt: skip
     first, *others = sections(tmp_path, rows)
     assert [len(section.groups) for section in (first, *others)] == [4, 1, 1, 1]
-    labels = ["sgd epochs 3", "sam epochs 3, rho 0.1", "sam epochs 3, rho 0.2",
-              "sam epochs 5, rho 0.1"]  # fmt: skip
+    labels = ["SGD epochs 3", "SAM epochs 3, rho 0.1", "SAM epochs 3, rho 0.2",
+              "SAM epochs 5, rho 0.1"]  # fmt: skip
     assert [g.label for g in first.groups] == labels
     pair = first.groups[1]
     assert pair.seeds == [0, 1] and pair.last["natural"] == pytest.approx(0.85)
@@ -183,11 +184,12 @@ def test_rho_is_drawn_beside_the_sgd_of_the_same_setting(tmp_path):
     rows += [made("fsam"), made("sgd"), made("sgd", epochs=9), made(epochs=9)]
     series, plain = by_rho(sections(tmp_path, rows)[0])
     assert {label: [rho for rho, _ in points] for label, points in series.items()} == {
-        "sam epochs 3": [0.1, 0.4]
+        "SAM epochs 3": [0.1, 0.4]
     }
-    assert [group.label for group in plain] == ["sgd epochs 3"]
+    assert [group.label for group in plain] == ["SGD epochs 3"]
     rows = [made("fsam", rho=rho, sigma=sigma) for rho in (0.1, 0.4) for sigma in (0.5, 0.9)]
-    assert list(by_rho(sections(tmp_path, rows)[0])[0]) == ["fsam sigma 0.5", "fsam sigma 0.9"]
+    labels = ["Friendly-SAM sigma 0.5", "Friendly-SAM sigma 0.9"]
+    assert list(by_rho(sections(tmp_path, rows)[0])[0]) == labels
 
 
 # ---- figures
@@ -224,7 +226,7 @@ def test_a_legend_of_many_lines_is_inside_its_figure_and_their_looks_differ(tmp_
     (panel,) = figures["x-wall-clock.png"].axes
     labels = [group.label for group in section.groups]
     lines = [line for line in panel.lines if line.get_label() in labels]
-    looks.append([(line.get_color(), line.get_fillstyle()) for line in lines])
+    looks.append([(line.get_color(), line.get_marker()) for line in lines])
     assert all(len(of_panel) == len(set(of_panel)) == 27 for of_panel in looks)
 
 
@@ -250,7 +252,9 @@ def test_step_figures_name_what_was_measured_and_have_no_empty_panel(against, tm
     methods = ["sgd", "sam", "asam", "fsam", "fasam"]
     names = {"parameters": ["66k", "1M", "4.2M", "11M", "36M"], "tensors": ["14", "56", "224"]}
     last = {"parameters": ["sam", "fsam"], "tensors": methods}[against] + 2 * ["sam", "fsam"]
-    assert [panel.get_title().strip() for panel in panels] == methods + last
+    assert [panel.get_title().strip() for panel in panels] == [
+        method_name(method) for method in methods + last
+    ]
     assert [label.get_text() for label in panels[-5].get_xticklabels()] == names[against]
     firsts = panels[0], panels[5], panels[-4], panels[-2]
     for row, cpu in zip(firsts, 2 * ["AMD EPYC"] + 2 * ["@ 2.80GHz"], strict=True):
@@ -432,10 +436,10 @@ def test_the_page_holds_everything_and_loads_nothing(tmp_path, capsys):
     assert len(set(alts)) == 5 and all("<script>alert(1)</script>" in alt for alt in alts)
     styled = text[: text.index("</style>")]
     variables = set(re.findall(r"var\((--\w+)\)", styled))
-    light, dark = re.findall(r":root \{(.*)\}", styled)
+    light, dark = re.findall(r":root \{([^}]*)\}", styled)
     assert set(re.findall(r"--\w+", light)) == set(re.findall(r"--\w+", dark)) == variables
     shown = " ".join(page.text)
-    for fact in ("sam rho 0.1", "80.0 ± 0.0", "PGD-10, l2, eps 16/255", "an abacus", "torch 2.15.0",
+    for fact in ("SAM rho 0.1", "80.0 ± 0.0", "PGD-10, l2, eps 16/255", "an abacus", "torch 2.15.0",
                  "0123abc", "python -m bench compare", "preactresnet18", "best"):  # fmt: skip
         assert fact in shown
 

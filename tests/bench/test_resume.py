@@ -1,6 +1,5 @@
 """Runs that are interrupted anywhere, and end with the bits of runs that are not."""
 
-import json
 import os
 import signal
 import subprocess
@@ -16,7 +15,8 @@ from bench.provenance import ROOT
 from bench.settings.config import Config, resolve
 from bench.training.checkpoint import load_checkpoint
 from bench.training.epoch_state import Position
-from bench.training.session import Sitting, Stopped
+from bench.training.session import Sitting
+from bench.training.stopped import Stopped
 from bench.training.train import set_up, train
 
 from ..helpers.survive import SMALL, difference, learning, same, state, survive
@@ -55,6 +55,8 @@ def step_by_step(config: Config, out) -> int:
         ("sam-full", {"full_every": 3}),
         ("sam-noise", {"full_every": 3}),
         ("sam-db", {}),
+        ("msam", {"amp": "fp16"}),
+        ("at-linf+looksam", {"attack_steps": 1, "interval": 3}),
         ("sam-late", {"late": 0.5, "model": "vgg16bn"}),  # has dropout
     ],
 )
@@ -168,30 +170,6 @@ def test_time_budget_saves_stops_and_goes_on(tmp_path, capsys):
     assert main([*TRAIN, "--save-every", "0", "--time-budget", "60", "--out", cut]) == 0
     assert "natural" in capsys.readouterr().out
     assert difference(tmp_path / "whole", tmp_path / "cut") == ""
-
-
-def test_tensorboard_has_the_numbers_of_metrics(tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    command = [*TRAIN, "--tensorboard", "--save-every", "0", "--out", str(tmp_path)]
-    for _ in range(6):
-        assert main([*command, "--time-budget", "0"]) == 0
-    assert main(command) == 0
-    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    names = {"lr", "train_loss", "train_acc", "val_acc", "seconds", "images_per_second"}
-    assert set(board.Tags()["scalars"]) == names
-    for name in names:
-        events = board.Scalars(name)
-        assert [e.step for e in events] == [0, 1]
-        assert [e.value for e in events] == pytest.approx([row[name] for row in rows])
-
-
-def test_tensorboard_that_is_not_installed_is_named(tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    assert main([*TRAIN, "--tensorboard", "--out", str(tmp_path / "run")]) == 2
-    assert "pip install tensorboard" in capsys.readouterr().err
-    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("arguments, said", [

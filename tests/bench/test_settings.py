@@ -154,7 +154,6 @@ def test_a_misspelt_value_is_told_the_right_one(words, wanted, tmp_path, capsys)
     (["train", "--epochs", "2.5"], "--epochs"),
     (["train", "--epochs"], "--epochs"),
     (["evaluate"], "last.pt or best.pt of a run"),
-    (["sweep"], "--methods"),
     (["unpack", "a.tar"], "DIR"),
     (["recipes", "sam", "fsam"], "fsam"),
     (["compare", "--seeds", "0", "one"], "one"),

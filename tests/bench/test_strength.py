@@ -260,7 +260,7 @@ def test_bf16_gradients_find_what_float32_ones_do_and_say_so(split):
             assert "gradients in bf16, judged in float32" in fast["configurations"][norm][eps][name]
             assert "bf16" not in exact["configurations"][norm][eps][name]
     assert fast["natural"] == exact["natural"] and "bf16" in report(fast)
-    with pytest.raises(ValueError, match="'fp16'.*choose fp32 or bf16"):
+    with pytest.raises(ValueError, match="'fp16'.*choose from fp32, bf16"):
         resolve_evaluation("digits", {"precision": "fp16"})
 
 

@@ -97,7 +97,7 @@ def test_the_table_holds_numpys_means_and_deviations():
     for rho, line in zip((0.1, 0.3), lines, strict=True):
         mean, std = 100 * values[rho].mean(0), 100 * values[rho].std(0, ddof=1)
         cells = [f"{m:.1f} ± {s:.1f}" for m, s in zip(mean, std, strict=True)]
-        assert line == ["sam", str(rho), "3", *cells]
+        assert line == ["SAM", str(rho), "3", *cells]
 
 
 def test_a_sweep_makes_what_is_left_and_nothing_again(tmp_path, capsys):
@@ -118,7 +118,7 @@ def test_a_sweep_makes_what_is_left_and_nothing_again(tmp_path, capsys):
     assert main([*COMMAND, "--out", str(out), "--rows", str(rows)]) == 0
     assert everything == {p: p.stat().st_mtime_ns for p in everything}
     assert len(rows.read_text().splitlines()) == 4  # no row twice
-    line = next(s for s in capsys.readouterr().out.splitlines() if s.startswith("| sgd"))
+    line = next(s for s in capsys.readouterr().out.splitlines() if s.startswith("| SGD"))
     natural = [s["natural"] for s in summaries if s["method"] == "sgd"]
     assert f"{100 * np.mean(natural):.1f} ± {100 * np.std(natural, ddof=1):.1f}" in line
 

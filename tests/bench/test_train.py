@@ -247,6 +247,8 @@ def test_micro_batches_each_climb_by_themselves():
     ("sam", {}, [True] * 8),
     ("sam-interval", {"interval": 3}, [True, False, False, True, False, False, True, False]),
     ("sam-late", {"late": 0.5, "batch_size": 700}, [False] * 4 + [True] * 4),
+    ("looksam", {}, [True, False, False, False, False, True, False, False]),
+    ("msam", {}, [True] * 8),
 ])
 def test_which_steps_climb(method, options, climbs, monkeypatch):
     run = set_up(resolve(method, None, {"data": "digits", "epochs": 4, "width": 4, **options}))

@@ -26,9 +26,11 @@ class SGD:
         self.w, self.v = [x.clone() for x in w], [torch.zeros_like(x) for x in w]
         self.lr, self.momentum, self.weight_decay = lr, momentum, weight_decay
 
-    def step(self, grads: list[Tensor]) -> None:
+    def step(self, grads: list[Tensor], decayed: list[Tensor] | None = None) -> None:
+        """decayed: the weights whose decay is added to the gradients; None: w."""
+        decayed = self.w if decayed is None else decayed
         for i, g in enumerate(grads):
-            self.v[i] = self.momentum * self.v[i] + g + self.weight_decay * self.w[i]
+            self.v[i] = self.momentum * self.v[i] + g + self.weight_decay * decayed[i]
             self.w[i] = self.w[i] - self.lr * self.v[i]
 
 
@@ -40,7 +42,7 @@ class AdamW:
         self.v, self.u = ([torch.zeros_like(x) for x in w] for _ in "vu")
         self.lr, self.betas, self.eps = lr, betas, eps
 
-    def step(self, grads: list[Tensor]) -> None:
+    def step(self, grads: list[Tensor], decayed: list[Tensor] | None = None) -> None:
         self.t += 1
         one, two = self.betas
         for i, g in enumerate(grads):
@@ -51,7 +53,8 @@ class AdamW:
 
 
 class MomentumSAM:
-    """Algorithm 1: the weights stay at w - rho v / ||v|| between steps."""
+    """Algorithm 1: the weights stay at w - rho v / ||v|| between steps, and SGD's weight decay is
+    that of these, which msam.py adds to the gradients before it moves them back."""
 
     def __init__(self, base: SGD | AdamW, rho: float):
         self.base, self.rho, self.scale = base, rho, 0.0
@@ -60,7 +63,7 @@ class MomentumSAM:
     def step(self, grads: list[Tensor]) -> None:
         base = self.base
         base.w = [x + self.scale * v for x, v in zip(self.moved, base.v, strict=True)]
-        base.step(grads)
+        base.step(grads, decayed=self.moved)
         self.scale = self.rho / (length(base.v) + TINY)
         self.moved = [x - self.scale * v for x, v in zip(base.w, base.v, strict=True)]
 

@@ -58,7 +58,7 @@ def test_an_optimizer_that_cannot_climb_is_refused(accelerator):
 
     model = nn.Linear(3, 2)
     opt = accelerator.prepare(torch.optim.SGD(model.parameters(), lr=0.1))
-    with pytest.raises(TypeError, match="the optimizer is a SGD, which has no second pass"):
+    with pytest.raises(TypeError, match="the optimizer is of SGD, which has no second pass"):
         both_passes(accelerator, model, opt, lambda: None)
 
 

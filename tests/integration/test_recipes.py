@@ -501,7 +501,7 @@ def test_transformers_trainer_traps(run, tmp_path):
         base.step()
     assert_same(model, twin)
     plain = (AdamW, dict(lr=1e-2))
-    with pytest.raises(TypeError, match="the optimizer is a AdamW, which has no second pass"):
+    with pytest.raises(TypeError, match="the optimizer is of AdamW, which has no second pass"):
         page.trainer(page.network(), tmp_path, optimizer=plain).train()
 
 
@@ -591,7 +591,8 @@ def test_fsdp2(run):
 
 @pytest.mark.long
 def test_ray_train(monkeypatch, tmp_path):
-    pytest.importorskip("ray.train", reason="needs Ray Train: pip install 'ray[train]'")
+    pytest.importorskip("ray.train", exc_type=ImportError,
+                        reason="needs Ray Train: pip install 'ray[train]'")
     page = Run("recipe_ray_train")
     monkeypatch.chdir(tmp_path)
     execute(PAGES / "ray-train.md", page)

@@ -139,3 +139,10 @@ def test_rho_zero_is_sgd_with_any_of_them(trained):
         twin((1 + i) * x).square().mean().backward()
         sgd.step()
     torch.testing.assert_close(model.state_dict(), twin.state_dict(), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("given", [nn.Linear(2, 2).parameters(), None, "model"])
+def test_what_is_no_module_is_refused_by_name(given, recwarn):
+    with pytest.raises(TypeError, match=f"takes the model, not a {type(given).__name__}"):
+        freeze_bn_stats(given)
+    assert not list(recwarn)

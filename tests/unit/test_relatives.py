@@ -49,16 +49,19 @@ def assert_close(params, expected, what: str = "") -> None:
 
 @pytest.mark.parametrize("exact", EXACT)
 def test_momentum_sam_over_sgd_is_the_authors(exact):
-    """Their weight decay is of w' where the base's is of w, so its gradient says the difference."""
+    """Their weight decay is of w', the base's of w: ours gets the difference in its gradients."""
     w = parameters()
     theirs = published.MomentumSAM(published.SGD(w, **HYPER), rho=0.4)
     opt = MomentumSAM(w, torch.optim.SGD, rho=0.4, backend=exact, **HYPER)
     for t in range(12):
+        start = [p.detach().clone() for p in w]
         opt.first_step()
         assert_close(w, theirs.moved, f"moved at {t}: ")
-        give(w, normals(10 + t))
+        grads = normals(10 + t)
+        give(w, [g + HYPER["weight_decay"] * (moved.detach() - p)
+                 for g, moved, p in zip(grads, w, start, strict=True)])
         opt.second_step(zero_grad=True)
-        theirs.step(normals(10 + t))
+        theirs.step(grads)
         assert_close(w, theirs.base.w, f"after step {t}: ")
 
 

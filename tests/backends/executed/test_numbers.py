@@ -6,21 +6,14 @@ from itertools import product
 import pytest
 import torch
 
-from fastsam import ASAM, SAM, FisherSAM, FriendlySAM
+from fastsam import FriendlySAM, MomentumSAM
 from fastsam.kernels import triton as kernels
 
+from ...helpers.variants import VARIANTS
 from .steps import BLOCK, Steps, gaps, normals, signs, untouched_around
 
 SIZES = [1, 17, BLOCK - 1, 3 * BLOCK, BLOCK + 1]
-METHODS = {
-    "sam": (SAM, {}),
-    "asam": (ASAM, dict(scale="weights")),
-    "fisher": (FisherSAM, dict(eta=0.5)),
-    "fsam": (FriendlySAM, dict(lmbda=0.5)),
-    "fsam-official": (FriendlySAM, dict(lmbda=0.5, convention="official")),
-    "fasam": (FriendlySAM, dict(adaptive=True)),
-    "fsam-cosine": (FriendlySAM, dict(projection="cosine")),
-}
+NAMES = ["sam", "asam-weights", "fisher", "fsam", "fsam-official", "fasam", "fsam-cosine"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SGD = dict(base=torch.optim.SGD, momentum=0.75, weight_decay=0.5)
 
@@ -40,14 +33,20 @@ def equal(a: list, b: list) -> bool:
 @pytest.mark.parametrize("name", ["sam", "fsam", "fsam-official"])
 def test_the_reference_s_bits_where_the_norm_is_exact(executed, name, dtype, masters):
     """All but the norm's sum rounds once per operation, in the reference's order."""
-    cls, own = METHODS[name]
     sizes = [4, 60, BLOCK]
 
     def course(backend):
-        steps = Steps(normals(sizes, dtype), backend, cls, **own, **SGD, master_weights=masters)
+        steps = steps_of(name, normals(sizes, dtype), backend, **SGD, master_weights=masters)
         return steps.run(sizes, steps=1, draw=signs)
 
     assert equal(course("triton"), course("reference"))
+
+
+def steps_of(name: str, tensors, backend: str, **kwargs) -> Steps:
+    """A variant's, whose lmbda is a power of two."""
+    of = VARIANTS[name]
+    exactly = dict(lmbda=0.5) if of.cls is FriendlySAM else {}
+    return Steps(tensors, backend, of.cls, **of.own, **exactly, **kwargs)
 
 
 def few_for_every_change():
@@ -56,15 +55,14 @@ def few_for_every_change():
            ("fsam-official", "sgd", torch.float16), ("fasam", "sgd", torch.float32),
            ("fsam-cosine", "sgd", torch.bfloat16)}
     bases = dict(sgd=SGD, adamw=dict(base=torch.optim.AdamW, lr=1e-2))
-    for name, base, dtype in product(METHODS, bases, DTYPES):
+    for name, base, dtype in product(NAMES, bases, DTYPES):
         marks = () if (name, base, dtype) in few else pytest.mark.long
         yield pytest.param(name, bases[base], dtype, id=f"{name}-{base}-{dtype}", marks=marks)
 
 
 @pytest.mark.parametrize("name, base, dtype", list(few_for_every_change()))
 def test_nothing_but_the_tensors_elements_is_touched(executed, name, base, dtype):
-    cls, own = METHODS[name]
-    steps = Steps(normals(SIZES, dtype), "triton", cls, **own, **base, offset=0)
+    steps = steps_of(name, normals(SIZES, dtype), "triton", **base)
     executed.gaps += gaps(steps.opt)
     seen = steps.run(SIZES, steps=1)
     executed.gaps[:] = gaps(steps.opt)  # the base optimizer's state is there now
@@ -114,3 +112,28 @@ def test_pgd_s_kernels_touch_their_images_alone(executed, dtype):
         step(x_adv, g, x, 0.1, 0.05)
         assert x_adv.isfinite().all() and not torch.equal(x_adv, x)
     assert {name for name, _ in executed.traffic} == {"linf_kernel", "l2_kernel"}
+
+
+@pytest.mark.parametrize("base, dtype, masters", [
+    (SGD, torch.float32, False), (dict(base=torch.optim.AdamW, lr=1e-2), torch.bfloat16, True)],
+    ids=["sgd", "adamw"])
+def test_the_norm_that_a_step_leaves_has_the_bits_of_one_that_is_taken(executed, base, dtype,
+                                                                       masters):
+    """From misaligned gradients, and from none, too."""
+    sizes = [BLOCK + 7, 40, 2 * BLOCK]
+    steps = Steps(normals(sizes, dtype), "triton", MomentumSAM, rho=0.3, master_weights=masters,
+                  **base)
+    for offset in (0, 1):
+        steps.climb(normals(sizes, dtype, 1))
+        grads = normals(sizes, dtype, 2 + offset)
+        steps._set(grads, offset)
+        if offset:
+            steps.params[1].grad = None
+        steps.opt.second_step(zero_grad=True)
+        layout = steps.opt._phase.layout
+        assert layout.has_norm()
+        left = steps.spaces[0].partials[0].clone()
+        layout.keep_norm(None)
+        steps.opt.first_step()
+        assert left.any() and same_bits(left, steps.spaces[0].partials[0])
+        steps.opt.restore()

@@ -1,0 +1,230 @@
+"""Where a run is made: in this process, in processes of this machine, or on a Ray cluster.
+
+A place has `free`, whether it takes another run now; `start`; `ended`, which waits so many seconds
+at most and yields the runs that have ended, with their summaries or why there are none; and `stop`,
+which a signal's handler may call: what is under way saves and stops.
+"""
+
+import logging
+import multiprocessing
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.experiments.train_and_evaluate import train_and_evaluate
+from bench.files import alone_in
+from bench.settings.config import Config
+from bench.settings.evaluation import Evaluation
+from bench.training.diverged import Diverged
+from bench.training.session import Sitting
+from bench.training.stopped import Stopped
+from bench.training.train import train
+
+Evaluations = dict[str, Evaluation]  # by the file of a run's directory that holds its summary
+Outcome = list[dict[str, Any]] | BaseException
+Job = tuple[Config, Evaluations, Path, float | None]  # see `attempt`
+
+
+def attempt(
+    config: Config, evaluations: Evaluations, out: Path, until: float | None, **how: Any
+) -> Outcome:
+    """Make a run; return its summaries, one an evaluation, or why there are none: Busy, Stopped,
+    Diverged, ValueError or OSError. Without evaluations, train it alone.
+
+    until: the time, as time.time() has it, at which the run saves and stops. how: see Sitting, and
+    after_epoch as in train.
+    """
+    after_epoch = how.pop("after_epoch", lambda row: None)
+    minutes = None if until is None else (until - time.time()) / 60
+    try:
+        if minutes is not None and minutes <= 0:
+            raise Stopped("before it began")
+        sitting = Sitting(time_budget=minutes, **how)
+        if not evaluations:
+            with alone_in(out):
+                train(config, out, after_epoch=after_epoch, sitting=sitting)
+        return [
+            train_and_evaluate(
+                config, evaluation, out, after_epoch=after_epoch, sitting=sitting, file=file
+            )
+            for file, evaluation in evaluations.items()
+        ]
+    except (Diverged, Stopped, ValueError, OSError) as e:
+        return e
+
+
+class Here:
+    """This process, one run after the other."""
+
+    def __init__(self, after_epoch: Callable[[dict[str, Any]], None]):
+        self.after_epoch, self.stopping = after_epoch, False
+        self.made: list[tuple[str, Outcome]] = []
+
+    @property
+    def free(self) -> bool:
+        return not self.made
+
+    def start(self, name: str, job: Job) -> None:
+        try:
+            outcome = attempt(*job, asked=lambda: self.stopping, after_epoch=self.after_epoch)
+        except Exception as e:
+            outcome = e
+        self.made.append((name, outcome))
+
+    def ended(self, seconds: float) -> Iterator[tuple[str, Outcome]]:
+        made, self.made = self.made, []
+        yield from made
+
+    def stop(self) -> None:
+        self.stopping = True
+
+    def close(self) -> None:
+        pass
+
+
+# ---- processes of this machine
+
+_stopping: Any = None  # in a worker: shared with the process that started it
+
+
+def start_worker(device: str | None, stopping: Any) -> None:
+    """Give a worker its GPU, as "cuda", and end it with its parent: an orphan would keep its run's
+    directory from the command that is repeated."""
+    global _stopping
+    _stopping, parent = stopping, multiprocessing.parent_process()
+    if device is not None and torch.device(device).type == "cuda":
+        torch.cuda.set_device(torch.device(device).index or 0)
+
+    def follow_parent() -> None:
+        if parent is not None:
+            parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow_parent, daemon=True).start()
+
+
+def in_worker(job: Job) -> Outcome:
+    return attempt(*job, heeds_sigterm=True, asked=lambda: bool(_stopping.value))
+
+
+class Processes:
+    """`jobs` processes a device, each with one run at a time. One that is killed, or in which
+    something unknown went wrong, is replaced."""
+
+    def __init__(self, devices: tuple[str | None, ...], jobs: int):
+        self.context = multiprocessing.get_context("spawn")
+        self.flag = self.context.Value("b", 0, lock=False)
+        self.idle = [(device, self.worker(device)) for _ in range(jobs) for device in devices]
+        self.at_work: dict[Future, tuple[str, str | None, ProcessPoolExecutor]] = {}
+
+    def worker(self, device: str | None) -> ProcessPoolExecutor:
+        return ProcessPoolExecutor(1, self.context, start_worker, (device, self.flag))
+
+    @property
+    def free(self) -> bool:
+        return bool(self.idle)
+
+    @property
+    def stopping(self) -> bool:
+        return bool(self.flag.value)
+
+    def start(self, name: str, job: Job) -> None:
+        device, worker = self.idle.pop(0)
+        self.at_work[worker.submit(in_worker, job)] = name, device, worker
+
+    def ended(self, seconds: float) -> Iterator[tuple[str, Outcome]]:
+        for future in wait(self.at_work, seconds, FIRST_COMPLETED).done:
+            name, device, worker = self.at_work.pop(future)
+            error = future.exception()
+            if error is not None:
+                worker.shutdown(wait=False)
+                worker = self.worker(device)
+            self.idle.append((device, worker))
+            if isinstance(error, BrokenProcessPool):
+                error = ChildProcessError("its process was killed; was memory short?")
+            yield name, error or future.result()
+
+    def stop(self) -> None:
+        self.flag.value = 1
+
+    def close(self) -> None:
+        for _, worker in self.idle:
+            worker.shutdown()
+        for _, _, worker in self.at_work.values():  # where an error ends it all
+            worker.shutdown(wait=False, cancel_futures=True)
+
+
+# ---- Ray
+
+
+def on_node(folder: str, job: Job) -> Outcome:
+    os.chdir(folder)  # that relative paths, of data and runs, are the command's
+    return attempt(*job, heeds_sigterm=True)
+
+
+def connected(address: str) -> Any:
+    """Return ray, connected to the cluster: at an address, or, for "", to the one of RAY_ADDRESS or
+    of this machine, or a new one of this machine's."""
+    import ray
+
+    host, _, port = address.rpartition(":")
+    try:
+        if host and port.isdigit():  # Ray itself would go on asking for minutes
+            socket.create_connection((host.removeprefix("ray://"), int(port)), timeout=10).close()
+        if not ray.is_initialized():
+            ray.init(address=address or None, log_to_driver=False, logging_level=logging.WARNING)
+    except (OSError, RuntimeError, ValueError) as e:
+        raise ConnectionError(
+            f"no Ray cluster answers at {address!r} ({str(e).splitlines()[0]}); start one with "
+            "`ray start --head`, or leave the address out"
+        ) from e
+    return ray
+
+
+class Cluster:
+    """Tasks of a Ray cluster, which gives each its CPUs and GPUs. All are submitted at once."""
+
+    free = True
+
+    def __init__(self, address: str, cpus: float, gpus: float):
+        self.ray, self.stopping = connected(address), False
+        self.at_work: dict[Any, str] = {}
+        for kind, wanted in (("CPU", cpus), ("GPU", gpus)):
+            if (has := self.ray.cluster_resources().get(kind, 0)) < wanted:
+                print(f"a run asks for {wanted:g} {kind}s, and the cluster has {has:g}: all wait "
+                      "until it has more", file=sys.stderr)  # fmt: skip
+        self.task = self.ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=0)(on_node)
+
+    def start(self, name: str, job: Job) -> None:
+        self.at_work[self.task.remote(os.getcwd(), job)] = name
+
+    def ended(self, seconds: float) -> Iterator[tuple[str, Outcome]]:
+        if self.stopping:
+            for task in self.at_work:
+                self.ray.cancel(task)
+        for task in self.ray.wait(list(self.at_work), timeout=seconds)[0] if self.at_work else ():
+            yield self.at_work.pop(task), self.outcome(task)
+
+    def outcome(self, task: Any) -> Outcome:
+        try:
+            return self.ray.get(task)
+        except self.ray.exceptions.TaskCancelledError:
+            return Stopped("before its end")
+        except self.ray.exceptions.RayError as e:
+            return getattr(e, "cause", None) or ChildProcessError(str(e).splitlines()[0])
+
+    def stop(self) -> None:
+        self.stopping = True
+
+    def close(self) -> None:
+        for task in self.at_work:
+            self.ray.cancel(task)
