@@ -19,7 +19,7 @@ import torch
 
 pytest.importorskip("triton", reason="the kernels need Triton")
 
-from bench import attacks  # noqa: E402
+from bench.attacks import pgd as attacks  # noqa: E402
 from bench.attacks.pgd import Attack, pgd, plain_climb  # noqa: E402
 from fastsam.kernels import triton as kernels  # noqa: E402
 
