@@ -440,9 +440,9 @@ def test_the_caption_tells_all_that_differs_between_methods():
     text = caption(rows)
     said = dict(part.split(" ", 1) for part in
                 text.splitlines()[1].removeprefix("Methods: ").rstrip(".").split("; "))  # fmt: skip
-    assert said["sgd"] == "epochs 60, lr 0.05, weight_decay 0.0005"
-    assert said["sam"] == "rho 0.1, epochs 200, lr 0.05, weight_decay 0.001"
-    assert "epochs 200" in said["fsam"] and "lr 0.2" in said["fsam"] and "sigma 1.0" in said["fsam"]
+    assert said["SGD"] == "epochs 60, lr 0.05, weight_decay 0.0005"
+    assert said["SAM"] == "rho 0.1, epochs 200, lr 0.05, weight_decay 0.001"
+    assert all(x in said["Friendly-SAM"] for x in ("epochs 200", "lr 0.2", "sigma 1.0"))
     assert "resnet18, width 64, last checkpoint" in text and "8/255 (0.0314)" in text
     alike = caption([row | {"config": row["config"] | {"epochs": 5}} for row in rows])
     assert "width 64, 5 epochs, last checkpoint" in alike and "epochs" not in alike.splitlines()[1]

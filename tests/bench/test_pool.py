@@ -318,7 +318,7 @@ def test_recipes_end_with_a_table_beside_the_papers_numbers(tmp_path, capsys):
     assert main(command) == 0
     printed = capsys.readouterr().out
     lines = [[cell.strip() for cell in line.strip("|").split("|")]
-             for line in printed.splitlines() if line.startswith("| s")]  # fmt: skip
+             for line in printed.splitlines() if line.startswith("| S")]  # fmt: skip
     papers = [line for line in lines if line[1] == "paper*"]
     natural = [load_recipe(f"sam-at/cifar10/{name}").published["natural"]
                for name in ("st", "sam-rho0.1", "sam-rho0.2", "sam-rho0.4")]  # fmt: skip

@@ -498,7 +498,7 @@ def test_report_draws_and_tabulates_rows(tmp_path, capsys):
     assert text.strip() in capsys.readouterr().out
     table = [[cell.strip() for cell in line.strip("| ").split("|")]
              for line in text.splitlines() if line.startswith("| ")]  # fmt: skip
-    cells = [line for line in table if line[0] in ("sam", "fsam")]
+    cells = [line for line in table if line[0] in ("SAM", "Friendly-SAM")]
     assert len(cells) == len(SWEEP) + 1
     for line in (
         "fastsam reference (speed only);1,000,000;10;0.0123 (0.0111-0.0148);40;3241;50%;25%;3;8.0",
