@@ -10,7 +10,8 @@ from bench.__main__ import main
 from bench.provenance import ROOT
 from bench.settings.config import resolve
 from bench.training import tracking
-from bench.training.session import Sitting, Stopped
+from bench.training.session import Sitting
+from bench.training.stopped import Stopped
 from bench.training.train import train
 
 from ..helpers.survive import SMALL, difference
