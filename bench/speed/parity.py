@@ -50,7 +50,8 @@ def exact_course(w: Tensor, passes: list[tuple[Tensor, ...]], method: str, base:
     w: all weights as one float64 vector. passes: each step's gradients of both passes, likewise.
     convention: Friendly-SAM's, "algorithm1" or "official", as fastsam.FriendlySAM's.
     """
-    m, seen = None, []
+    m: Tensor | None = None
+    seen: list[Tensor] = []
     for g1, g2 in passes:
         d = g1
         if method == "msam":  # against the momentum, or Adam's first moment
