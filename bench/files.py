@@ -7,7 +7,7 @@ import math
 import os
 import platform
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -135,6 +135,19 @@ def read_json(path: Path, remedy: str) -> Any:
         return json.loads(path.read_text())
     except ValueError as e:  # no JSON, or no text
         raise ValueError(f"{str(path)!r} is damaged ({e}); {remedy}") from e
+
+
+def row_of(text: str, where: str, needed: Iterable[str], of: str) -> dict[str, Any]:
+    """Return the row that a line of JSONL holds. Raises ValueError, with `where` it stands, for one
+    that is no row `of` what it should be, which has all that is needed."""
+    try:
+        row = json.loads(text)
+        missing = [key for key in needed if key not in row]
+    except (json.JSONDecodeError, TypeError):
+        missing = ["JSON object"]
+    if missing:
+        raise ValueError(f"{where} is no row of a {of}: no {missing[0]}")
+    return row
 
 
 def write_text(path: Path, text: str) -> None:

@@ -52,11 +52,11 @@ def digits() -> tuple[Tensor, Tensor]:
     return x, torch.tensor(bunch.target).long()
 
 
-def trained(x: Tensor, y: Tensor) -> nn.Module:
+def trained(x: Tensor, y: Tensor, epochs: int = 6) -> nn.Module:
     torch.manual_seed(0)
     net = build_model("smallconv", 8, 1, 10, [0.3], [0.38])
     opt = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
-    for _ in range(6):
+    for _ in range(epochs):
         for index in torch.randperm(len(x)).split(50):
             F.cross_entropy(net(x[index]), y[index]).backward()
             opt.step()

@@ -13,6 +13,7 @@ from typing import Any
 from bench.attacks.notation import eps_key, in_both_forms, parse_eps
 from bench.experiments.compare import aggregate, spread
 from bench.experiments.train_and_evaluate import NEEDED, read_summary
+from bench.files import row_of
 from bench.settings.config import MACHINE, USED_BY, Config, resolve
 from bench.settings.evaluation import Evaluation, resolve_evaluation
 from bench.settings.methods import ADVERSARIES, OPTIMIZERS, split_method
@@ -28,14 +29,7 @@ DEFAULTS = {f.name: f.default for f in fields(Config) if f.default is not MISSIN
 
 def checked(text: str, where: str) -> dict[str, Any]:
     """Return the row in `text`; raise ValueError for what is no row of a run."""
-    try:
-        row = json.loads(text)
-        missing = [key for key in NEEDED if key not in row]
-    except (json.JSONDecodeError, TypeError):
-        missing = ["JSON object"]
-    if missing:
-        raise ValueError(f"{where} is no row of a run: no {missing[0]}")
-    return completed(row)
+    return completed(row_of(text, where, NEEDED, "run"))
 
 
 def completed(row: dict[str, Any]) -> dict[str, Any]:

@@ -1,12 +1,11 @@
 """Tables and figures of the optimizer step, from rows alone: `python -m bench report --step`."""
 
-import json
 from itertools import groupby
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from bench.files import write_text
+from bench.files import row_of, write_text
 from bench.reports.tables import markdown
 from bench.settings.names import method_name
 from bench.settings.speed import STEPPED
@@ -32,13 +31,7 @@ def read_rows(paths: list[Path]) -> list[dict[str, Any]]:
         if not lines:
             raise ValueError(f"{str(path)!r} is empty; `bench step --rows {path}` appends to it")
         for i, line in enumerate(lines, 1):
-            try:
-                row = json.loads(line)
-                missing = [key for key in NEEDED if key not in row]
-            except (json.JSONDecodeError, TypeError):
-                missing = ["JSON object"]
-            if missing:
-                raise ValueError(f"{str(path)!r}, line {i}, is no row of a step: no {missing[0]}")
+            row = row_of(line, f"{str(path)!r}, line {i},", NEEDED, "step")
             what = ("workload", "parameters", "tensors", "method", "implementation")
             latest[tuple(row[k] for k in SETTING + what)] = row
     return list(latest.values())

@@ -3,35 +3,22 @@
 from functools import lru_cache
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.models import build_model
+from bench.evaluation import peer_attacks
 
 
 @lru_cache(maxsize=1)
 def digits() -> tuple[Tensor, Tensor]:
     """All 1,797 images, (N, 1, 8, 8) in [0, 1], and labels."""
-    from sklearn.datasets import load_digits
-
-    bunch = load_digits()
-    images = torch.tensor(bunch.images, dtype=torch.float32).unsqueeze(1) / 16
-    return images, torch.tensor(bunch.target).long()
+    return peer_attacks.digits()
 
 
 @lru_cache(maxsize=1)
 def model() -> nn.Module:
     """Trained on all but the last 297 images; in eval mode."""
-    torch.manual_seed(0)
-    x, y = (part[:1500] for part in digits())
-    net = build_model("smallconv", 8, 1, 10, [0.3], [0.38])
-    opt = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
-    for _ in range(4):
-        for index in torch.randperm(len(x)).split(50):
-            F.cross_entropy(net(x[index]), y[index]).backward()
-            opt.step()
-            opt.zero_grad()
-    return net.eval()
+    x, y = digits()
+    return peer_attacks.trained(x[:1500], y[:1500], epochs=4)
 
 
 def held_out(n: int) -> tuple[Tensor, Tensor]:
