@@ -13,6 +13,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -179,6 +180,7 @@ def measure() -> Iterator[dict[str, Any]]:
             for tool, attacks in TOOLS.items():
                 for name, perturb in attacks(norm, eps).items():
                     torch.manual_seed(0)
+                    np.random.seed(0)  # ART's
                     with redirect_stdout(sys.stderr):
                         x_adv = perturb(scaled, x, y).detach()
                     yield {
