@@ -335,7 +335,22 @@ def test_a_damaged_summary_is_named_and_made_again(damage, copy, capsys):
     assert (folder / "last.pt").read_bytes() == before, "trained again"
 
 
-@pytest.mark.parametrize("damage", ["{", '{"epoch": 0}\n', "7\n", "\xff"])
+@pytest.mark.parametrize("key, value", [("natural", None), ("natural", "0.5"), ("best", None),
+                                        ("images_per_second", []), ("config", "sgd"),
+                                        ("robust", [0.1]), ("method", 3)])  # fmt: skip
+def test_a_summary_with_a_value_of_another_kind_is_named(key, value, copy, capsys):
+    path, rows = copy / "sgd-seed0/summary.json", copy / "rows.jsonl"
+    summary = json.loads(path.read_text()) | {key: value}
+    rows.write_text(json.dumps(summary) + "\n")
+    assert f"{str(rows)!r}, line 1, is no row of a run: {key} is {value!r}" in error(
+        capsys, "report", rows, "--out", copy / "report")  # fmt: skip
+    path.write_text(json.dumps(summary))
+    assert repr(str(path)) in error(capsys, "report", copy / "sgd-seed0", "--out", copy / "report")
+
+
+@pytest.mark.parametrize("damage", ["{", '{"epoch": 0}\n', "7\n", "\xff",
+                                    '{"epoch": 0, "seconds": null}\n',
+                                    '{"epoch": null, "seconds": 1}\n'])  # fmt: skip
 def test_damaged_metrics_are_named_and_the_report_goes_on_without(damage, copy, capsys):
     path = copy / "sgd-seed0/metrics.jsonl"
     path.write_bytes(damage.encode("latin-1"))
