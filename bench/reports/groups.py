@@ -37,7 +37,7 @@ def checked(text: str, where: str) -> dict[str, Any]:
 
 
 def completed(row: dict[str, Any], where: str) -> dict[str, Any]:
-    """Return a row with its config's later fields. Raises ValueError for a value of another kind."""
+    """Return a row with its config's later fields. Raises ValueError for values of other kinds."""
     if odd := [k for k, kind in KINDS.items() if not isinstance(row[k], kind)]:
         raise ValueError(f"{where} is no row of a run: {odd[0]} is {row[odd[0]]!r}; remove it, and "
                          "repeat the run's command")  # fmt: skip
