@@ -19,7 +19,8 @@ def both_passes(accelerator: Accelerator, model: nn.Module, optimizer: Any,
                 backward: Callable[[], Tensor], micro_batches: int | None = None) -> Tensor:
     """The gradients of a SAM step, on one batch or micro-batch: the pass at w, the climb, and the
     pass at w + e with BatchNorm's statistics frozen. Clip and call `optimizer.step()` afterwards,
-    as without SAM. A step that does not climb (`interval`, `start`) is one pass.
+    as without SAM. A step that does not climb (`interval`, `start`) is one pass; Momentum-SAM's
+    is one at the moved weights, to which it climbs before an update's first micro-batch.
 
     With gradient accumulation each micro-batch climbs by itself (m-sharpness), under
     DistributedDataParallel by the gradient of this process alone, and the sum of the second
@@ -42,9 +43,11 @@ def both_passes(accelerator: Accelerator, model: nn.Module, optimizer: Any,
     """
     sam = sam_of(optimizer)
     accumulates = (micro_batches or accelerator.gradient_accumulation_steps) > 1
-    check_processes(accelerator.distributed_type, accumulates)
+    check_processes(accelerator.distributed_type, accumulates and not sam.climbs_first)
     ddp = model if isinstance(model, nn.parallel.DistributedDataParallel) else None
-    if not sam.climbs_next:
+    if sam.climbs_next and sam.climbs_first and not sam.is_perturbed:
+        sam.first_step(scaler=accelerator.scaler)
+    if sam.climbs_first or not sam.climbs_next:
         return backward()
     with first_pass(sam, ddp if accumulates else None):
         loss = backward()
