@@ -20,7 +20,7 @@ class GraphedStep:
             loss_fn(model(x), y).backward()
         optimizer.second_step(zero_grad=True)
 
-    The graph is captured at the first call, after warm-up steps whose effect on the model and the
+    Momentum-SAM's `first_step` comes after the attack, before its only pass. The graph is captured at the first call, after warm-up steps whose effect on the model and the
     optimizer is undone, and again after `optimizer.load_state_dict`, a new group, moved or frozen
     parameters, `model.eval()` or `train()`, or a change of what the kernels branch on (`adaptive`,
     `eta`, `perturb`, a first momentum). Learning rate, rho and the other hyper-parameters are data

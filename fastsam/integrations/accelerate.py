@@ -9,7 +9,8 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
-from fastsam import SAM, freeze_bn_stats
+from fastsam import GSAM, SAM, LookSAM, freeze_bn_stats
+from fastsam.variants import refuse_micro_batches
 
 SINGLE = (DistributedType.NO,)
 REPLICATED = (DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
@@ -40,10 +41,13 @@ def both_passes(accelerator: Accelerator, model: nn.Module, optimizer: Any,
     Raises:
         TypeError: another optimizer.
         ValueError: gradient accumulation over processes that hold no replicas (FSDP), or DeepSpeed.
+        PhaseError: gradient accumulation with GSAM or LookSAM, which do not climb by parts.
     """
     sam = sam_of(optimizer)
     accumulates = (micro_batches or accelerator.gradient_accumulation_steps) > 1
     check_processes(accelerator.distributed_type, accumulates and not sam.climbs_first)
+    if accumulates and isinstance(sam, (GSAM, LookSAM)):
+        refuse_micro_batches(sam)
     ddp = model if isinstance(model, nn.parallel.DistributedDataParallel) else None
     if sam.climbs_next and sam.climbs_first and not sam.is_perturbed:
         sam.first_step(scaler=accelerator.scaler)

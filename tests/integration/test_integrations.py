@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastsam import SAM, MomentumSAM
+from fastsam import GSAM, SAM, LookSAM, MomentumSAM, PhaseError
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -95,6 +95,17 @@ def test_a_step_that_does_not_climb_is_one_pass(accelerator):
         opt.step()
         opt.zero_grad()
     assert calls == [False, True, False, False, False, True]
+
+
+@pytest.mark.parametrize("cls", [GSAM, LookSAM])
+def test_what_does_not_climb_by_micro_batches_is_refused_before_it_climbs(cls, accelerator):
+    from fastsam.integrations import both_passes
+
+    model = nn.Linear(3, 2)
+    opt = accelerator.prepare(cls(model.parameters(), torch.optim.SGD, lr=0.1))
+    with pytest.raises(PhaseError, match="both gradients of the whole batch"):
+        both_passes(accelerator, model, opt, lambda: pytest.fail("a pass"), micro_batches=2)
+    assert not opt.optimizer.is_perturbed
 
 
 def test_momentum_sam_s_only_pass_is_neither_repeated_nor_frozen(accelerator):

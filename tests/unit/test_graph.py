@@ -10,7 +10,16 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from fastsam import ASAM, SAM, FriendlySAM, GraphedStep, MomentumSAM, freeze_bn_stats
+from fastsam import (
+    ASAM,
+    GSAM,
+    SAM,
+    FriendlySAM,
+    GraphedStep,
+    LookSAM,
+    MomentumSAM,
+    freeze_bn_stats,
+)
 from fastsam.graph import refuse_uncapturable, set_counts, state_of
 from fastsam.passes import Climb
 
@@ -21,6 +30,9 @@ CASES = {
     "fsam-adamw": lambda ps: FriendlySAM(ps, torch.optim.AdamW, 0.1, 0.7, 0.6, lr=0.01),
     "fsam-cosine": lambda ps: FriendlySAM(ps, torch.optim.SGD, 0.1, 0.7, 0.6, lr=0.05,
                                           projection="cosine"),
+    "msam": lambda ps: MomentumSAM(ps, torch.optim.SGD, 0.3, lr=0.07, momentum=0.9),
+    "gsam-adamw": lambda ps: GSAM(ps, torch.optim.AdamW, 0.1, 0.4, lr=0.01),
+    "looksam": lambda ps: LookSAM(ps, torch.optim.SGD, 0.1, k=3, lr=0.07, momentum=0.9),
     "every third": lambda ps: SAM(ps, torch.optim.SGD, 0.08, lr=0.07, interval=3, start=2),
 }
 
@@ -36,9 +48,11 @@ def plain_step(net, opt, x, y, attack=None) -> torch.Tensor:
     """The loop of GraphedStep's docstring, written out."""
     x = x if attack is None else attack(net, x, y)
     opt.zero_grad()
+    if opt.climbs_first:
+        opt.first_step()
     loss = cross_entropy(net(x), y)
     loss.backward()
-    if opt.climbs_next:
+    if opt.climbs_next and not opt.climbs_first:
         opt.first_step(zero_grad=True)
         with freeze_bn_stats(net):
             cross_entropy(net(x), y).backward()

@@ -105,6 +105,16 @@ def test_a_v_that_is_not_finite_is_left_so(backend, device):
     assert opt.skipped_steps == 2
 
 
+def test_a_step_without_a_gradient_leaves_it_too(backend, device):
+    params = [nn.Parameter(t.to(device)) for t in normals(0)]
+    opt = optimizer(params, "sgd", backend)
+    give(params, [g.to(device) for g in normals(1)])
+    for _ in range(2):
+        opt.first_step()
+        opt.second_step(zero_grad=True)
+        assert_left_is_taken(opt)
+
+
 # ---- what torch's version counter does not see
 
 
