@@ -24,7 +24,9 @@ from bench.settings.speed import Options
 from bench.speed import plain_recipe
 from bench.training.train import Run, attacked, build_optimizer, forward_of, step
 
-METHODS = ("sgd", "sam", "asam", "fsam", "fasam", "at-linf", "at-l2")  # the plain recipe has these
+METHODS = (  # the plain recipe has these
+    "sgd", "sam", "asam", "fsam", "fasam", "msam", "looksam", "gsam", "at-linf", "at-l2",
+)  # fmt: skip
 # Float32's rounding reaches a hundredth of these; 2% more rho or eps, four times as much.
 TOLERANCE = {"training": 1e-4, "attack": 5e-3}
 
@@ -207,9 +209,11 @@ def losses_on(loop: Loop, batches: list[tuple[Tensor, Tensor]]) -> Tensor:
     return torch.stack([loop.update(x, y)[0] for x, y in batches]).double()
 
 
-def disagreement(config: Config, options: Options, loop: Callable = fast_loop,
-                 steps: int = 4) -> dict[str, float]:  # fmt: skip
-    """Return how far a loop is from the plain mathematics, on a small network.
+def disagreement(
+    config: Config, options: Options, loop: Callable = fast_loop
+) -> dict[str, float]:
+    """Return how far a loop is from the plain mathematics, on a small network: after four steps,
+    or one more than a second climb takes.
 
     "training", in float32 and on the same attacked images: the error of the losses, relative, and
     of the state, relative to the way it moved. "attack", in float32: the error of the perturbed
@@ -220,7 +224,7 @@ def disagreement(config: Config, options: Options, loop: Callable = fast_loop,
     small = replace(
         config, model="smallconv", width=8, batch_size=16, lr=0.2, momentum=0.8, weight_decay=0.05
     )
-    float32 = replace(small, amp="off")
+    float32, steps = replace(small, amp="off"), max(4, config.interval + 2)
     options = replace(options, images=16 * steps, workers=0)
     data = random_data(options)
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
