@@ -1,6 +1,7 @@
 """A finished run's summary: accuracy of the last and of the best checkpoint, cost, provenance."""
 
 import json
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -20,7 +21,7 @@ from bench.settings.evaluation import Evaluation, check_judges
 from bench.training import processes
 from bench.training.checkpoint import changed_data, load_checkpoint, rebuild
 from bench.training.session import Sitting
-from bench.training.tracking import track_summary
+from bench.training.tracking import has_all, track_finished
 from bench.training.train import Run, data_of, train
 
 NEEDED = (
@@ -62,6 +63,19 @@ def refuse_changed_data(
             f"the {parts} images of {config.data!r} changed since {str(out)!r} was finished; "
             "restore them or choose another --out"
         )
+
+
+def track_found(
+    tracker: str | None, config: Config, out: Path, summaries: dict[str, dict[str, Any]]
+) -> None:
+    """As track_finished, of a run that no process need be at work on."""
+    if tracker is None or has_all(tracker, config, out, summaries):
+        return
+    try:
+        with alone_in(out, wait=True):
+            track_finished(tracker, config, out, summaries)
+    except OSError as e:
+        warnings.warn(f"{tracker} has not got all of {str(out)!r} ({e})", stacklevel=2)
 
 
 def judges_of(run: Run, evaluation: Evaluation) -> Split | Photographs:
@@ -127,11 +141,12 @@ def train_and_evaluate(
 
     file: where it is kept there, so that one run can have several evaluations.
     bar: show the evaluation's progress on stderr.
-    Of several processes the first alone evaluates; the others return {}. Raises Stopped where
-    `sitting` ends before the training does, Diverged, and Busy where another process trains in
-    `out`.
+    What the sitting's tracker lacks of a finished run is tracked, too. Of several processes the
+    first alone evaluates; the others return {}. Raises Stopped where `sitting` ends before the
+    training does, Diverged, and Busy where another process trains in `out`.
     """
     check_judges(evaluation, config.val)
+    tracker, first = sitting.track if sitting else None, processes.rank() == 0
 
     def found() -> dict[str, Any] | None:
         summary = finished(config, evaluation, out, file)
@@ -140,8 +155,10 @@ def train_and_evaluate(
         return summary
 
     if (summary := found()) is not None:
+        if first:
+            track_found(tracker, config, out, {file: summary})
         return summary
-    git, first = git_hash(), processes.rank() == 0
+    git = git_hash()
     with alone_in(out) if first else nullcontext():
         if processes.processes() == 1 and (summary := found()) is not None:
             return summary  # another process made it meanwhile
@@ -150,5 +167,5 @@ def train_and_evaluate(
             return {}
         summary = summarise(run, evaluation, out, git, bar)
         write_json(out / file, summary)
-        track_summary(sitting.track if sitting else None, config, out, summary)
+        track_finished(tracker, config, out, {file: summary})
     return summary

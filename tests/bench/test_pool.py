@@ -59,7 +59,7 @@ def ends(monkeypatch):
     "begun". An outcome that is raised is a fault that nobody knows."""
     said = {"begun": []}
 
-    def attempt(config, evaluations, out, until, **how):
+    def attempt(config, evaluations, out, until, track, **how):
         said["begun"].append(out.name)
         outcome = said[out.name].pop(0)
         if callable(outcome):
