@@ -199,6 +199,10 @@ class Config:
         choices=("off", "bf16", "fp16"),
     )
     channels_last: bool = setting(False, "torch's channels_last memory format", machine=True)
+    graph: bool = setting(
+        False, "replay every step's passes and update as a CUDA graph, by fastsam's Triton "
+        "kernels; attacks stay outside", machine=True,
+    )
     backend: str | None = setting(
         None, "fastsam's", choices=("triton", "numba", "reference"),
         default="fastsam chooses", used_by=dict.fromkeys(SAMS), machine=True,
