@@ -14,8 +14,9 @@ import torch
 from bench.data.datasets import Split, test_images_of
 from bench.data.photographs import Photographs
 from bench.evaluation.evaluate import evaluate
-from bench.files import alone_in, read_json, write_json
+from bench.files import alone_in, write_json
 from bench.provenance import git_hash, stamp
+from bench.reports.rows import read_summary
 from bench.settings.config import Config, differences
 from bench.settings.evaluation import Evaluation, check_judges
 from bench.training import processes
@@ -23,21 +24,6 @@ from bench.training.checkpoint import changed_data, load_checkpoint, rebuild
 from bench.training.session import Sitting
 from bench.training.tracking import has_all, track_finished
 from bench.training.train import Run, data_of, train
-
-NEEDED = (
-    "method", "natural", "robust", "best", "images_per_second", "train_seconds", "test_images",
-    "attacks", "config", "evaluation", "versions", "git", "device",
-)  # fmt: skip
-
-
-def read_summary(path: Path) -> dict[str, Any]:
-    """Return a run's summary. Raises ValueError with the path of a damaged one."""
-    remedy = "remove it and repeat the run's command, which then evaluates its checkpoints again"
-    summary = read_json(path, remedy)
-    known = summary if isinstance(summary, dict) else {}
-    if missing := [key for key in NEEDED if key not in known]:
-        raise ValueError(f"{str(path)!r} is no row of a run: no {missing[0]}; {remedy}")
-    return summary
 
 
 def finished(

@@ -11,9 +11,9 @@ from typing import Any
 from torch import Tensor
 
 from bench.evaluation.evaluate import NORM_NAMES, interval
-from bench.experiments.train_and_evaluate import read_summary
 from bench.files import alone_in, replacing, write_text
 from bench.models.standalone import standalone
+from bench.reports.rows import read_summary
 from bench.settings.config import Config, differences
 from bench.settings.names import method_name
 from bench.training.checkpoint import load_checkpoint

@@ -1,6 +1,6 @@
 """Figures of trained runs: curves, and accuracy against eps, cost, time, rho and natural accuracy.
 
-A "row" is `bench.experiments.compare.aggregate`'s: means and deviations over the seeds of one
+A "row" is `bench.reports.statistics.aggregate`'s: means and deviations over the seeds of one
 setting. Its "label", where it has one, tells it from others of its method.
 """
 

@@ -25,7 +25,6 @@ from bench.evaluation.progress import bar_of
 from bench.files import remove_unfinished, write_json, write_jsonl
 from bench.models import build_model
 from bench.models.airbench import Airbench
-from bench.models.pretrained import start_from
 from bench.settings.config import Config, differences
 from bench.training import processes
 from bench.training.adversarial import attacked, watch_single_step
@@ -33,6 +32,7 @@ from bench.training.checkpoint import changed_data, load_checkpoint, load_weight
 from bench.training.diverged import Diverged
 from bench.training.epoch_state import Position
 from bench.training.optimizers import build_optimizer, lr_at
+from bench.training.pretrained import start_from
 from bench.training.run import Run, forward_of
 from bench.training.session import STOP, Sitting
 from bench.training.step import step

@@ -5,12 +5,12 @@ import re
 
 import pytest
 
-from bench.experiments.compare import aggregate
 from bench.experiments.compare import table as compare_table
 from bench.experiments.sweep import by_setting
 from bench.experiments.sweep import table as sweep_table
 from bench.provenance import ROOT
 from bench.reports import figures as drawing
+from bench.reports.statistics import aggregate
 from bench.settings.methods import ADVERSARIES, OPTIMIZERS
 from bench.settings.names import ADVERSARY_NAMES, OPTIMIZER_NAMES, in_figures, method_name
 
