@@ -12,7 +12,7 @@ from bench.experiments.places import attempt
 from bench.settings.config import resolve
 
 from ..helpers.survive import difference
-from .test_pool import EVALUATION, FAST, OPTIONS, error, owner, started
+from .test_pool import EVALUATION, FAST, OPTIONS, error, owner, started, tracked_epochs
 
 METHODS, EPOCHS = ("sgd", "sam", "fsam"), 6
 LONG = 900  # seconds; it takes 60 where the machine has nothing else to do
@@ -51,7 +51,7 @@ def test_of_two_nodes_one_is_killed_and_no_bit_is_another(tmp_path, monkeypatch)
         nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
         raylets = {node.all_processes["raylet"][0].process.pid: node for node in nodes}
         command = ["compare", *FAST, "--methods", *METHODS, "--seeds", "0", "--epochs", EPOCHS,
-                   "--ray", cluster.address, "--out", out]  # fmt: skip
+                   "--ray", cluster.address, "--track", "tensorboard", "--out", out]  # fmt: skip
         with started(*command) as process:
             killed = owner(out / "sgd-seed0")
             raylets_of = {parent(killed)}
@@ -70,4 +70,5 @@ def test_of_two_nodes_one_is_killed_and_no_bit_is_another(tmp_path, monkeypatch)
         alone = tmp_path / config.name
         until = time.time() + LONG
         assert isinstance(attempt(config, {"summary.json": EVALUATION}, alone, until), list)
+        assert tracked_epochs(out / config.name) == [*range(EPOCHS)]
         assert difference(out / config.name, alone) == ""
