@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from bench.data.known import KNOWN
 from bench.evaluation.evaluate import NORM_NAMES, interval
 from bench.files import alone_in, replacing, write_text
 from bench.models.standalone import standalone
@@ -151,8 +152,9 @@ def about(checkpoint: dict[str, Any], which: str) -> str:
 
 
 def loading(checkpoint: dict[str, Any]) -> str:
-    side = 8 if checkpoint["config"]["data"] == "digits" else checkpoint["config"]["image_size"]
-    return LOADING.format(channels=checkpoint["channels"], side=side or 32)
+    config = checkpoint["config"]
+    side = config["image_size"] or KNOWN.get(config["data"], 32)
+    return LOADING.format(channels=checkpoint["channels"], side=side)
 
 
 def requirements(model: str) -> str:
