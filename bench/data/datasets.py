@@ -1,7 +1,9 @@
 """Image data sets, as uint8 tensors on the device or as files, their splits and their labels."""
 
 import hashlib
-from collections.abc import Callable
+import os
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -154,7 +156,31 @@ def read_data(
         train, test, classes = READERS[name](data_dir, download)
     else:
         train, test, classes = folder(Path(name), lambda root: read_images(root, image_size))
+        warn_of_shared(name, pixels_of(train), pixels_of(test))
     return train, test, classes, sha256(train), sha256(test)
+
+
+def warn_of_shared(name: str, training: Iterable[object], test: Iterable[object]) -> None:
+    """Warn of test images that are training images too. Each: what is equal of equal images."""
+    known, found = set(training), list(test)
+    if shared := sum(image in known for image in found):
+        warnings.warn(
+            f"{shared} of {len(found)} test images of {name!r} are training images too, so that "
+            "the accuracy is not that on new images; take them out of one of the two",
+            stacklevel=2,
+        )
+
+
+def pixels_of(split: Split | Photographs) -> Iterator[bytes]:
+    for image in split.images.cpu().numpy():
+        yield hashlib.blake2b(image.tobytes(), digest_size=16).digest()
+
+
+def files_of(split: Photographs) -> Iterator[tuple[int, int]]:
+    """Yield what is equal of links to one file."""
+    for path in split.paths:
+        found = os.stat(path)
+        yield found.st_dev, found.st_ino
 
 
 def sha256(split: Split) -> str:
@@ -171,6 +197,8 @@ def test_images_of(name: str, data: Data, image_size: int | None) -> Split:
             f"{name!r} has {other.channels} channels and the classes {other.classes}, but the "
             f"network was trained on {data.channels} and {data.classes}; give test images of those"
         )
+    trained_on = (image for part in (data.train, data.val) for image in pixels_of(part))
+    warn_of_shared(name, trained_on, pixels_of(other.test))
     return other.test
 
 
@@ -188,6 +216,7 @@ def read_lazily(
     root = Path(name)
     train, test, classes = folder(root, lambda root: read_listing(root, size))
     train, test = (replace(part, workers=workers) for part in (train, test))
+    warn_of_shared(name, files_of(train), files_of(test))
     return train, test, classes, fingerprint(train, root), fingerprint(test, root)
 
 

@@ -1,6 +1,7 @@
 """Start a network from the weights of another training, for transfer."""
 
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 from zipfile import is_zipfile
@@ -10,8 +11,12 @@ from torch import Tensor, nn
 
 from bench.training.checkpoint import FORMAT, refuse_wrong_sums
 
-HOLDERS = ("model", "state_dict", "model_state_dict", "module")  # under which others save them
-PREFIXES = ("module.", "_orig_mod.", "model.", "net.")  # of DataParallel, torch.compile, wrappers
+HOLDERS = (  # under which others save them; where there are several, the first is meant
+    "model", "state_dict", "model_state_dict", "module", "net", "network", "weights", "params",
+    "ema", "model_ema", "state_dict_ema", "ema_state_dict",
+)  # fmt: skip
+# of DataParallel, torch.compile, wrappers, and a network behind its normalisation
+PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "network.", "1.")
 SHOWN = 4  # names in a message
 
 
@@ -20,13 +25,14 @@ def start_from(model: nn.Sequential, path: Path) -> None:
 
     path: a checkpoint of `bench train`, or a state_dict that torch.save wrote, by itself or under
     one of HOLDERS, its names with PREFIXES or without. Its last layer may be for another number of
-    classes and is then left as it is initialised, with a warning. Raises ValueError for a missing
-    or unreadable file and for weights of another network, with what does not fit.
+    classes and is then left as it is initialised, with a warning; so are tensors that lie beside
+    the network's. Raises ValueError for a missing or unreadable file and for weights of another
+    network, with what does not fit, or that are not finite.
     """
     network = model[1]
     network = getattr(network, "net", network)  # a library's, behind its resizing
     own = network.state_dict()
-    found = without_prefixes(read_weights(path), own)
+    found, beside = without_prefixes(read_weights(path), own)
     fits = {k: v for k, v in found.items() if k in own and v.shape == own[k].shape}
     head = set(list(own)[-2:]) & found.keys() - fits.keys()
     counters = {k for k in own if k.endswith("num_batches_tracked")} - found.keys()
@@ -36,6 +42,11 @@ def start_from(model: nn.Sequential, path: Path) -> None:
             f"{str(path)!r} holds the weights of another network: {len(wrong)} tensors do not fit, "
             f"{listed(wrong, found, own)}"
         )
+    if lost := [k for k, v in fits.items() if not v.isfinite().all()]:
+        raise ValueError(f"{str(path)!r} holds NaN or inf, in {lost[0]!r}; give other weights")
+    if beside:
+        warnings.warn(f"{str(path)!r} holds more than the network, which is left out: "
+                      f"{shortened(map(repr, beside))}", stacklevel=2)  # fmt: skip
     if head:
         warnings.warn(
             f"{str(path)!r} is for other classes, so these start anew: {listed(head, found, own)}",
@@ -53,26 +64,55 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             refuse_wrong_sums(path)
         found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # of other people's bytes anything can come
-        first_line = str(e).strip().splitlines()[:1]
-        raise ValueError(f"{str(path)!r} holds no weights that can be read {first_line}") from e
+        code = "weights_only" in str(e)
+        why = ("it is a pickled object, whose code is not run; save its state_dict()" if code else
+               "it is damaged, or torch.save did not write it")  # fmt: skip
+        raise ValueError(f"{str(path)!r} holds no weights that can be read: {why}") from e
     if isinstance(found, dict) and found.get("format") == FORMAT:
         weights = found["model"]  # "0.": normalisation, "1.": the network
         return {k.removeprefix("1."): v for k, v in weights.items() if not k.startswith("0.")}
-    for key in HOLDERS:
-        if isinstance(found, dict) and isinstance(found.get(key), dict):
-            found = found[key]
+    weights = tensors_in(found, path)
+    if not weights:
+        what = f", but {shortened(map(repr, found))}" if isinstance(found, dict) and found else ""
+        raise ValueError(f"{str(path)!r} holds no names and tensors{what}; save a state_dict(), by "
+                         "itself or under 'state_dict'")  # fmt: skip
+    return weights
+
+
+def tensors_in(found: Any, path: Path) -> dict[str, Tensor]:
+    """Return names and tensors of what torch.load gave, from below its HOLDERS."""
+    while isinstance(found, dict) and (
+        holders := [key for key in HOLDERS if isinstance(found.get(key), dict)]
+    ):
+        if len(holders) > 1:
+            warnings.warn(
+                f"{str(path)!r} holds weights under {', '.join(map(repr, holders))}; those of "
+                f"{holders[0]!r} are taken", stacklevel=4,
+            )  # fmt: skip
+        found = found[holders[0]]
     found = found if isinstance(found, dict) else {}
     return {str(k): v for k, v in found.items() if isinstance(v, Tensor)}
 
 
-def without_prefixes(found: dict[str, Tensor], own: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the weights under the network's names, as far as every name has the same prefix."""
+def without_prefixes(
+    found: dict[str, Tensor], own: dict[str, Tensor]
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Return the weights under the network's names, and the names without the prefix that most
+    have."""
+    beside: list[str] = []
     while found and not found.keys() & own.keys():
-        prefix = next((p for p in PREFIXES if all(k.startswith(p) for k in found)), None)
-        if prefix is None:
+        prefix = max(PREFIXES, key=lambda p: sum(k.startswith(p) for k in found))
+        with_it = {k: v for k, v in found.items() if k.startswith(prefix)}
+        if not with_it:
             break
-        found = {k.removeprefix(prefix): v for k, v in found.items()}
-    return found
+        beside += found.keys() - with_it.keys()
+        found = {k.removeprefix(prefix): v for k, v in with_it.items()}
+    return found, sorted(beside)
+
+
+def shortened(texts: Iterable[str]) -> str:
+    texts = list(texts)
+    return ", ".join(texts[:SHOWN] + ["..."] * (len(texts) > SHOWN))
 
 
 def listed(names: set[str], found: dict[str, Any], own: dict[str, Tensor]) -> str:
