@@ -16,7 +16,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -280,7 +279,8 @@ class Lines:
         while len(self.lines) < len(texts):
             self.lines.append(tqdm(bar_format="{desc}", leave=False, disable=None,
                                    position=len(self.lines) + 1))  # fmt: skip
-        for line, text in zip_longest(self.lines, texts, fillvalue=""):
+        blank = [""] * (len(self.lines) - len(texts))
+        for line, text in zip(self.lines, [*texts, *blank], strict=True):
             line.set_description_str(f"  {text}"[:width])
 
     def close(self) -> None:
