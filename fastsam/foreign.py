@@ -86,6 +86,22 @@ def share(base: Optimizer, name: str, container: Any) -> None:
         setattr(base, name, container)
 
 
+def join_containers(optimizer: Optimizer, base: Optimizer, groups: object = None,
+                    state: object = None) -> None:
+    """Someone may have replaced the groups or the state of one of the two, who share them: both
+    get the new ones, the optimizer's own where both were replaced.
+
+    Args:
+        groups, state: those that they shared when they were last seen.
+    """
+    for name, seen in (("param_groups", groups), ("state", state)):
+        mine, theirs = getattr(optimizer, name), getattr(base, name)
+        if mine is not theirs:
+            if mine is seen:
+                setattr(optimizer, name, theirs)
+            share(base, name, getattr(optimizer, name))
+
+
 def saved(base: Optimizer, groups: Sequence[Group], own: dict[int, dict[str, Tensor]],
           shared: Sequence[str]) -> dict[str, Any]:
     """The base's whole saved state, and in it these groups and SAM's own tensors."""

@@ -16,10 +16,11 @@ from torch import Tensor
 from . import distributed, state_dict
 from .checks import check_groups, names_of, refuse_shared, refuse_twice, refuse_unusable
 from .choose import choose
+from .gradients import PLAIN, in_one_dtype, only, readable
 from .hyper import Hyper, hyper_row, scaling_of
-from .memory import Memory, addresses, present
+from .memory import Memory, addresses, lies_as, present, table_of
 from .passes import Climb, Pass
-from .space import NOWHERE, Kind, Slot, Space, Tables, is_dense, local, same_layout, upload
+from .space import NOWHERE, Kind, Space, Tables, local, upload
 
 Group = dict[str, Any]
 BASE_KEYS = {None: (),
@@ -27,7 +28,6 @@ BASE_KEYS = {None: (),
                      "differentiable"),
              "adam": ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize",
                       "differentiable", "decoupled_weight_decay")}
-PLAIN = {Tensor, torch.nn.Parameter}
 NUMBERS = (int, float, bool, str, type(None))
 
 
@@ -297,6 +297,12 @@ class Layout:
 
     # ---- the norm of v, which a step leaves to the next climb
 
+    def climbing_along_v(self) -> list[list[bool]]:
+        """For each space and slot, whether it climbs along -v: frozen ones do not."""
+        return [[taken and slot.param.requires_grad
+                 for slot, taken in zip(space.slots, perturb, strict=True)]
+                for space, perturb in zip(self.spaces, self.values.perturb, strict=True)]
+
     def keep_norm(self, climbing: Sequence[Sequence[bool]] | None) -> None:
         """Remember that the partials are those of v as it is now, over these slots of each space;
         for None, that they are not."""
@@ -304,7 +310,8 @@ class Layout:
 
     def has_norm(self) -> bool:
         """Whether the partials are what `norm` would make of v, over what climbs now."""
-        return self._normed is not None and self._normed == self._to_norm(self.values.perturb)
+        return (self._normed is not None
+                and self._normed == self._to_norm(self.climbing_along_v()))
 
     def _to_norm(self, climbing: Sequence[Sequence[bool]]) -> list:
         return [(version(space.v), list(moved))
@@ -328,8 +335,9 @@ class Layout:
         """
         space, values = self.spaces[i], self.values
         along_v = first and self.traits.along_v
-        grads: list[Tensor | None] = ([slot.v for slot in space.slots] if along_v else
-                                      [p.grad for p in space.params])
+        grads: list[Tensor | None] = (
+            [slot.v if slot.param.requires_grad else None for slot in space.slots] if along_v
+            else [p.grad for p in space.params])
         takes_part = values.perturb[i] if first else None
         column = "g1" if first else "g2"
         last = self._last.get((i, first))
@@ -370,19 +378,6 @@ class Layout:
         return p._replace(g=g, g_table=self.tables[i].bring("part", table_of(g)))
 
 
-def table_of(tensors: Sequence[Tensor | None]) -> list[int]:
-    """The column of addresses of tensors."""
-    return [0 if t is None else t.data_ptr() or NOWHERE for t in tensors]
-
-
-def only(takes_part: Sequence[bool] | None, grads: Sequence[Tensor | None],
-         ) -> Sequence[Tensor | None]:
-    """The gradients of those that take part; of all, for None."""
-    if takes_part is None or all(takes_part):
-        return grads
-    return [g if taken else None for g, taken in zip(grads, takes_part, strict=True)]
-
-
 def version(t: Tensor | None) -> object:
     """What changes when a tensor is changed in place; where nobody counts, never twice the same."""
     return None if t is None else object() if t.is_inference() else t._version
@@ -391,58 +386,3 @@ def version(t: Tensor | None) -> object:
 def is_constant(x: Any) -> bool:
     """Whether x is a pair of numbers that cannot change in place, as Adam's betas."""
     return type(x) is tuple and all(type(y) in NUMBERS for y in x)
-
-
-def lies_as(w: Tensor, slot: Slot) -> bool:
-    """Whether a parameter's memory has the order that its slot was made for.
-
-    Raises:
-        RuntimeError: it has another device, dtype or shape, or its elements no longer fill one
-            stretch of memory.
-    """
-    was = (slot.shape, slot.dtype, slot.saved.device)
-    if (w.shape, w.dtype, w.device) != was or (slot.dense and not is_dense(w)):
-        raise RuntimeError(
-            f"a parameter of shape {tuple(slot.shape)}, {slot.dtype} on {slot.saved.device}, is "
-            f"now {tuple(w.shape)} of strides {w.stride()}, {w.dtype} on {w.device}: build the "
-            "optimizer after the model has its final form")
-    return same_layout(w, slot.saved) if slot.dense else not is_dense(w)
-
-
-def readable(slot: Slot, g: Tensor) -> Tensor:
-    """A gradient in the order of its parameter's memory: itself, or a copy.
-
-    Raises:
-        ValueError: it is sparse, complex, or of another shape.
-    """
-    g = local(distributed.placed_like(slot.param, g))
-    if g.layout is not torch.strided:
-        raise ValueError(f"a gradient of shape {tuple(g.shape)} has layout {g.layout}: use "
-                         "dense gradients (sparse=False in torch.nn.Embedding)")
-    if g.shape != slot.shape or not g.is_floating_point():
-        raise ValueError(f"a gradient of shape {tuple(g.shape)} and {g.dtype} is no gradient of a "
-                         f"parameter of shape {tuple(slot.shape)}: clear it (zero_grad)")
-    if g.dtype == torch.float64 != slot.dtype:
-        raise ValueError(f"a gradient of float64 for a parameter of {slot.dtype}, whose step is "
-                         "computed in float32: use float64 parameters, or p.grad.float()")
-    is_memory = type(g) in PLAIN and not g.is_neg() and (
-        g.data_ptr() or not g.numel())
-    if is_memory and g.device == slot.saved.device and same_layout(g, slot.saved):
-        return g
-    dtype = g.dtype
-    copied = torch.empty_like(slot.saved, dtype=dtype, memory_format=torch.preserve_format)
-    copied.copy_(g)
-    return copied
-
-
-def in_one_dtype(grads: list[Tensor | None], acc: torch.dtype,
-                 ) -> tuple[list[Tensor | None], torch.dtype]:
-    """Gradients as kernels read them: all in one dtype, their own where they share one that is
-    no wider than the arithmetic."""
-    dtypes = {g.dtype for g in grads if g is not None}
-    if len(dtypes) == 1 and (acc in dtypes or (acc == torch.float32 and dtypes <= SIXTEEN_BITS)):
-        return grads, dtypes.pop()
-    return [None if g is None else g.to(acc) for g in grads], acc
-
-
-SIXTEEN_BITS = {torch.bfloat16, torch.float16}

@@ -5,6 +5,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from .space import NOWHERE, Slot, is_dense, same_layout
+
 
 class Memory:
     """Parameters' and gradients' addresses, and their forms: dtypes, devices, shapes, strides and
@@ -60,3 +62,24 @@ def forms(tensors: Sequence[Tensor]) -> Callable[..., bool]:
 def form(t: Tensor) -> tuple:
     stride = t.stride() if t.layout is torch.strided else None
     return type(t), t.layout, t.dtype, t.device, t.shape, stride, t.is_neg()
+
+
+def table_of(tensors: Sequence[Tensor | None]) -> list[int]:
+    """The column of addresses of tensors."""
+    return [0 if t is None else t.data_ptr() or NOWHERE for t in tensors]
+
+
+def lies_as(w: Tensor, slot: Slot) -> bool:
+    """Whether a parameter's memory has the order that its slot was made for.
+
+    Raises:
+        RuntimeError: it has another device, dtype or shape, or its elements no longer fill one
+            stretch of memory.
+    """
+    was = (slot.shape, slot.dtype, slot.saved.device)
+    if (w.shape, w.dtype, w.device) != was or (slot.dense and not is_dense(w)):
+        raise RuntimeError(
+            f"a parameter of shape {tuple(slot.shape)}, {slot.dtype} on {slot.saved.device}, is "
+            f"now {tuple(w.shape)} of strides {w.stride()}, {w.dtype} on {w.device}: build the "
+            "optimizer after the model has its final form")
+    return same_layout(w, slot.saved) if slot.dense else not is_dense(w)

@@ -1,6 +1,6 @@
 """The torch optimizer: parameter groups, the two-phase step, closures and state."""
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar, overload
 
@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from typing_extensions import Self
 
-from . import distributed, foreign, micro_batches
+from . import all_spaces, distributed, following, foreign, micro_batches, reports
 from . import state_dict as saving
 from .checks import (
     check_base,
@@ -22,10 +22,9 @@ from .checks import (
 )
 from .grad_scaler import inverse_scale, report_overflow
 from .layout import Layout, Traits
-from .passes import Climb, Pass
+from .passes import Pass
 from .phase import Phase, PhaseError
-from .reference import projection, share
-from .space import Space, Tables, local
+from .space import Space, Tables
 
 Loss = TypeVar("Loss")  # what a closure returns
 FUSED: dict[type[Optimizer], str] = {SGD: "sgd", Adam: "adam", AdamW: "adam"}
@@ -160,83 +159,19 @@ class SAM(Optimizer):
     # ---- what others may have changed
 
     def _follow(self) -> Layout:
-        """The layout of the parameters and values as they are now.
-
-        Raises:
-            PhaseError: the groups' parameters, or masters, changed while the weights are moved.
-            ValueError: what has changed is refused; nothing else has changed then.
-        """
-        phase = self._phase
+        """The layout of the parameters and values as they are now (see `following.follow`)."""
         if self._traits.base:
             refuse_hooks(self.base_optimizer)
-        self._join_containers()
-        check_containers(self.param_groups)
-        layout = phase.layout
-        if layout is None or not layout.has(self.param_groups):
-            phase.need(False, "changing the groups' parameters")
-            layout = self._lay_out()
-        while not (layout.follow_values(self.param_groups)
-                   and (phase.perturbed or layout.has_its_memory())):
-            layout = self._lay_out()
-        if phase.perturbed and self._traits.masters and layout.is_edited(self.state):
-            phase.need(False, "changing the state of float32 masters")
-        layout.follow_state(self.state)
-        layout.containers = self.param_groups, self.state
-        return layout
-
-    def _lay_out(self, hidden: dict[Tensor, Any] | None = None) -> Layout:
-        """Make a new layout, in which everything goes on where it was.
-
-        Args:
-            hidden: what a copied optimizer had, and its state does not show.
-        """
-        phase, old = self._phase, self._phase.layout
-        new = Layout(self._traits, self.param_groups)
-        new.follow_values(self.param_groups)
-        if old is None:
-            saving.adopt(new.shown, new.params, saving.merged(self.state, hidden or {}))
-        else:
-            phase.climbs = new.inherit(old, self.state, phase.climbs)
-        new.show(self.state)
-        phase.layout = new
-        return new
-
-    def _join_containers(self) -> None:
-        """Someone may have replaced the groups or the state of one of the two optimizers, who
-        share them."""
-        base, layout = self.base_optimizer, self._phase.layout
-        groups, state = layout.containers if layout is not None else (None, None)
-        if base.param_groups is not self.param_groups:
-            if self.param_groups is groups:
-                self.param_groups = base.param_groups
-            foreign.share(base, "param_groups", self.param_groups)
-        if base.state is not self.state:
-            if self.state is state:
-                self.state = base.state
-            foreign.share(base, "state", self.state)
+        layout = self._phase.layout
+        seen = layout.containers if layout is not None else (None, None)
+        foreign.join_containers(self, self.base_optimizer, *seen)
+        return following.follow(self._phase, self._traits, self.param_groups, self.state)
 
     def _read(self, first: bool, inverse: Tensor | None) -> list[Pass]:
-        """What this pass reads of every space; whatever can be refused is, before a weight
-        changes.
-
-        Args:
-            first: it is a first pass.
-            inverse: 1 / the loss scale of the gradients, if they are scaled.
-        """
-        layout = self._follow()
-        passes: list[Pass] = []
-        while len(passes) < len(layout.spaces):
-            i = len(passes)
-            p = layout.read(i, first, layout.tables[i])
-            if p is None:
-                layout, passes = self._lay_out(), []
-                continue
-            passes.append(p if inverse is None else p._replace(
-                inv_scale=inverse.to(p.space.kind.device, p.space.kind.acc)))
-        if not (first and self._traits.along_v):
-            for i, p in enumerate(passes):
-                layout.set_cell(i, "inv_scale1" if first else "inv_scale2", p.inv_scale, 1)
-        return passes
+        """What a pass reads, as things are now (see `following.read`)."""
+        self._follow()
+        return following.read(self._phase, self._traits, self.param_groups, self.state, first,
+                              inverse)
 
     # ---- the step
 
@@ -266,67 +201,14 @@ class SAM(Optimizer):
         scaler = scaler if scaler is not None and scaler.is_enabled() else None
         scaled = scaler is not None and not self._traits.along_v
         passes = self._read(True, inverse_scale(scaler, self) if scaled else None)
-        climbs: list[Climb] = []
-        try:
-            passes = self._projected(passes)
-            if not phase.layout.has_norm():
-                self._norm(passes)
-            for p in passes:
-                climbs.append(phase.layout.backend.climb(p, global_sums(passes, p.space)))
-        except BaseException:
-            go_back(climbs)
-            raise
+        climbs = all_spaces.climb(phase.layout, passes)
         phase.climbs, phase.perturbed, phase.scaler, phase.plain = climbs, True, scaler, None
-        announce(written(passes, climbs))
+        all_spaces.announce(all_spaces.written(passes, climbs))
         phase.watch.look(phase.layout.spaces)
         if zero_grad:
             self.zero_grad()
         else:
             phase.keep_witness(self._parameters())
-
-    def _norm(self, passes: list[Pass]) -> None:
-        for p in passes:
-            self._phase.layout.backend.norm(p)
-            p.space.sum_over_shards(p.space.partials)
-
-    def _projected(self, passes: list[Pass]) -> list[Pass]:
-        """The passes with sigma multiplied with the projection's share, a function of g and m."""
-        kind = self._traits.projection
-        if kind is None:
-            return passes
-        c = projection(self._dots(passes), kind)
-        for p in passes:
-            p.space.multiply_sigma(to(c, p.space))
-        return [p._replace(rows=[row._replace(sigma=row.sigma * to(c, p.space)) for row in p.rows])
-                for p in passes]
-
-    def _dots(self, passes: list[Pass]) -> Tensor:
-        """<g, m>, <g, g> and <m, m> over all parameters."""
-        for p in passes:
-            self._phase.layout.backend.dots(p)
-        first = passes[0].space
-        return torch.stack([to(p.space.sum_over_shards(p.space.dots).sum(1), first)
-                            for p in passes]).sum(0)
-
-    def _mix(self) -> str | None:
-        """`Pass.mix` of the coming base step."""
-        perturbed = self._phase.perturbed
-        if self._traits.mode == "looksam":
-            return "renew" if perturbed else "reuse"
-        return "gsam" if self._traits.mode == "gsam" and perturbed else None
-
-    def _mixed(self, passes: list[Pass], climbs: Sequence[Climb | None], mix: str,
-               ) -> tuple[list[Pass], Tensor]:
-        """The passes as the base is to step with them; and 0, or NaN where a sum over all
-        gradients, with which one bad one would spread to all weights, is not finite."""
-        layout = self._phase.layout
-        passes = [p._replace(mix=mix) for p in passes]
-        c = share(self._dots([
-            layout.part(i, p, climb.moved if climb else layout.values.perturb[i])
-            for i, (p, climb) in enumerate(zip(passes, climbs, strict=True))]), mix)
-        for p in passes:
-            p.space.cells.share.copy_(to(c, p.space))
-        return passes, c - c
 
     def second_step(self, zero_grad: bool = False) -> None:
         """Return to w and let the base optimizer update it with the gradients in `.grad`.
@@ -456,28 +338,10 @@ class SAM(Optimizer):
         phase = self._phase
         passes = self._read(False, None if grad_scale is None else 1 / grad_scale)
         climbs = phase.climbs if phase.perturbed else [None] * len(passes)
-        mix = self._mix()
-        if mix is not None:
-            passes, bad = self._mixed(passes, climbs, mix)
-            found_inf = bad if found_inf is None else bad + found_inf.to(bad)
-        layout = phase.layout
-        along_v = self._leaves_norm(layout.spaces)
-        layout.keep_norm(None)
-        for i, (p, climb) in enumerate(zip(passes, climbs, strict=True)):
-            layout.set_cell(i, "found_inf", found_inf, 0)
-            layout.backend.step(p._replace(along_v=along_v), climb)
-        if along_v:
-            layout.keep_norm([climb.moved for climb in phase.climbs])
+        all_spaces.step(phase.layout, passes, climbs, found_inf)
         vars(self.base_optimizer)["_opt_called"] = True  # for a scheduler that was built around it
         phase.leave()
-        announce(written(passes, climbs))
-
-    def _leaves_norm(self, spaces: Sequence[Space]) -> bool:
-        """Whether the coming base step leaves the norm of v for the next climb. Not of sharded
-        parameters: whether to take it anew, with a sum over processes, has to be the same on all.
-        """
-        return (self._traits.along_v and self._phase.perturbed
-                and not any(space.kind.shards for space in spaces))
+        all_spaces.announce(all_spaces.written(passes, climbs))
 
     def _foreign_step(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         """Restore and let the base optimizer step. Whether the step is a skip is read on the
@@ -550,9 +414,9 @@ class SAM(Optimizer):
         if self._phase.perturbed:
             self._phase.leave()
             try:
-                go_back(climbs)
+                all_spaces.go_back(climbs)
             finally:
-                announce(moved(climbs))
+                all_spaces.announce(all_spaces.moved(climbs))
 
     @contextmanager
     def capture(self) -> Iterator[list[Tables]]:
@@ -588,8 +452,8 @@ class SAM(Optimizer):
         """Take the norm of a v that no step has left it of: a graph has no launch for it."""
         layout = self._follow()
         if self._traits.along_v and not layout.has_norm():
-            self._norm(self._read(True, None))
-            self._phase.layout.keep_norm(self._phase.layout.values.perturb)
+            all_spaces.norm(layout.backend, self._read(True, None))
+            self._phase.layout.keep_norm(self._phase.layout.climbing_along_v())
 
     # ---- what can be asked
 
@@ -640,26 +504,14 @@ class SAM(Optimizer):
 
     def backend_report(self) -> dict[str, Any]:
         """What runs and why: `backend`, `why`, `fused_base` and one line per `spaces`."""
-        layout = self._follow()
-        spaces = [f"{len(s.slots)} tensors, {s.numel} parameters, {s.kind.dtype} on "
-                  f"{s.kind.device}" + (", float32 masters" if s.kind.masters else "")
-                  + (", sharded" if s.kind.shards else "") for s in layout.spaces]
-        return {**layout.report, "fused_base": self._traits.base is not None, "spaces": spaces}
+        return reports.backend(self._follow(), self._traits)
 
     def memory_report(self) -> dict[str, int]:
         """Bytes that the optimizer keeps between steps, by buffer: the saved weights (`backup`;
         the masters, where there are), F-SAM's average, the full or a kept gradient, LookSAM's g_v
         (`ema`), the fused base's buffers (`base`), tables and sums (`other`). The state of a base
         optimizer that is not fused is not counted."""
-        report = dict.fromkeys(("backup", "ema", "base", "other"), 0)
-        for s in self._follow().spaces:
-            for name, t in (("backup", s.saved), ("ema", s.m), ("ema", s.kept), ("base", s.v),
-                            ("base", s.u)):
-                report[name] += 0 if t is None else t.nbytes
-            report["other"] += sum(t.nbytes for t in (
-                s.steps, s.partials, s.radii, s.dots, s.control, s.counters, s.hyper, s.scalings,
-                s.layout))
-        return report
+        return reports.memory(self._follow().spaces)
 
     def __repr__(self) -> str:
         head, _, groups = super().__repr__().partition("(")
@@ -712,15 +564,11 @@ class SAM(Optimizer):
     def _load(self, state_dict: dict[str, Any]) -> None:
         if not self._traits.base:
             state_dict = foreign.as_saved(state_dict, self.param_groups, self._shared)
-        saving.refuse_others_keys(self.param_groups, state_dict["param_groups"],
-                                  state_dict["state"].values(), self._traits.mode)
-        groups = saving.merged_groups(self.param_groups, state_dict["param_groups"])
+        params = self._parameters()
+        groups, states = saving.fitting(state_dict, self.param_groups, params, self._traits.base,
+                                        self._traits.mode)
         saving.keep_decoupled(groups, self.base_optimizer)
         self._check(groups)
-        params = self._parameters()
-        states = [state_dict["state"].get(i, {}) for g in groups for i in g["params"]]
-        for p, entry in zip(params, states, strict=False):
-            saving.check_entry(p, entry, self._traits.base, self._traits.mode)
         state_dict = {**state_dict, "param_groups": groups}
         containers = self.param_groups, self.state
         super().load_state_dict({**state_dict, "state": {}})
@@ -745,7 +593,7 @@ class SAM(Optimizer):
         state.clear()
         state.update(new_state)
         self.param_groups, self.state = groups, state
-        self._join_containers()
+        foreign.join_containers(self, self.base_optimizer)
 
     def __getstate__(self) -> dict[str, Any]:
         self._phase.need(False, "copying or pickling")
@@ -762,57 +610,5 @@ class SAM(Optimizer):
                 group.setdefault(name, value)
         if skipped is not None:  # a copy or a pickle; without it, load_state_dict
             self._phase = Phase(skipped=skipped)
-            self._lay_out(hidden)
+            following.lay_out(self._phase, self._traits, self.param_groups, self.state, hidden)
             self._follow()
-
-
-def to(t: Tensor, space: Space) -> Tensor:
-    """A device value where and as a space has its own."""
-    return t.to(space.kind.device, space.kind.acc, non_blocking=True)
-
-
-def global_sums(passes: Sequence[Pass], space: Space) -> Tensor:
-    """The partial sums of every space, where and as one of them has its own: the norm is global."""
-    if len(passes) == 1:
-        return space.partials
-    return torch.cat([to(p.space.partials, space) for p in passes], 1)
-
-
-@torch.no_grad()
-def go_back(climbs: Sequence[Climb]) -> None:
-    """Bring what climbed back to its saved weights; a master is rounded as it was rounded.
-
-    Raises:
-        RuntimeError: a parameter has another shape by now; the others are back.
-    """
-    lost = []
-    for climb in climbs:
-        for slot, moved in zip(climb.space.slots, climb.moved, strict=True):
-            if moved and local(slot.param).shape != slot.shape:
-                lost.append(f"{tuple(slot.shape)} -> {tuple(local(slot.param).shape)}")
-            elif moved:
-                local(slot.param).copy_(slot.saved)
-    if lost:
-        raise RuntimeError("parameters changed their shape while the weights were perturbed and "
-                           f"cannot go back ({', '.join(lost)}); all others are at w")
-
-
-def announce(changed: Collection[Tensor]) -> None:
-    """Tell autograd and autocast, which do not see all writes, of new weights."""
-    torch.autograd.graph.increment_version(changed)
-    torch.clear_autocast_cache()
-
-
-def moved(climbs: Sequence[Climb]) -> list[Tensor]:
-    return [local(slot.param) for climb in climbs
-            for slot, moved in zip(climb.space.slots, climb.moved, strict=True) if moved]
-
-
-def written(passes: Sequence[Pass], climbs: Sequence[Climb | None]) -> list[Tensor]:
-    """The weights that a step writes: those with a gradient, and those that climbed."""
-    changed: list[Tensor] = []
-    for p, climb in zip(passes, climbs, strict=True):
-        climbed = climb.moved if climb else [False] * len(p.w)
-        changed += p.w if all(climbed) else [
-            w for w, g, moved in zip(p.w, p.g, climbed, strict=True) if moved or g is not None]
-    return changed

@@ -201,6 +201,22 @@ def refuse_others_keys(mine: list[State], theirs: list[State], states: Collectio
                                  f"delete it from the groups to keep {own[key]!r}")
 
 
+def fitting(state_dict: State, groups: list[State], params: Sequence[Tensor], base: str | None,
+            mode: str | None) -> tuple[list[State], list[State]]:
+    """The groups and the parameters' states that a saved state gives.
+
+    Raises:
+        ValueError: it is another class's, or another model's.
+    """
+    theirs, saved = state_dict["param_groups"], state_dict["state"]
+    refuse_others_keys(groups, theirs, saved.values(), mode)
+    groups = merged_groups(groups, theirs)
+    states = [saved.get(i, {}) for group in groups for i in group["params"]]
+    for p, state in zip(params, states, strict=False):
+        check_entry(p, state, base, mode)
+    return groups, states
+
+
 class Shown:
     """The tensors that a layout shows in `optimizer.state`, by parameter, and the whole of the
     state as it was when they were last put there.

@@ -1,32 +1,33 @@
 """The numba backend's passes, called with passes made by hand: beside the reference, to the bit."""
 
 import os
+import shutil
 import subprocess
 import sys
 import threading
+import types
 from functools import partial
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 numba = pytest.importorskip("numba", reason="the CPU kernels need numba")
 
 from fastsam import reference  # noqa: E402
-from fastsam.kernels import cpu, cpu_loops  # noqa: E402
+from fastsam.kernels import cpu  # noqa: E402
+from fastsam.kernels.cpu import memory, passes, tables  # noqa: E402
 
 from ..helpers.hand import Hand  # noqa: E402
+from ..helpers.variants import ADAM_GROUPS  # noqa: E402
+from ..helpers.variants import GROUPS as SGD  # noqa: E402
 
 F4, F8, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 SHAPES = [(3, 5), (40_000,), (1,), (0,), (17, 3), (20, 1000), (1023,)]
 OF = [0, 1, 2, 0, 1, 2, 0]
-SGD = [dict(rho=0.1, sigma=0.7, lmbda=0.8, lr=0.05, momentum=0.9, weight_decay=0.01,
-            nesterov=True),
-       dict(rho=0.3, sigma=1.2, lmbda=0.6, lr=0.03, momentum=0.8, dampening=0.3),
-       dict(rho=0.2, sigma=0.9, lmbda=0.5, lr=0.02, weight_decay=0.1)]
-ADAM = [dict(rho=0.1, sigma=0.7, lmbda=0.8, lr=0.05, weight_decay=0.01, beta1=0.8, beta2=0.95,
-             decoupled=True),
-        dict(rho=0.3, sigma=1.2, lmbda=0.6, lr=0.03, weight_decay=0.1, eps=1e-3),
-        dict(rho=0.2, sigma=0.9, lmbda=0.5, lr=0.02)]
+ADAM = [dict(**{k: x for k, x in group.items() if k != "betas"}, beta1=group["betas"][0],
+             beta2=group["betas"][1], decoupled=i == 0) for i, group in enumerate(ADAM_GROUPS)]
 PLAIN = [{**group, "momentum": 0.0, "nesterov": False, "dampening": 0.0} for group in SGD]
 GROUPS = {"sgd": PLAIN, "sgd-momentum": SGD, "adam": ADAM}
 AB = {None: (0.0, 1.0), "weights": [(1.0, 0.0), (0.5, 0.01), (0.0, 1.0), *[(1.0, 0.01)] * 4],
@@ -214,7 +215,8 @@ def test_a_pool_that_can_start_no_thread_is_done_without(threads, monkeypatch):
     threads(1)
     expected = played(large())
     threads(3)
-    monkeypatch.setattr(cpu.pool, "submit", partial(fail, RuntimeError("can't start new thread")))
+    refused = RuntimeError("can't start new thread")
+    monkeypatch.setattr(passes.pool, "submit", partial(fail, refused))
     assert_equal(played(large()), expected, "without a pool")
 
 
@@ -224,14 +226,14 @@ def fail(error: BaseException, *_args) -> None:
 
 def test_an_interrupted_climb_leaves_the_weights(threads, monkeypatch):
     threads(3)
-    hand, submit = large(), cpu.pool.submit
+    hand, submit = large(), passes.pool.submit
     before, calls = hand.state(), []
 
     def submit_one(*args):
         calls.append(args)
         return submit(*args) if len(calls) < 4 else fail(KeyboardInterrupt())
 
-    monkeypatch.setattr(cpu.pool, "submit", submit_one)
+    monkeypatch.setattr(passes.pool, "submit", submit_one)
     with pytest.raises(KeyboardInterrupt):
         hand.first_step(cpu, draw_large(1))
     assert len(calls) == 4  # the second of the climb's
@@ -253,7 +255,7 @@ def test_a_forked_child_has_threads_of_its_own():
 import os, warnings
 import torch
 warnings.filterwarnings("ignore", category=DeprecationWarning)  # of forking with threads
-from fastsam.kernels import cpu
+from fastsam.kernels.cpu import passes
 from tests.backends.test_cpu import large, played
 torch.set_num_threads(1)  # torch's own threads do not outlive a fork
 expected = played(large())
@@ -261,7 +263,7 @@ torch.get_num_threads = lambda: 3
 played(large())
 child = os.fork()
 found = played(large())
-same = all(torch.equal(found[k], expected[k]) for k in expected) and len(cpu.pool._threads) > 0
+same = all(torch.equal(found[k], expected[k]) for k in expected) and len(passes.pool._threads) > 0
 if child == 0:
     os._exit(not same)
 print(same, os.waitpid(child, 0)[1])
@@ -293,7 +295,7 @@ def add_one(x):
 def runs(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
     x = torch.zeros(1, dtype=torch.int64)
-    cpu_loops.compiled(numba.int64[::1])(add_one)(x.numpy())
+    tables.compiled(numba.int64[::1])(add_one)(x.numpy())
     assert x == 1
 
 
@@ -321,6 +323,37 @@ def test_a_broken_file_of_compiled_code(kind, tmp_path, monkeypatch):
     runs(tmp_path, monkeypatch)
 
 
+COLUMN = 0
+
+
+def add_to_column(x):
+    x[COLUMN] += 1
+
+
+def copy_of(function):
+    return types.FunctionType(function.__code__, globals(), function.__name__)
+
+
+def test_code_made_from_other_sources_is_not_taken_from_the_cache(tmp_path, monkeypatch):
+    """Columns stand in compiled code as numbers, and come from other files than the loops'."""
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
+    x, how = np.zeros(2, np.int64), tables.compiled(numba.int64[::1])
+    how(copy_of(add_to_column))(x)
+    monkeypatch.setitem(globals(), "COLUMN", 1)
+    monkeypatch.setattr(tables, "MADE_FROM", "others")
+    how(copy_of(add_to_column))(x)
+    assert x.tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("name", ["memory.py", "tables.py", "climb.py", "hyper.py", "space.py"])
+def test_the_fingerprint_is_of_every_source(name, tmp_path):
+    copies = [Path(shutil.copy(file, tmp_path)) for file in tables.SOURCES]
+    assert tables.fingerprint(copies) == tables.MADE_FROM
+    (changed,) = (copy for copy in copies if copy.name == name)
+    changed.write_text(changed.read_text() + "\n")
+    assert tables.fingerprint(copies) != tables.MADE_FROM
+
+
 @pytest.mark.parametrize("dtype", [BF16, F16])
 def test_sixteen_bits_are_read_exactly_and_rounded_to_nearest_even(dtype):
     kind = cpu.DTYPES[dtype]
@@ -328,12 +361,12 @@ def test_sixteen_bits_are_read_exactly_and_rounded_to_nearest_even(dtype):
     @numba.njit
     def widen(x, y, n):
         for i in range(n):
-            cpu_loops.store(y, i, cpu_loops.load(x, i, "w", kind), "v", "f4")
+            memory.store(y, i, memory.load(x, i, "w", kind), "v", "f4")
 
     @numba.njit
     def narrow(x, y, n):
         for i in range(n):
-            cpu_loops.store(y, i, cpu_loops.load(x, i, "v", "f4"), "w", kind)
+            memory.store(y, i, memory.load(x, i, "v", "f4"), "w", kind)
 
     every = torch.arange(-2**15, 2**15).to(torch.int16).view(dtype)
     wide = torch.empty(2**16)

@@ -18,23 +18,15 @@ pytest.importorskip("triton", reason="the kernels need Triton")
 
 from bench.models import MODELS  # noqa: E402
 from bench.speed.contenders import bytes_per_parameter  # noqa: E402
-from fastsam import (  # noqa: E402
-    ASAM,
-    GSAM,
-    SAM,
-    FisherSAM,
-    FriendlySAM,
-    LookSAM,
-    MomentumSAM,
-    layout,
-    space,
-)
+from fastsam import GSAM, SAM, FriendlySAM, LookSAM, MomentumSAM, layout, space  # noqa: E402
 
+from ..helpers.variants import VARIANTS  # noqa: E402
 from .test_aot import budget  # noqa: E402
 
 # nothing here depends on what a gradient is
 pytestmark = pytest.mark.filterwarnings("ignore:second_step with the gradients:UserWarning")
-CLASSES = {"sam": SAM, "asam": ASAM, "fisher": FisherSAM, "fsam": FriendlySAM}
+# without a projection, which is a launch more
+PLAIN = [name for name, variant in VARIANTS.items() if not variant.oracle.get("projection")]
 BASES = {
     "sgd": (torch.optim.SGD, dict(lr=0.1, momentum=0.9, weight_decay=0.01)),
     "adamw": (torch.optim.AdamW, dict(lr=0.1, weight_decay=0.01)),
@@ -106,6 +98,10 @@ def optimizer(params, groups: int, cls, base: str, **own) -> SAM:
     return cls(dealt, kind, backend="triton", **own, **hyper)
 
 
+def variant(name: str, params, groups: int, base: str) -> SAM:
+    return optimizer(params, groups, VARIANTS[name].cls, base, **VARIANTS[name].own)
+
+
 def two_phases(opt) -> None:
     opt.first_step()
     opt.second_step()
@@ -116,10 +112,10 @@ def two_phases(opt) -> None:
 
 @pytest.mark.parametrize("tensors, groups", LAYOUTS)
 @pytest.mark.parametrize("base", BASES)
-@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("name", PLAIN)
 def test_a_step_is_three_launches_and_nothing_else(name, base, tensors, groups, launches, device):
     params = parameters(tensors, device)
-    opt = optimizer(params, groups, CLASSES[name], base)
+    opt = variant(name, params, groups, base)
     two_phases(opt)
     assert launches == STEP
     before = [p.detach().clone() for p in params]
@@ -145,9 +141,9 @@ def test_a_plain_step_is_one_launch(base, tensors, groups, launches, device):
 
 
 @pytest.mark.parametrize("base", BASES)
-@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("name", PLAIN)
 def test_a_group_added_in_mid_training_shares_the_launches(name, base, launches, device):
-    opt = optimizer(parameters(5, device), 2, CLASSES[name], base)
+    opt = variant(name, parameters(5, device), 2, base)
     two_phases(opt)
     opt.add_param_group({"params": parameters(4, device), "lr": 0.3})
     for _ in range(3):
@@ -203,10 +199,10 @@ def test_a_gradient_in_another_layout_or_absent_is_no_launch_of_the_kernels(laun
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="only a GPU's profiler sees launches")
 @pytest.mark.parametrize("base", BASES)
-@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("name", PLAIN)
 def test_the_profiler_sees_three_kernels(name, base, device, tmp_path):
     for tensors, groups in LAYOUTS:
-        opt = optimizer(parameters(tensors, device), groups, CLASSES[name], base)
+        opt = variant(name, parameters(tensors, device), groups, base)
         two_phases(opt)
         two_phases(opt)
         torch.cuda.synchronize()
@@ -225,11 +221,11 @@ def test_the_profiler_sees_three_kernels(name, base, device, tmp_path):
 
 
 @pytest.mark.parametrize("base", BASES)
-@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("name", PLAIN)
 def test_a_scheduled_learning_rate_is_one_upload_per_space_and_step(
         name, base, launches, uploads, device):
     params = [p for dtype in (torch.float32, torch.bfloat16) for p in parameters(5, device, dtype)]
-    opt = optimizer(params, 4, CLASSES[name], base)
+    opt = variant(name, params, 4, base)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(opt, T_max=50)
     two_phases(opt)
     for _ in range(4):

@@ -15,7 +15,8 @@ from torch import nn
 
 from bench.__main__ import main
 from bench.attacks.apgd import apgd
-from bench.attacks.by_name import attempt, split_name
+from bench.attacks.by_name import attempt
+from bench.attacks.notation import ATTACKS, split_name
 from bench.attacks.objectives import LAST, spread
 from bench.attacks.pgd import evaluation_attack, pgd
 from bench.data.datasets import Data, Split, load_data
@@ -212,8 +213,13 @@ def test_names(name, parts):
 
 @pytest.mark.parametrize("name", ["", "pgd-0", "pgd-", "pgd-5-0", "fgsm-3", "square", "aa", "PGD"])
 def test_unknown_names_are_refused_before_training(name):
-    with pytest.raises(ValueError, match="choose from clean, fgsm, pgd-STEPS"):
+    with pytest.raises(ValueError, match="choose from clean, fgsm, pgd.-STEPS"):
         evaluation(attacks=(name,))
+
+
+def test_every_name_is_an_attack_of_its_own():
+    texts = [attempt(name, "l2", 0.5, 10, 10).text for name in ATTACKS if name != "clean"]
+    assert len(set(texts)) == len(ATTACKS) - 1
 
 
 @pytest.mark.parametrize("option", ["steps", "samples", "batch_size"])

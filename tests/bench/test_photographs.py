@@ -15,9 +15,9 @@ from bench.__main__ import main
 from bench.data.datasets import load_data
 from bench.data.photographs import central
 from bench.models import build_model
-from bench.models.pretrained import start_from
 from bench.settings.config import resolve
 from bench.training.checkpoint import load_model, save_checkpoint
+from bench.training.pretrained import start_from
 from bench.training.session import Sitting
 from bench.training.stopped import Stopped
 from bench.training.train import set_up, train

@@ -149,8 +149,7 @@ def test_the_wheel_holds_fastsam_and_nothing_else_at_top_level(wheel):
     assert held == {f"{p.relative_to(ROOT)}" for p in (ROOT / "fastsam").rglob("*.py")} | {
         f"fastsam/kernels/{p.relative_to(ROOT / 'kernels')}"
         for p in (ROOT / "kernels").rglob("*.py")}
-    assert {"fastsam/kernels/cpu.py", "fastsam/kernels/cpu_loops.py",
-            "fastsam/kernels/triton/climb.py"} <= held
+    assert {"fastsam/kernels/cpu/climb.py", "fastsam/kernels/triton/climb.py"} <= held
     metadata = next(n for n in names if n.endswith("METADATA"))
     lines = zipfile.ZipFile(wheel).read(metadata).decode().splitlines()
     assert 'Requires-Dist: numba; extra == "cpu"' in lines

@@ -302,6 +302,26 @@ def test_a_momentum_that_others_change_is_the_one_climbed_along(backend):
     torch.testing.assert_close(w[1].detach(), torch.tensor([-3.0, 4.0]))
 
 
+def test_a_frozen_parameter_does_not_climb_along_its_old_momentum(backend, device):
+    net = network(device)
+    opt = MomentumSAM(net.parameters(), torch.optim.SGD, rho=0.3, lr=0.05, momentum=0.9,
+                      backend=backend)
+    opt.step(lambda: backward(net, 0, device))
+    opt.zero_grad()
+    net.conv.weight.requires_grad_(False)
+    w = bits(net)
+    rest = [opt.state[p]["momentum_buffer"] for p in net.parameters() if p.requires_grad]
+    norm = math.sqrt(sum(float((v * v).sum()) for v in rest))
+    opt.first_step()
+    assert torch.equal(net.conv.weight, w[0]) and opt.last_radius == pytest.approx(0.3, rel=1e-4)
+    torch.testing.assert_close(
+        net.head.bias.detach(), w[-1] - 0.3 * opt.state[net.head.bias]["momentum_buffer"] / norm)
+    opt.restore()
+    net.conv.weight.requires_grad_(True)
+    opt.first_step()
+    assert not torch.equal(net.conv.weight, w[0])
+
+
 def test_momentum_sam_refuses_what_it_cannot_climb_along():
     w = parameters()
     with pytest.raises(ValueError, match="momentum=0 leaves nothing"):
@@ -429,6 +449,40 @@ def test_a_gradient_of_one_pass_only_is_not_mixed(backend):
     # h = (3, 0) - 3/2 (1, 1) = (1.5, -1.5)
     torch.testing.assert_close(w[0].detach(), torch.tensor([1.0 - 0.25, 2.0 - 1.75]))
     torch.testing.assert_close(w[1].detach(), torch.tensor([-95.0]))
+
+
+@pytest.mark.parametrize("share", [1.1, -0.3])
+def test_looksam_adds_nothing_where_both_gradients_are_parallel(share, backend):
+    """g' - <g', g> / ||g||^2 g is what rounding leaves of 0 then, in no direction."""
+    params, twins = parameters(0, torch.float32), parameters(0, torch.float32)
+    opt = LookSAM(params, torch.optim.SGD, rho=0.1, k=3, backend=backend, **HYPER)
+    sam = SAM(twins, torch.optim.SGD, rho=0.1, interval=3, backend=backend, **HYPER)
+    for t in range(5):
+        for ps, o in ((params, opt), (twins, sam)):
+            grads = normals(10 + t, torch.float32)
+            give(ps, grads)
+            if o.climbs_next:
+                o.first_step(zero_grad=True)
+                give(ps, [share * g for g in grads])
+            o.step()
+    for p, q in zip(params, twins, strict=True):
+        assert torch.equal(p, q)
+
+
+def test_looksam_uses_a_g_v_that_is_small_but_no_noise(backend):
+    params = parameters(0, torch.float32)
+    opt = LookSAM(params, torch.optim.SGD, rho=0.1, alpha=1.0, k=2, lr=1.0, backend=backend)
+    g, other = normals(1, torch.float32), normals(2, torch.float32)
+    give(params, g)
+    opt.first_step(zero_grad=True)
+    give(params, [x + 1e-3 * y for x, y in zip(g, other, strict=True)])
+    opt.step()
+    w = [p.detach().clone() for p in params]
+    give(params, g)
+    opt.step()
+    added = torch.cat([(x - p.detach() - y).flatten()
+                       for x, p, y in zip(w, params, g, strict=True)])
+    assert float(added.norm()) == pytest.approx(float(published.length(g)), rel=1e-3)
 
 
 @pytest.mark.parametrize("cls", [GSAM, LookSAM])

@@ -1,4 +1,4 @@
-"""The three passes on a CPU: blocks of memory dealt to threads that run numba's loops."""
+"""The three passes on a CPU: blocks of memory dealt to threads that run the loops."""
 
 import math
 import os
@@ -15,7 +15,10 @@ from fastsam.hyper import COLUMN, FRIENDLY, WITH_M
 from fastsam.passes import Climb, Pass
 from fastsam.space import CONTROL, COUNTERS, Space
 
-from . import cpu_loops
+from .climb import climb_loop
+from .norm import dots_loop, norm_loop
+from .step import step_loop
+from .tables import BLOCK
 
 INLINE = 2**17  # elements: from there on waking another thread pays
 NORM, OK, FOUND_INF = (CONTROL.index(c) for c in ("norm", "ok", "found_inf"))
@@ -37,7 +40,7 @@ class Frame(NamedTuple):
 
     @staticmethod
     def of(space: Space) -> "Frame":
-        tables = (space.blocks(cpu_loops.BLOCK), space.layout, space.hyper, space.scalings,
+        tables = (space.blocks(BLOCK), space.layout, space.hyper, space.scalings,
                   space.control, space.counters, space.layout[:, 2])
         blocks, *others = (t.numpy() for t in tables)
         return Frame(blocks, *others, np.zeros((3, len(blocks))))
@@ -106,7 +109,7 @@ def put(target: Tensor, sums: np.ndarray) -> None:
 def dots(p: Pass) -> None:
     """space.dots = the parts of <g, m>, <g, g> and <m, m>, with the m that is projected with."""
     s, f = p.space, frame_of(p.space)
-    loop = cpu_loops.dots(s.kind.mode, *dtypes(p))
+    loop = dots_loop(s.kind.mode, *dtypes(p))
     m = s.kept if p.mix in ("gsam", "renew") else s.m
     run(loop, p, f, s.steps.numpy()[0], address(m), f.sums)
     put(s.dots, f.sums)
@@ -115,7 +118,7 @@ def dots(p: Pass) -> None:
 def norm(p: Pass) -> None:
     """space.partials = the parts of ||T d||^2 and, where d is made with m, of ||T g||^2."""
     s, kind, f = p.space, p.space.kind, frame_of(p.space)
-    loop = cpu_loops.norm(kind.mode, p.scaling, kind.masters, *dtypes(p))
+    loop = norm_loop(kind.mode, p.scaling, kind.masters, *dtypes(p))
     run(loop, p, f, s.steps.numpy()[0], address(s.saved), address(s.m), f.sums)
     put(s.partials, f.sums)
 
@@ -135,7 +138,7 @@ def climb(p: Pass, sums: Tensor) -> Climb:
         return stay(p)
     moves = bool(kind.mode not in WITH_M
                  or d > (32 * torch.finfo(sums.dtype).eps) ** 2 * g)
-    loop = cpu_loops.climb(kind.mode, p.scaling, kind.masters, *dtypes(p))
+    loop = climb_loop(kind.mode, p.scaling, kind.masters, *dtypes(p))
     steps = s.steps.numpy()[0]
     try:
         m = s.m if s.kept is None else s.kept
@@ -185,7 +188,7 @@ def step(p: Pass, climb: Climb | None) -> None:
     stepped, steps = p.g_table.numpy() != 0, s.steps.numpy()[1]
     if not stepped.all():
         go_back(p, (moved != 0) & ~stepped)
-    loop = cpu_loops.step(kind.base, p.mix, p.along_v, kind.masters, *dtypes(p))
+    loop = step_loop(kind.base, p.mix, p.along_v, kind.masters, *dtypes(p))
     run(loop, p, f, steps, moved, *map(address, (s.saved, s.v, s.u, s.m, s.kept)), f.sums)
     if p.along_v:
         put(s.partials, f.sums)

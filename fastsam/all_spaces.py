@@ -1,0 +1,155 @@
+"""What a step does with all spaces of an optimizer: one norm, one projection, one climb. What is
+done to each by itself is the backends'."""
+
+from collections.abc import Collection, Sequence
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from .layout import Layout
+from .passes import Climb, Pass
+from .reference import projection, share
+from .space import Space, local
+
+
+def climb(layout: Layout, passes: Sequence[Pass]) -> list[Climb]:
+    """Move all weights; where that fails, none."""
+    climbs: list[Climb] = []
+    try:
+        passes = projected(layout, passes)
+        if not layout.has_norm():
+            norm(layout.backend, passes)
+        for p in passes:
+            climbs.append(layout.backend.climb(p, global_sums(passes, p.space)))
+    except BaseException:
+        go_back(climbs)
+        raise
+    return climbs
+
+
+def norm(backend: ModuleType, passes: Sequence[Pass]) -> None:
+    for p in passes:
+        backend.norm(p)
+        p.space.sum_over_shards(p.space.partials)
+
+
+def global_sums(passes: Sequence[Pass], space: Space) -> Tensor:
+    """The partial sums of every space, where and as one of them has its own: the norm is global."""
+    if len(passes) == 1:
+        return space.partials
+    return torch.cat([to(p.space.partials, space) for p in passes], 1)
+
+
+def dots(backend: ModuleType, passes: Sequence[Pass]) -> Tensor:
+    """<g, m>, <g, g> and <m, m> over all parameters."""
+    for p in passes:
+        backend.dots(p)
+    first = passes[0].space
+    return torch.stack([to(p.space.sum_over_shards(p.space.dots).sum(1), first)
+                        for p in passes]).sum(0)
+
+
+def projected(layout: Layout, passes: Sequence[Pass]) -> Sequence[Pass]:
+    """The passes with sigma multiplied with the projection's share, a function of g and m."""
+    kind = layout.traits.projection
+    if kind is None:
+        return passes
+    c = projection(dots(layout.backend, passes), kind)
+    for p in passes:
+        p.space.multiply_sigma(to(c, p.space))
+    return [p._replace(rows=[row._replace(sigma=row.sigma * to(c, p.space)) for row in p.rows])
+            for p in passes]
+
+
+def step(layout: Layout, passes: Sequence[Pass], climbs: Sequence[Climb | None],
+         found_inf: Tensor | None) -> None:
+    """Return to w and let the fused base optimizer update it.
+
+    Args:
+        climbs: of each space; all None where the weights are not moved.
+        found_inf: not 0: a skip; on the device. None: it is not known to be one.
+    """
+    perturbed = climbs[0] is not None
+    mix = mix_of(layout.traits.mode, perturbed)
+    if mix is not None:
+        passes, bad = mixed(layout, passes, climbs, mix)
+        found_inf = bad if found_inf is None else bad + found_inf.to(bad)
+    along_v = perturbed and leaves_norm(layout)
+    layout.keep_norm(None)
+    for i, (p, moved) in enumerate(zip(passes, climbs, strict=True)):
+        layout.set_cell(i, "found_inf", found_inf, 0)
+        layout.backend.step(p._replace(along_v=along_v), moved)
+    if along_v:
+        layout.keep_norm([moved.moved for moved in climbs if moved])
+
+
+def leaves_norm(layout: Layout) -> bool:
+    """Whether the return from a climb leaves the norm of v for the next one. Not of sharded
+    parameters: whether to take it anew, with a sum over processes, has to be the same on all."""
+    return layout.traits.along_v and not any(space.kind.shards for space in layout.spaces)
+
+
+def mix_of(mode: str | None, perturbed: bool) -> str | None:
+    """`Pass.mix` of a base step."""
+    if mode == "looksam":
+        return "renew" if perturbed else "reuse"
+    return "gsam" if mode == "gsam" and perturbed else None
+
+
+def mixed(layout: Layout, passes: Sequence[Pass], climbs: Sequence[Climb | None], mix: str,
+          ) -> tuple[list[Pass], Tensor]:
+    """The passes as the base is to step with them; and 0, or NaN where a sum over all gradients,
+    with which one bad one would spread to all weights, is not finite."""
+    passes = [p._replace(mix=mix) for p in passes]
+    c = share(dots(layout.backend, [
+        layout.part(i, p, climb.moved if climb else layout.values.perturb[i])
+        for i, (p, climb) in enumerate(zip(passes, climbs, strict=True))]), mix)
+    for p in passes:
+        p.space.cells.share.copy_(to(c, p.space))
+    return passes, c - c
+
+
+def to(t: Tensor, space: Space) -> Tensor:
+    """A device value where and as a space has its own."""
+    return t.to(space.kind.device, space.kind.acc, non_blocking=True)
+
+
+@torch.no_grad()
+def go_back(climbs: Sequence[Climb]) -> None:
+    """Bring what climbed back to its saved weights; a master is rounded as it was rounded.
+
+    Raises:
+        RuntimeError: a parameter has another shape by now; the others are back.
+    """
+    lost = []
+    for climb in climbs:
+        for slot, moved in zip(climb.space.slots, climb.moved, strict=True):
+            if moved and local(slot.param).shape != slot.shape:
+                lost.append(f"{tuple(slot.shape)} -> {tuple(local(slot.param).shape)}")
+            elif moved:
+                local(slot.param).copy_(slot.saved)
+    if lost:
+        raise RuntimeError("parameters changed their shape while the weights were perturbed and "
+                           f"cannot go back ({', '.join(lost)}); all others are at w")
+
+
+def announce(changed: Collection[Tensor]) -> None:
+    """Tell autograd and autocast, which do not see all writes, of new weights."""
+    torch.autograd.graph.increment_version(changed)
+    torch.clear_autocast_cache()
+
+
+def moved(climbs: Sequence[Climb]) -> list[Tensor]:
+    return [local(slot.param) for climb in climbs
+            for slot, moved in zip(climb.space.slots, climb.moved, strict=True) if moved]
+
+
+def written(passes: Sequence[Pass], climbs: Sequence[Climb | None]) -> list[Tensor]:
+    """The weights that a step writes: those with a gradient, and those that climbed."""
+    changed: list[Tensor] = []
+    for p, climb in zip(passes, climbs, strict=True):
+        climbed = climb.moved if climb else [False] * len(p.w)
+        changed += p.w if all(climbed) else [
+            w for w, g, moved in zip(p.w, p.g, climbed, strict=True) if moved or g is not None]
+    return changed

@@ -1,0 +1,80 @@
+"""Following what others do to an optimizer's groups, state and parameters between its calls.
+
+Whatever has changed is taken over, or refused by name before a weight changes.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from . import state_dict
+from .checks import check_containers
+from .layout import Group, Layout, Traits
+from .passes import Pass
+from .phase import Phase
+
+State = dict[Tensor, Any]
+
+
+def follow(phase: Phase, traits: Traits, groups: Sequence[Group], state: State) -> Layout:
+    """The layout of the parameters and values as they are now, which is `phase.layout` then.
+
+    Raises:
+        PhaseError: the groups' parameters, or masters, changed while the weights are moved.
+        ValueError: what has changed is refused; nothing else has changed then.
+    """
+    check_containers(groups)
+    layout = phase.layout
+    if layout is None or not layout.has(groups):
+        phase.need(False, "changing the groups' parameters")
+        layout = lay_out(phase, traits, groups, state)
+    while not (layout.follow_values(groups) and (phase.perturbed or layout.has_its_memory())):
+        layout = lay_out(phase, traits, groups, state)
+    if phase.perturbed and traits.masters and layout.is_edited(state):
+        phase.need(False, "changing the state of float32 masters")
+    layout.follow_state(state)
+    layout.containers = groups, state
+    return layout
+
+
+def lay_out(phase: Phase, traits: Traits, groups: Sequence[Group], state: State,
+            hidden: State | None = None) -> Layout:
+    """Make a new layout, in which everything goes on where it was.
+
+    Args:
+        hidden: what a copied optimizer had, and its state does not show.
+    """
+    old, new = phase.layout, Layout(traits, groups)
+    new.follow_values(groups)
+    if old is None:
+        state_dict.adopt(new.shown, new.params, state_dict.merged(state, hidden or {}))
+    else:
+        phase.climbs = new.inherit(old, state, phase.climbs)
+    new.show(state)
+    phase.layout = new
+    return new
+
+
+def read(phase: Phase, traits: Traits, groups: Sequence[Group], state: State, first: bool,
+         inverse: Tensor | None) -> list[Pass]:
+    """What a pass reads of every space, after `follow`; whatever can be refused is, before a
+    weight changes.
+
+    Args:
+        first: it is a first pass.
+        inverse: 1 / the loss scale of the gradients, if they are scaled.
+    """
+    layout, passes = phase.layout, list[Pass]()
+    while len(passes) < len(layout.spaces):
+        i = len(passes)
+        p = layout.read(i, first, layout.tables[i])
+        if p is None:
+            layout, passes = lay_out(phase, traits, groups, state), []
+            continue
+        passes.append(p if inverse is None else p._replace(
+            inv_scale=inverse.to(p.space.kind.device, p.space.kind.acc)))
+    if not (first and traits.along_v):
+        for i, p in enumerate(passes):
+            layout.set_cell(i, "inv_scale1" if first else "inv_scale2", p.inv_scale, 1)
+    return passes

@@ -1,0 +1,28 @@
+"""What an optimizer tells of itself."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from .layout import Layout, Traits
+from .space import Space
+
+
+def backend(layout: Layout, traits: Traits) -> dict[str, Any]:
+    """See `SAM.backend_report`."""
+    spaces = [f"{len(s.slots)} tensors, {s.numel} parameters, {s.kind.dtype} on {s.kind.device}"
+              + (", float32 masters" if s.kind.masters else "")
+              + (", sharded" if s.kind.shards else "") for s in layout.spaces]
+    return {**layout.report, "fused_base": traits.base is not None, "spaces": spaces}
+
+
+def memory(spaces: Sequence[Space]) -> dict[str, int]:
+    """See `SAM.memory_report`."""
+    report = dict.fromkeys(("backup", "ema", "base", "other"), 0)
+    for s in spaces:
+        for name, t in (("backup", s.saved), ("ema", s.m), ("ema", s.kept), ("base", s.v),
+                        ("base", s.u)):
+            report[name] += 0 if t is None else t.nbytes
+        report["other"] += sum(t.nbytes for t in (
+            s.steps, s.partials, s.radii, s.dots, s.control, s.counters, s.hyper, s.scalings,
+            s.layout))
+    return report

@@ -1,0 +1,104 @@
+"""The loop of the climb: w is saved and moved, and m brought up to date."""
+
+import math
+from collections.abc import Callable
+from functools import lru_cache
+
+import numpy as np
+from numba import boolean, float64, int64
+
+from fastsam.hyper import KEEPING, WITH_M
+from fastsam.space import GUARD
+
+from .memory import (
+    CHUNK,
+    NUMBERS,
+    SIZES,
+    accumulates_in,
+    load,
+    rounded,
+    scratch,
+    store,
+    take,
+    total,
+)
+from .tables import BLOCK, INV_SCALE1, LMBDA, RHO, SHARE, SIGMA, compiled, tables
+
+
+@lru_cache
+def climb_loop(mode: str | None, scaling: str | None, masters: bool, dtype: str, g_dtype: str,
+          ) -> Callable:
+    """w -> w + e with w saved and m updated, e = rho / (norm + GUARD) T^2 d, or 0 unless `moves`.
+    Where the gradient is kept, m is where. sums[0, b], sums[1, b] = the squared length of e in
+    block b, as stored, and as wanted (where rounding to 16 bits can part them)."""
+    W, G, A = dtype, g_dtype, accumulates_in(dtype)
+    S = A if masters else W
+    size, w_size, g_size, s_size = SIZES[A], SIZES[W], SIZES[G], SIZES[S]
+    has_m, new, along = mode in WITH_M, mode == "algorithm1", mode == "full"
+    averages, official = mode in ("algorithm1", "official"), mode == "official"
+    keeps = mode in KEEPING
+    by_w, by_g = scaling == "weights", scaling == "gradient"
+    rounds = W in ("bf16", "f16")
+    one, zero, guard = (np.dtype(A).type(x) for x in (1, 0, GUARD))
+
+    @compiled(*tables(dtype), int64, int64, NUMBERS[A], boolean, float64[:, ::1])
+    def loop(ticket, blocks, layout, hyper, scalings, control, m_steps, w_table, g_table, saved, m,
+             norm, moves, sums):
+        x, y = scratch(A), scratch(A)
+        inv_scale = control[INV_SCALE1]
+        while True:
+            block = len(blocks) - 1 - take(ticket)  # backwards: what the norm read last is near
+            if block < 0:
+                break
+            slot, first = blocks[block, 0], blocks[block, 1] * BLOCK
+            sums[0, block] = 0
+            sums[1, block] = 0
+            if g_table[slot] == 0:
+                continue
+            offset, end, group = layout[slot, 0], layout[slot, 1], layout[slot, 2]
+            a, b, sigma = scalings[slot, 0], scalings[slot, 1], hyper[group, SIGMA]
+            lmbda, share = hyper[group, LMBDA], hyper[group, SHARE]
+            scale = one / (norm + guard) * hyper[group, RHO] if moves else zero
+            begins = m_steps[slot] == 0
+            for start in range(first, min(end, first + BLOCK), CHUNK):
+                n = min(CHUNK, end - start)
+                w_at, g_at = w_table[slot] + start * w_size, g_table[slot] + start * g_size
+                saved_at, m_at = saved + (offset + start) * s_size, m + (offset + start) * size
+                for i in range(n):
+                    stored = load(w_at, i, "w", W)
+                    w = stored
+                    if masters:
+                        master = load(saved_at, i, "saved", A)
+                        w = master if rounded(master, W) == w else w
+                    g = load(g_at, i, "g", G) * inv_scale
+                    d = g
+                    if keeps:
+                        store(m_at, i, g, "m", A)
+                    if has_m:
+                        mean = load(m_at, i, "m", A)
+                        average = lmbda * mean + share * g
+                        if new:
+                            mean = average
+                        d = sigma * mean if along else g - sigma * mean
+                        if averages:
+                            if official:
+                                average = g if begins else average
+                            store(m_at, i, average, "m", A)
+                    if by_w:
+                        T = a * abs(w) + b
+                        d = T * (T * d)
+                    if by_g:
+                        T = one / math.sqrt(one + a * g * g)
+                        d = T * (T * d)
+                    e = scale * d
+                    store(saved_at, i, w, "saved", S)
+                    store(w_at, i, w + e, "w", W)
+                    length = rounded(w + e, W) - stored
+                    store(x, i, length * length, "x", A)
+                    if rounds:
+                        store(y, i, e * e, "y", A)
+                part = total(x, n, "x", A)
+                sums[0, block] += part
+                sums[1, block] += total(y, n, "y", A) if rounds else part
+
+    return loop

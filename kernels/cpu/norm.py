@@ -1,0 +1,127 @@
+"""The loops of norms: over g, m and w, into sums of each block."""
+
+import math
+from collections.abc import Callable
+from functools import lru_cache
+
+import numpy as np
+from numba import float64, int64, njit
+
+from fastsam.hyper import KEEPING, WITH_M
+
+from .memory import CHUNK, SIZES, accumulates_in, load, rounded, scratch, store, take, total
+from .tables import BLOCK, INV_SCALE1, INV_SCALE2, LMBDA, SHARE, SIGMA, compiled, tables
+
+
+@lru_cache
+def dots_loop(mode: str, dtype: str, g_dtype: str) -> Callable:
+    """sums[:, b] = <g, m>, <g, g> and <m, m> of block b, with the m that is projected with. Of a
+    second pass, where the mode has one."""
+    G, A = g_dtype, accumulates_in(dtype)
+    size, g_size = SIZES[A], SIZES[G]
+    new = mode == "algorithm1"
+    cell = INV_SCALE2 if mode in KEEPING else INV_SCALE1
+
+    @compiled(*tables(dtype), int64, float64[:, ::1])
+    def loop(ticket, blocks, layout, hyper, scalings, control, m_steps, w_table, g_table, m, sums):
+        x, y, z = scratch(A), scratch(A), scratch(A)
+        inv_scale = control[cell]
+        while True:
+            block = take(ticket)
+            if block >= len(blocks):
+                break
+            slot, first = blocks[block, 0], blocks[block, 1] * BLOCK
+            sums[:, block] = 0
+            if g_table[slot] == 0:
+                continue
+            offset, end, group = layout[slot, 0], layout[slot, 1], layout[slot, 2]
+            lmbda, share = hyper[group, LMBDA], hyper[group, SHARE]
+            for start in range(first, min(end, first + BLOCK), CHUNK):
+                n = min(CHUNK, end - start)
+                g_at, m_at = g_table[slot] + start * g_size, m + (offset + start) * size
+                for i in range(n):
+                    g = load(g_at, i, "g", G) * inv_scale
+                    old = load(m_at, i, "m", A)
+                    mean = lmbda * old + share * g if new else old
+                    store(x, i, g * mean, "x", A)
+                    store(y, i, g * g, "y", A)
+                    store(z, i, mean * mean, "z", A)
+                sums[0, block] += total(x, n, "x", A)
+                sums[1, block] += total(y, n, "y", A)
+                sums[2, block] += total(z, n, "z", A)
+
+    return loop
+
+
+@njit(inline="always")
+def squares(v, n, size, dtype):
+    """||v||^2 of n elements, in the order of `norm`."""
+    x, length = scratch(dtype), 0.0
+    for start in range(0, n, CHUNK):
+        part = min(CHUNK, n - start)
+        for i in range(part):
+            old = load(v + start * size, i, "v", dtype)
+            store(x, i, old * old, "x", dtype)
+        length += total(x, part, "x", dtype)
+    return length
+
+
+@lru_cache
+def norm_loop(mode: str | None, scaling: str | None, masters: bool, dtype: str, g_dtype: str,
+         ) -> Callable:
+    """sums[0, b] = ||T d||^2 of block b; where d is made with m also sums[1, b] = ||T g||^2."""
+    W, G, A = dtype, g_dtype, accumulates_in(dtype)
+    size, w_size, g_size = SIZES[A], SIZES[W], SIZES[G]
+    has_m, new, along = mode in WITH_M, mode == "algorithm1", mode == "full"
+    by_w, by_g = scaling == "weights", scaling == "gradient"
+    one = np.dtype(A).type(1)
+
+    @compiled(*tables(dtype), int64, int64, float64[:, ::1])
+    def loop(ticket, blocks, layout, hyper, scalings, control, m_steps, w_table, g_table, saved, m,
+             sums):
+        x, y = scratch(A), scratch(A)
+        inv_scale = control[INV_SCALE1]
+        while True:
+            block = take(ticket)
+            if block >= len(blocks):
+                break
+            slot, first = blocks[block, 0], blocks[block, 1] * BLOCK
+            sums[0, block] = 0
+            sums[1, block] = 0
+            if g_table[slot] == 0:
+                continue
+            offset, end, group = layout[slot, 0], layout[slot, 1], layout[slot, 2]
+            a, b, sigma = scalings[slot, 0], scalings[slot, 1], hyper[group, SIGMA]
+            lmbda, share = hyper[group, LMBDA], hyper[group, SHARE]
+            for start in range(first, min(end, first + BLOCK), CHUNK):
+                n = min(CHUNK, end - start)
+                w_at, g_at = w_table[slot] + start * w_size, g_table[slot] + start * g_size
+                saved_at, m_at = saved + (offset + start) * size, m + (offset + start) * size
+                for i in range(n):
+                    g = load(g_at, i, "g", G) * inv_scale
+                    d = g
+                    if has_m:
+                        mean = load(m_at, i, "m", A)
+                        if new:
+                            mean = lmbda * mean + share * g
+                        d = sigma * mean if along else g - sigma * mean
+                    if by_w or by_g:
+                        T = one
+                        if by_w:
+                            w = load(w_at, i, "w", W)
+                            if masters:
+                                master = load(saved_at, i, "saved", A)
+                                w = master if rounded(master, W) == w else w
+                            T = a * abs(w) + b
+                        else:
+                            T = one / math.sqrt(one + a * g * g)
+                        d = T * d
+                        g = T * g
+                    store(x, i, d * d, "x", A)
+                    if has_m:
+                        store(y, i, g * g, "y", A)
+                sums[0, block] += total(x, n, "x", A)
+                if has_m:
+                    sums[1, block] += total(y, n, "y", A)
+
+    return loop
