@@ -131,7 +131,7 @@ MUTANTS = [Mutant(*fields) for fields in [
      "tests/bench/test_files.py -k among_the_test"),
     ("bench/files.py", "            os.replace(tmp, path)",
      "            path.write_bytes(tmp.read_bytes())",
-     "tests/bench/test_resume.py -k never_replaces"),
+     "tests/bench/test_files.py -k reads_it_whole"),
     # images
     ("bench/data/images.py", "for p in around for place in (p.resolve(), *p.resolve().parents)}",
      "for p in around[:1] for place in (p.resolve(), *p.resolve().parents)}",

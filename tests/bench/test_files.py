@@ -138,6 +138,16 @@ def test_two_writers_of_one_file_do_not_share_a_temporary_one(tmp_path):
     assert path.read_text() == "one" and os.listdir(tmp_path) == ["table.md"]
 
 
+def test_who_has_the_old_file_open_reads_it_whole(tmp_path):
+    path = tmp_path / "table.md"
+    path.write_text("the old one")
+    with open(path) as reader:
+        with replacing(path) as tmp:
+            tmp.write_text("the new one, which is longer")
+        assert reader.read() == "the old one"
+    assert path.read_text() == "the new one, which is longer"
+
+
 def test_what_another_process_is_writing_is_not_removed(tmp_path):
     path = tmp_path / "table.md"
     (tmp_path / ".table.md.0123.tmp").write_text("of a process that was killed")
