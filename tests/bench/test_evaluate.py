@@ -1,5 +1,6 @@
 """What the evaluation reports: intervals, worst cases, restarts, warnings; whom it can serve."""
 
+import copy
 import json
 import math
 import sys
@@ -133,6 +134,29 @@ def test_a_subset_is_fixed_mixed_and_counted(split):
     assert len(by_class.labels[order].unique()) == 10
     assert "60 of 297 test images" in report(once)
     assert "297 test images" in report(evaluate(model(), split, evaluation(attacks=("clean",))))
+
+
+def test_the_subset_is_the_shuffles_first_images(split):
+    class Seen(nn.Module):
+        images = []
+
+        def forward(self, x):
+            self.images.append(x.detach())
+            return model()(x)
+
+    net, by_class = Seen(), split.take(split.labels.argsort())
+    evaluate(net, by_class, evaluation(samples=60, attacks=("clean",)))
+    order = torch.randperm(297, generator=torch.Generator().manual_seed(0))[:60]
+    assert torch.equal(net.images[0], by_class.take(order).batch(slice(None))[0])
+
+
+def test_a_model_in_training_mode_is_evaluated_and_left_in_eval_mode(split):
+    net = copy.deepcopy(model()).train()
+    found = evaluate(net, split, evaluation(samples=60))
+    assert found == evaluate(model(), split, evaluation(samples=60)) and found["warnings"] == []
+    assert not any(module.training for module in net.modules())
+    for name, value in model().state_dict().items():
+        assert torch.equal(net.state_dict()[name], value), name
 
 
 @pytest.mark.parametrize("k, n", [(0, 20), (1, 20), (13, 20), (20, 20), (437, 1000)])
