@@ -3,6 +3,7 @@ alone. What they share with SAM is in the tests of the contract (`contract.RELAT
 
 import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -429,16 +430,20 @@ def test_looksam_calls_the_closure_twice_at_every_kth_step(backend, device):
     assert calls == [2, 1, 1, 2, 1, 1, 2]
 
 
-def test_looksam_goes_on_between_its_climbs_where_it_was(backend, device):
+@pytest.mark.parametrize("way", ["load", "pickle"])
+def test_looksam_goes_on_between_its_climbs_where_it_was(way, backend, device):
     net = network(device)
     make = lambda n: LookSAM(n.parameters(), torch.optim.SGD, rho=0.2, k=4, lr=0.05,  # noqa: E731
                              momentum=0.9, backend=backend)
     opt = make(net)
     for i in range(6):
         opt.step(lambda i=i: backward(net, i, device))
-    twin = copy.deepcopy(net)
-    other = make(twin)
-    other.load_state_dict(copy.deepcopy(opt.state_dict()))
+    if way == "load":
+        twin = copy.deepcopy(net)
+        other = make(twin)
+        other.load_state_dict(copy.deepcopy(opt.state_dict()))
+    else:
+        twin, other = pickle.loads(pickle.dumps((net, opt)))
     for i in range(6, 11):
         opt.step(lambda i=i: backward(net, i, device))
         other.step(lambda i=i: backward(twin, i, device))
