@@ -62,17 +62,18 @@ def files_in(folder: Path) -> Iterator[str]:
 
 def walked(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:
     """os.walk through links, without clutter. Raises ValueError for a link to a folder around it,
-    and OSError for a folder that cannot be read."""
+    be it by other links, and OSError for a folder that cannot be read."""
 
     def refuse(e: OSError) -> None:
         raise e
 
     for top, below, names in os.walk(folder, followlinks=True, onerror=refuse):
         below[:] = sorted(name for name in below if not is_clutter(name))
-        for name in below:
-            path = Path(top, name)
-            if path.is_symlink() and path.resolve() in [*Path(top).resolve().parents,
-                                                        Path(top).resolve()]:  # fmt: skip
+        links = [path for name in below if (path := Path(top, name)).is_symlink()]
+        around = [Path(top), *Path(top).parents] if links else []
+        around = {place for p in around for place in (p.resolve(), *p.resolve().parents)}
+        for path in links:
+            if path.resolve() in around:
                 raise ValueError(f"{str(path)!r} links to a folder that it lies in; remove it")
         yield top, below, names
 

@@ -11,9 +11,9 @@ from statistics import fmean
 from typing import Any
 
 from bench.attacks.notation import eps_key, in_both_forms, parse_eps
-from bench.experiments.compare import aggregate, spread
-from bench.experiments.train_and_evaluate import NEEDED, read_summary
 from bench.files import row_of
+from bench.reports.rows import NEEDED, read_summary
+from bench.reports.statistics import aggregate, spread
 from bench.settings.config import MACHINE, USED_BY, Config, resolve
 from bench.settings.evaluation import Evaluation, resolve_evaluation
 from bench.settings.methods import ADVERSARIES, OPTIMIZERS, split_method

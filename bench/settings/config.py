@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from bench.attacks.notation import form_of, parse_eps, refuse_mixed
+from bench.data.known import KNOWN
 from bench.settings.checks import check
 from bench.settings.methods import FULL, PLAIN, SAMS, SINGLE_STEP, method_of, split_method
 from bench.settings.recipes import Recipe, load_recipe
@@ -27,7 +28,7 @@ class Config:
 
     method: str
     data: str = setting(
-        "digits", "digits, cifar10, cifar100, or a directory of images with train/<class>/ and "
+        "digits", f"{', '.join(KNOWN)}, or a directory of images with train/<class>/ and "
         "test/<class>/, or <class>/ alone",
     )
     data_dir: str = setting(".data", "where torchvision keeps CIFAR", machine=True)

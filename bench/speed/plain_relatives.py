@@ -42,12 +42,12 @@ class PerParameterGSAM(PerParameterSAM):
         self.first: list[Tensor] = []
 
     def first_step(self) -> None:
-        self.first = [p.grad.clone() for p in self.params]
+        self.first = [g.clone() for g in self.directions()]
         super().first_step()
 
     @torch.no_grad()
     def second_step(self) -> None:
-        second = [p.grad for p in self.params]
+        second = self.directions()
         share = product(self.first, second) / product(second, second)
         for p, g, g2 in zip(self.params, self.first, second, strict=True):
             p.grad = g2 - self.alpha * (g - share * g2)
@@ -68,17 +68,13 @@ class PerParameterLookSAM(PerParameterSAM):
         self.first: list[Tensor] = []
         self.g_v: list[Tensor] = []
 
-    @property
-    def climbs_next(self) -> bool:
-        return self.steps % self.k == 0
-
     def first_step(self) -> None:
-        self.first = [p.grad.clone() for p in self.params]
+        self.first = [g.clone() for g in self.directions()]
         super().first_step()
 
     @torch.no_grad()
     def second_step(self) -> None:
-        grads = [p.grad for p in self.params]
+        grads = self.directions()
         if self.climbs_next:
             share = product(grads, self.first) / product(self.first, self.first)
             self.g_v = [g2 - share * g for g2, g in zip(grads, self.first, strict=True)]
@@ -88,3 +84,4 @@ class PerParameterLookSAM(PerParameterSAM):
                 p.grad = g + scale * g_v
         super().second_step()
         self.steps += 1
+        self.climbs_next = self.steps % self.k == 0

@@ -4,7 +4,6 @@ changed, and the plain recipe; and how far they are from each other.
 The images are random: throughput does not depend on what they show.
 """
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -136,19 +135,9 @@ def fast_loop(config: Config, data: Data, options: Options, name: str = "fast") 
 
 
 def graph_loop(config: Config, data: Data, options: Options) -> Loop:
-    """Return the fast loop with attack, passes and update in one GraphedStep, its `update`.
-
-    Where the method has no SAM, the optimizer is one that never climbs, which is SGD. The attack
-    draws from the device's own generator, as a graph must.
-    """
-
-    def never_climbs(config: Config, model: nn.Module) -> torch.optim.Optimizer:
-        return fastsam.SAM(
-            model.parameters(), torch.optim.SGD, lr=config.lr, momentum=config.momentum,
-            weight_decay=config.weight_decay, start=sys.maxsize,
-        )  # fmt: skip
-
-    run = fast_run(config, data, options, never_climbs if config.rho is None else build_optimizer)
+    """Return the fast loop with attack, passes and update in one GraphedStep, its `update`. The
+    attack draws from the device's own generator, as a graph must."""
+    run = fast_run(replace(config, graph=True), data, options, build_optimizer)
     batch = partial(next, device_batches(config, data, options, generators(config)[0]))
     graphed = fastsam.GraphedStep(
         run.model, F.cross_entropy, run.opt, batch(),

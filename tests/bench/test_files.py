@@ -302,6 +302,21 @@ def test_a_checkpoint_without_an_optimizer_is_no_last_one(copy, capsys):
     assert "last.pt" in text and "has no history" in text
 
 
+def test_a_damaged_best_checkpoint_is_named_with_a_way_out_that_is_one(copy, capsys):
+    folder = copy / "sgd-seed0"
+    before = load_checkpoint(folder / "best.pt")["model"]
+    (folder / "best.pt").write_bytes((folder / "best.pt").read_bytes()[:5000])
+    (folder / "summary.json").unlink()
+    arguments = ("train", "--method", "sgd", *TINY, "--out", folder)
+    text = error(capsys, *arguments)
+    assert repr(str(folder / "best.pt")) in text and "remove its run's last.pt and best.pt" in text
+    for name in ("last.pt", "best.pt"):
+        (folder / name).unlink()
+    assert main([str(a) for a in arguments]) == 0
+    after = load_checkpoint(folder / "best.pt")["model"]
+    assert all(torch.equal(before[k], after[k]) for k in before)
+
+
 @pytest.mark.parametrize("damage", ["", "{", '{"method": "sgd"}', "[]", "\xff", "null"])
 def test_a_damaged_summary_is_named_and_made_again(damage, copy, capsys):
     folder = copy / "sgd-seed0"

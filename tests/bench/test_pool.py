@@ -3,6 +3,7 @@ the table of recipes. On a Ray cluster: test_ray.py."""
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -59,7 +60,7 @@ def ends(monkeypatch):
     "begun". An outcome that is raised is a fault that nobody knows."""
     said = {"begun": []}
 
-    def attempt(config, evaluations, out, until, **how):
+    def attempt(config, evaluations, out, until, track, **how):
         said["begun"].append(out.name)
         outcome = said[out.name].pop(0)
         if callable(outcome):
@@ -216,6 +217,17 @@ def owner(folder: Path) -> int:
     raise AssertionError(f"nothing in {folder}")
 
 
+def tracked_epochs(folder: Path) -> list[int]:
+    """The epochs that TensorBoard has of a run; what tracked them is removed."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(folder / "tensorboard")).Reload()
+    (folder / "tracker.json").unlink()
+    shutil.rmtree(folder / "tensorboard")
+    assert len(board.Scalars("test/natural")) == 1
+    return [event.step for event in board.Scalars("train_loss")]
+
+
 @contextmanager
 def started(*arguments):
     """A command of the bench, which does not outlive the test."""
@@ -234,7 +246,7 @@ def test_of_two_processes_by_device_one_is_killed_and_no_bit_is_another(tmp_path
     """Through the command line: two workers, SIGKILL for the one that makes sgd-seed0."""
     out = tmp_path / "out"
     command = ["sweep", *FAST, "--methods", "sgd", "sam", "--seeds", "0", "--epochs", "20",
-               "--devices", "cpu", "cpu", "--out", out]  # fmt: skip
+               "--devices", "cpu", "cpu", "--track", "tensorboard", "--out", out]  # fmt: skip
     with started(*command) as process:
         os.kill(owner(out / "sgd-seed0"), signal.SIGKILL)
         said = process.communicate(timeout=600)[1]
@@ -242,6 +254,7 @@ def test_of_two_processes_by_device_one_is_killed_and_no_bit_is_another(tmp_path
     assert "sgd-seed0: failed (its process was killed; was memory short?), is begun again" in said
     for name, (config, _) in runs_of("sgd", "sam", epochs=20).items():
         train_and_evaluate(config, EVALUATION, tmp_path / name)
+        assert tracked_epochs(out / name) == [*range(20)]
         assert difference(out / name, tmp_path / name) == ""
 
 
