@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 NO_CLASSES = {"__MACOSX", "__pycache__", "@eaDir", "$RECYCLE.BIN", "System Volume Information",
               "lost+found", "Thumbs.db"}  # fmt: skip
@@ -33,6 +32,8 @@ def is_clutter(name: str) -> bool:
 
 
 def is_image(name: str) -> bool:
+    from torchvision.datasets.folder import IMG_EXTENSIONS  # seconds, and not all read images
+
     return name.lower().endswith((*IMG_EXTENSIONS, *MORE))
 
 

@@ -9,6 +9,7 @@ signal's handler may call: what is under way saves and stops.
 import logging
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 import threading
@@ -127,10 +128,12 @@ class Line:
 
 
 def start_worker(device: str | None, stopping: Any, line: Any) -> None:
-    """Give a worker its GPU, as "cuda", and a line for its bars, and end it with its parent: an
-    orphan would keep its run's directory from the command that is repeated."""
+    """Give a worker its GPU, as "cuda", and a line for its bars, leave Ctrl-C to its parent, which
+    stops all, and end it with that: an orphan would keep its run's directory from the command that
+    is repeated."""
     global _stopping
     _stopping, parent = stopping, multiprocessing.parent_process()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     draw_on(Line(line))
     if device is not None and torch.device(device).type == "cuda":
         torch.cuda.set_device(torch.device(device).index or 0)
@@ -147,6 +150,16 @@ def in_worker(job: Job) -> Outcome:
     return attempt(*job, heeds_sigterm=True, asked=lambda: bool(_stopping.value))
 
 
+def context_of_workers() -> Any:
+    """Return what starts workers: forked, where that can be, from a process that has imported all
+    and done nothing, so that one that is replaced is there at once."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["bench.experiments.places"])
+    return context
+
+
 @dataclass
 class Worker:
     device: str | None
@@ -159,7 +172,7 @@ class Processes:
     something unknown went wrong, is replaced."""
 
     def __init__(self, devices: tuple[str | None, ...], jobs: int):
-        self.context = multiprocessing.get_context("spawn")
+        self.context = context_of_workers()
         self.flag = self.context.Value("b", 0, lock=False)
         self.idle = [self.worker(device) for _ in range(jobs) for device in devices]
         self.at_work: dict[Future, tuple[str, Worker]] = {}

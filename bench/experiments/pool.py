@@ -6,6 +6,7 @@ many, may work in one directory: a run that one is at work on is left to it, and
 was ended. What diverges or fails is named when the others are made.
 """
 
+import os
 import shutil
 import signal
 import sys
@@ -24,7 +25,7 @@ from tqdm import tqdm
 from bench.attacks.notation import labelled
 from bench.experiments.places import Cluster, Evaluations, Here, Outcome, Processes
 from bench.experiments.train_and_evaluate import finished, refuse_changed_data, track_found
-from bench.files import Busy
+from bench.files import Busy, refuse_unwritable
 from bench.settings.config import Config
 from bench.settings.evaluation import check_judges
 from bench.settings.pool import Pool
@@ -64,6 +65,7 @@ def run_all(
     if pool.device is not None:
         runs = {name: (replace(config, device=pool.device), evaluations)
                 for name, (config, evaluations) in runs.items()}  # fmt: skip
+    refuse_unwritable(out / "summary.json")
     if pool.track is not None:
         refuse_missing(pool.track)
     for config, evaluations in runs.values():
@@ -78,6 +80,7 @@ def run_all(
     for summary in (summary for summaries in made.values() for summary in summaries):
         each(summary)
     if left:
+        out.mkdir(parents=True, exist_ok=True)
         making = Making(left, out, pool, each)
         making.make()
         if not making.due:
@@ -145,7 +148,7 @@ class Making:
         bar = {"total": total, "unit": "epoch", "desc": f"{len(self.runs)} runs"}
         with (
             closing(place_of(self.pool, lambda row: self.count())) as self.place,
-            sigterm(self.place.stop),
+            stopping(self.place.stop),
             tqdm(**bar, smoothing=0.02, disable=None) as self.bar,
             closing(Lines()) as self.lines,
         ):
@@ -296,22 +299,31 @@ def epochs_in(folder: Path) -> int:
         return 0
 
 
+STOPPING = b"""
+stopping: what trains saves at its next step, an evaluation is finished; Ctrl-C again ends at once
+"""
+
+
 @contextmanager
-def sigterm(stop: Callable[[], None]) -> Iterator[None]:
-    """Inside, SIGTERM calls `stop`; a second one ends the process at once."""
+def stopping(stop: Callable[[], None]) -> Iterator[None]:
+    """Inside, SIGTERM and Ctrl-C call `stop`; a second one ends the process at once."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
-    def heed(*_: Any) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    def heed(number: int, _: Any) -> None:
+        for one in before:
+            signal.signal(one, signal.SIG_DFL)
         stop()
+        if number == signal.SIGINT:
+            os.write(2, STOPPING)  # print may be what was interrupted
 
-    before = signal.signal(signal.SIGTERM, heed)
+    before = {one: signal.signal(one, heed) for one in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for one, handler in before.items():
+            signal.signal(one, handler)
 
 
 def one_line(summary: dict[str, Any]) -> str:

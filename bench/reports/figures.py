@@ -261,7 +261,7 @@ def plot_rho(
                            **style(i))  # fmt: skip
         for j, row in enumerate(flat):
             panel.axhline(accuracies(row)[name][0], color="gray", label=in_figures(label_of(row)),
-                          linestyle=("--", ":", "-.")[j % 3])  # fmt: skip
+                          linestyle=style(len(series) + j)["linestyle"])  # fmt: skip
         ticks = sorted({rho for points in series.values() for rho, _ in points})
         if ticks[0] > 0:
             panel.set_xscale("log", base=2)

@@ -11,7 +11,7 @@ def spread(values: list[float]) -> float:
 
 def aggregate(method: str, summaries: list[dict[str, Any]]) -> dict[str, Any]:
     """Return a method's object for summary.json: means over seeds, and sample deviations."""
-    robust: dict[str, dict[str, Any]] = {"mean": {}, "std": {}}
+    robust: dict[str, dict[str, dict[str, float]]] = {"mean": {}, "std": {}}
     for norm, by_eps in summaries[0]["robust"].items():
         for eps in by_eps:
             values = [s["robust"][norm][eps] for s in summaries]

@@ -121,6 +121,21 @@ def test_patterns_of_dashes_are_seen_to_differ():
         assert min((a != np.roll(b, shift)).mean() for shift in range(0, 1000, 5)) > 0.1
 
 
+def test_methods_without_rho_have_lines_of_their_own_too(tmp_path, monkeypatch):
+    rows = {m: aggregate(m, [row for row in ROWS if row["method"] == m]) for m in METHODS}
+    first, second, *flat = rows.values()
+    series = {"one": [(0.1, first), (0.2, second)], "two": [(0.1, second), (0.2, first)]}
+    kept = []
+    monkeypatch.setattr(drawing, "save", lambda figure, path: kept.append(figure))
+    drawing.plot_rho(series, flat[:2], tmp_path / "x.png")
+    labels = ["one", "two", *(method_name(row["method"]) for row in flat[:2])]
+    handles, names = kept[0].axes[0].get_legend_handles_labels()
+    lines = [getattr(handle, "lines", [handle])[0] for handle in handles]
+    assert sorted(names) == sorted(map(in_figures, labels))
+    assert len({str(line._unscaled_dash_pattern) for line in lines}) == 4
+    drawing.plt.close("all")
+
+
 @pytest.mark.parametrize("seeds, wanted", [((0, 1, 2), True), ((0,), False)])
 def test_bars_of_the_cost_plot(seeds, wanted, tmp_path, monkeypatch):
     chosen = [row for row in ROWS if row["config"]["seed"] in seeds]

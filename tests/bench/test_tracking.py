@@ -1,14 +1,12 @@
 """--track: every sitting goes on with one tracked run, whose numbers are those of metrics.jsonl."""
 
 import json
-import subprocess
 import sys
 
 import pytest
 
 from bench.__main__ import main
 from bench.experiments.pool import run_all
-from bench.provenance import ROOT
 from bench.settings.config import resolve
 from bench.settings.evaluation import Evaluation
 from bench.settings.pool import Pool
@@ -248,12 +246,6 @@ def test_one_that_is_not_installed_is_refused_before_anything_is_trained(tmp_pat
         assert main([*command, "--track", "mlflow", "--out", str(tmp_path / "run")]) == 2
         assert "--track mlflow needs" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
-
-
-def test_accelerate_is_imported_by_nobody_who_does_not_track():
-    code = "import sys, bench.training.train; print('accelerate' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout.strip() == "False"
 
 
 # ---- the services' own local modes

@@ -3,6 +3,7 @@ alone. What they share with SAM is in the tests of the contract (`contract.RELAT
 
 import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -120,6 +121,58 @@ def test_looksam_is_the_authors(exact, base):
             opt.step()
             theirs.step_between(first)
         assert_close(w, theirs.base.w, f"after step {t}: ")
+
+
+# ---- groups that differ, by hand
+
+
+@pytest.mark.parametrize("exact", EXACT)
+@pytest.mark.parametrize("name", ["msam", "gsam", "looksam"])
+def test_groups_climb_by_their_own_rho_and_mix_by_their_own_alpha(name, exact):
+    """Norms and inner products are over both that climb; the third steps as by the base."""
+    rhos, alphas, lrs, decays = [0.3, 0.7], [0.4, -0.2, 9.0], [0.1, 0.05, 0.2], [0.02, 0.0, 0.1]
+    w = parameters()
+    parts = [w[:2], w[2:4], w[4:]]
+    groups = [dict(params=ps, lr=lr, weight_decay=decay, rho=rho, perturb=i < 2)
+              | ({} if name == "msam" else dict(alpha=alpha))
+              for i, (ps, lr, decay, rho, alpha) in enumerate(
+                  zip(parts, lrs, decays, [*rhos, 5.0], alphas, strict=True))]
+    cls = {"msam": MomentumSAM, "gsam": GSAM, "looksam": LookSAM}[name]
+    own = dict(k=3) if name == "looksam" else {}
+    opt = cls(groups, torch.optim.SGD, momentum=0.8, lr=1.0, backend=exact, **own)
+    of = [0, 0, 1, 1, 2, 2]  # each parameter's group
+    x, v = [p.detach().clone() for p in w], [torch.zeros_like(p) for p in w]
+    g_v = v
+    for t in range(7):
+        first, second = normals(10 + t), normals(50 + t)
+        d = [-u for u in v] if name == "msam" else first
+        climbs = opt.climbs_next
+        if name != "msam":
+            give(w, first)
+        if climbs:
+            opt.first_step(zero_grad=True)
+            norm = published.length(d[:4]) + published.TINY
+            assert_close(w, [y + [*rhos, 0][i] * a / norm
+                             for y, i, a in zip(x, of, d, strict=True)], f"moved at {t}: ")
+            give(w, second)
+        g = second if climbs else first
+        add = [torch.zeros_like(y) for y in x]
+        if name == "gsam":
+            c = published.product(first[:4], second[:4]) / published.length(second[:4]) ** 2
+            add = [c * b - a for a, b in zip(first, second, strict=True)]
+        elif name == "looksam" and climbs:
+            c = published.product(first[:4], second[:4]) / published.length(first[:4]) ** 2
+            g_v = [b - c * a for a, b in zip(first, second, strict=True)]
+        elif name == "looksam":
+            c = published.length(first[:4]) / published.length(g_v[:4])
+            add = [c * u for u in g_v]
+        for i, j in enumerate(of):
+            mixed = g[i] + (alphas[j] * add[i] if j < 2 else 0) + decays[j] * x[i]
+            v[i] = 0.8 * v[i] + mixed
+            x[i] = x[i] - lrs[j] * v[i]
+        opt.step()
+        opt.zero_grad()
+        assert_close(w, x, f"after step {t}: ")
 
 
 # ---- every backend and dtype, one step from the same state
@@ -377,16 +430,20 @@ def test_looksam_calls_the_closure_twice_at_every_kth_step(backend, device):
     assert calls == [2, 1, 1, 2, 1, 1, 2]
 
 
-def test_looksam_goes_on_between_its_climbs_where_it_was(backend, device):
+@pytest.mark.parametrize("way", ["load", "pickle"])
+def test_looksam_goes_on_between_its_climbs_where_it_was(way, backend, device):
     net = network(device)
     make = lambda n: LookSAM(n.parameters(), torch.optim.SGD, rho=0.2, k=4, lr=0.05,  # noqa: E731
                              momentum=0.9, backend=backend)
     opt = make(net)
     for i in range(6):
         opt.step(lambda i=i: backward(net, i, device))
-    twin = copy.deepcopy(net)
-    other = make(twin)
-    other.load_state_dict(copy.deepcopy(opt.state_dict()))
+    if way == "load":
+        twin = copy.deepcopy(net)
+        other = make(twin)
+        other.load_state_dict(copy.deepcopy(opt.state_dict()))
+    else:
+        twin, other = pickle.loads(pickle.dumps((net, opt)))
     for i in range(6, 11):
         opt.step(lambda i=i: backward(net, i, device))
         other.step(lambda i=i: backward(twin, i, device))
