@@ -254,7 +254,8 @@ def bomb(path):
 def lost_tail(path):
     RGB.save(path, format="JPEG", quality=95)
     data = path.read_bytes()
-    path.write_bytes(data[:-400] + bytes(400))
+    path.write_bytes(data[:-100] + bytes(100))  # within the pixels: Pillow itself reads it
+    assert Image.open(path).convert("RGB").size == RGB.size
 
 
 @pytest.mark.parametrize("make", [text_chunk, checksum, bomb, lost_tail,
