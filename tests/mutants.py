@@ -133,8 +133,8 @@ MUTANTS = [Mutant(*fields) for fields in [
      "            path.write_bytes(tmp.read_bytes())",
      "tests/bench/test_files.py -k reads_it_whole"),
     # images
-    ("bench/data/images.py", "for p in around for place in (p.resolve(), *p.resolve().parents)}",
-     "for p in around[:1] for place in (p.resolve(), *p.resolve().parents)}",
+    ("bench/data/images.py", "for p in own for place in (p.resolve(), *p.resolve().parents)}",
+     "for p in own[:1] for place in (p.resolve(), *p.resolve().parents)}",
      "tests/bench/test_images.py -k circle"),
     ("bench/data/images.py", "            refuse_lost_end(image, data)\n", "",
      "tests/bench/test_images.py -k every_reader"),

@@ -71,8 +71,8 @@ def walked(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:
     for top, below, names in os.walk(folder, followlinks=True, onerror=refuse):
         below[:] = sorted(name for name in below if not is_clutter(name))
         links = [path for name in below if (path := Path(top, name)).is_symlink()]
-        around = [Path(top), *Path(top).parents] if links else []
-        around = {place for p in around for place in (p.resolve(), *p.resolve().parents)}
+        own = [Path(top), *Path(top).parents] if links else []
+        around = {place for p in own for place in (p.resolve(), *p.resolve().parents)}
         for path in links:
             if path.resolve() in around:
                 raise ValueError(f"{str(path)!r} links to a folder that it lies in; remove it")

@@ -22,9 +22,11 @@ from bench.settings.recipes import load_recipe, recipe_names
 from bench.settings.setting import settings_of
 
 NUMBER, OBJECT = (int, float), dict
-KINDS = {"natural": NUMBER, "images_per_second": NUMBER, "train_seconds": NUMBER,
-         "test_images": int, "robust": OBJECT, "best": OBJECT, "attacks": OBJECT, "config": OBJECT,
-         "evaluation": OBJECT, "method": str}  # fmt: skip
+KINDS: dict[str, Any] = {
+    "natural": NUMBER, "images_per_second": NUMBER, "train_seconds": NUMBER, "test_images": int,
+    "robust": OBJECT, "best": OBJECT, "attacks": OBJECT, "config": OBJECT, "evaluation": OBJECT,
+    "method": str,
+}  # fmt: skip
 DEFAULTS = {f.name: f.default for f in fields(Config) if f.default is not MISSING}
 
 
