@@ -16,7 +16,7 @@ COMMANDS = {
     for family in (training, experiments, evaluation, catalogue, options, speed, reports)
     for command in family.COMMANDS
 }
-PIPE_CLOSED = 128 + signal.SIGPIPE  # the exit code that shells give
+PIPE_CLOSED, INTERRUPTED = 128 + signal.SIGPIPE, 128 + signal.SIGINT  # as shells have it
 
 
 def parsed(words: list[str]) -> tuple[Command, dict[str, Any]]:
@@ -29,7 +29,7 @@ def parsed(words: list[str]) -> tuple[Command, dict[str, Any]]:
 def main(argv: list[str] | None = None) -> int:
     """Return the exit code: 0, 1 when a benchmark's parity check is red, 2 after one sentence about
     the input that cannot be used, DIVERGED (3) after one about the training that did, 143 after
-    SIGTERM, or 141 where nobody reads the output."""
+    SIGTERM, 130 after Ctrl-C, or 141 where nobody reads the output."""
 
     try:
         command, given = parsed(sys.argv[1:] if argv is None else argv)
@@ -48,6 +48,10 @@ def main(argv: list[str] | None = None) -> int:
     except Diverged as e:
         print(f"error: {e}", file=sys.stderr)
         return DIVERGED
+    except KeyboardInterrupt:
+        print("interrupted; repeat the command to go on from the last checkpoint, if it trains",
+              file=sys.stderr)  # fmt: skip
+        return INTERRUPTED
     except Stopped as where:
         print(f"stopped {where}; repeat the command to go on")
         return TERMINATED if isinstance(where, Terminated) else 0

@@ -20,13 +20,14 @@ class GraphedStep:
             loss_fn(model(x), y).backward()
         optimizer.second_step(zero_grad=True)
 
-    The graph is captured at the first call, after warm-up steps whose effect on the model and the
-    optimizer is undone, and again after `optimizer.load_state_dict`, a new group, moved or frozen
-    parameters, `model.eval()` or `train()`, or a change of what the kernels branch on (`adaptive`,
-    `eta`, `perturb`, a first momentum). Learning rate, rho and the other hyper-parameters are data
-    of the graph and may change between calls. Steps that do not climb (`interval`, `start`) have a
-    graph of their own. Where a capture fails, weights and state are as before. On a CPU the same
-    step runs without a graph.
+    Momentum-SAM's `first_step` comes after the attack, before its only pass. The graph is captured
+    at the first call, after warm-up steps whose effect on the model and the optimizer is undone,
+    and again after `optimizer.load_state_dict`, a new group, moved or frozen parameters,
+    `model.eval()` or `train()`, or a change of what the kernels branch on (`adaptive`, `eta`,
+    `perturb`, a first momentum). Learning rate, rho and the other hyper-parameters are data of the
+    graph and may change between calls. Steps that do not climb (`interval`, `start`) have a graph
+    of their own. Where a capture fails, weights and state are as before. On a CPU the same step
+    runs without a graph.
 
     Args:
         model: in training mode, on one device.

@@ -307,6 +307,12 @@ class Layout:
 
     # ---- the norm of v, which a step leaves to the next climb
 
+    def climbing_along_v(self) -> list[list[bool]]:
+        """For each space and slot, whether it climbs along -v: frozen ones do not."""
+        return [[taken and slot.param.requires_grad
+                 for slot, taken in zip(space.slots, perturb, strict=True)]
+                for space, perturb in zip(self.spaces, self.values.perturb, strict=True)]
+
     def keep_norm(self, climbing: Sequence[Sequence[bool]] | None) -> None:
         """Remember that the partials are those of v as it is now, over these slots of each space;
         for None, that they are not."""
@@ -314,7 +320,8 @@ class Layout:
 
     def has_norm(self) -> bool:
         """Whether the partials are what `norm` would make of v, over what climbs now."""
-        return self._normed is not None and self._normed == self._to_norm(self.values.perturb)
+        return (self._normed is not None
+                and self._normed == self._to_norm(self.climbing_along_v()))
 
     def _to_norm(self, climbing: Sequence[Sequence[bool]]) -> list:
         return [(version(space.v), list(moved))
@@ -338,8 +345,9 @@ class Layout:
         """
         space, values = self.spaces[i], self.values
         along_v = first and self.traits.along_v
-        grads: list[Tensor | None] = ([slot.v for slot in space.slots] if along_v else
-                                      [p.grad for p in space.params])
+        grads: list[Tensor | None] = (
+            [slot.v if slot.param.requires_grad else None for slot in space.slots] if along_v
+            else [p.grad for p in space.params])
         takes_part = values.perturb[i] if first else None
         column = "g1" if first else "g2"
         last = self._last.get((i, first))

@@ -454,7 +454,7 @@ class SAM(Optimizer):
         layout = self._follow()
         if self._traits.along_v and not layout.has_norm():
             all_spaces.norm(layout.backend, self._read(True, None))
-            self._phase.layout.keep_norm(self._phase.layout.values.perturb)
+            self._phase.layout.keep_norm(self._phase.layout.climbing_along_v())
 
     # ---- what can be asked
 

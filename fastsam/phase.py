@@ -91,8 +91,8 @@ class Phase:
             self.plain += 1
             if self.plain == NO_CLIMB:
                 self.warn("no climb", f"{NO_CLIMB} steps without a climb are plain steps of the "
-                          "base optimizer: call first_step, compute the gradients again, then "
-                          "second_step; or step(closure)")
+                          "base optimizer: call first_step, compute the gradients after it, "
+                          "then second_step; or step(closure)")
 
     def keep_witness(self) -> None:
         """Remember a first gradient that stays in `.grad`."""

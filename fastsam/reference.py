@@ -55,10 +55,11 @@ def projection(dots: Tensor, kind: str) -> Tensor:
 
 def share(dots: Tensor, mix: str) -> Tensor:
     """c of `Pass.mix`, from (<g, x>, <g, g>, <x, x>), shape (3,), where x is the kept gradient or
-    m; 0 where what it is divided by is, not finite where g is not."""
+    m; 0 where what it is divided by is, not finite where g is not. An m that rounding has left of
+    parallel gradients would be a step in no direction: it is 0, too."""
     gx, gg, xx = dots
     if mix == "reuse":
-        return torch.where(xx == 0, 0 * gg, gg.sqrt() / xx.sqrt())
+        return torch.where(is_noise(torch.stack([xx, gg])), 0 * gg, gg.sqrt() / xx.sqrt())
     size = gg if mix == "gsam" else xx
     return torch.where(size == 0, 0 * gx, gx / size)
 
@@ -80,7 +81,8 @@ def scaling(w: Tensor, g: Tensor, a: float, b: float, kind: str | None) -> Tenso
 
 def is_noise(sums: Tensor) -> Tensor:
     """Whether d is what rounding leaves of a difference that is 0: ||T d|| is at most 64 unit
-    roundoffs of ||T g||. Scaled up to rho it would be a step in no direction."""
+    roundoffs of ||T g||, from the squares of both. Scaled up to rho it would be a step in no
+    direction."""
     return sums[0] <= (32 * torch.finfo(sums.dtype).eps) ** 2 * sums[1]
 
 

@@ -126,7 +126,15 @@ class MomentumSAM(SAM):
     `step(closure)` calls the closure once, at w'. Between steps the weights are w, which is what
     is evaluated and saved; the authors' code leaves them at w' and has a call that moves them
     back. Weight decay is the base optimizer's, at w; the authors' SGD takes it at w', and their
-    AdamW decays after the step instead of before.
+    AdamW decays after the step instead of before. Frozen parameters do not climb; others do along
+    their v, whether this pass gives them a gradient or not. The pass moves BatchNorm's statistics:
+    it is not to be frozen.
+
+    ||v|| is left by the step that made v, and taken anew where v has changed since as far as torch
+    counts it (`Tensor._version`): in place, through views, by replacing or loading it. Writes that
+    torch does not count, through `.data`, NumPy, DLPack, or torch.distributed's all_reduce and
+    broadcast, are climbed along, but by the old length, once; after them
+    `torch.autograd.graph.increment_version(opt.state[p]["momentum_buffer"])` tells.
 
     Args:
         params, base_optimizer, **kwargs: as `SAM`; the base is SGD with momentum, Adam or AdamW.
@@ -232,10 +240,11 @@ class LookSAM(SAM):
         w   = base(w, g + alpha ||g|| / ||g_v|| g_v)
 
     Inner product and norms are over all parameters, as in the paper; some implementations take
-    them tensor by tensor, which is another method. `step(closure)` sees to the passes; a loop of
-    its own asks `climbs_next`, and calls `step()` alone where it is False. Before the first climb
-    (`start`) steps are the base optimizer's. A gradient that is not finite makes the step a
-    counted skip.
+    them tensor by tensor, which is another method. Where g' is parallel to g, up to rounding, g_v
+    is 0 and nothing is added; a parameter without one of both gradients keeps its g_v.
+    `step(closure)` sees to the passes; a loop of its own asks `climbs_next`, and calls `step()`
+    alone where it is False. Before the first climb (`start`) steps are the base optimizer's. A
+    gradient that is not finite makes the step a counted skip.
 
     Args:
         params, base_optimizer, **kwargs: as `SAM`; the base is SGD, Adam or AdamW.

@@ -17,6 +17,7 @@ from bench.attacks.pgd import (
     Attack,
     Forward,
     Generators,
+    gradient,
     into_l2_ball,
     largest,
     lost_where,
@@ -154,7 +155,7 @@ def apgd(
             f = log_odds(logits, course.y, course.scale) if t is None else targeted_dlr(
                 logits, course.y, course.t
             )  # fmt: skip
-        g = course.g if ends else torch.autograd.grad(f.sum(), now)[0]
+        g = course.g if ends else gradient(f, now)
         course.now = now.detach()
         course.arrive(f.detach(), g)
         right = still_right(logits.detach(), course, judge)

@@ -1,6 +1,5 @@
 """The evaluation's attacks by name: FGSM, PGD with restarts, Auto-PGD, and AutoAttack itself."""
 
-import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -11,15 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from bench.attacks.apgd import TARGETS, apgd, apgd_targeted
-from bench.attacks.notation import both_forms
+from bench.attacks.notation import both_forms, split_name
 from bench.attacks.objectives import FIRST, LAST, SPREAD, in_words
 from bench.attacks.pgd import Attack, Forward, Generators, evaluation_attack, fgsm, pgd
 from bench.provenance import package_version
-from bench.spelling import meant
 
-NAMES = "clean, fgsm, pgd-STEPS, pgd-STEPS-RESTARTS, apgd-ce, apgd-t, autoattack"
-KINDS = ("clean", "fgsm", "pgd", "apgd-ce", "apgd-t", "autoattack")
-PATTERN = re.compile(r"(clean|fgsm|autoattack|(pgd|apgd-ce|apgd-t)(-[1-9]\d*)?(-[1-9]\d*)?)")
 APGD_STEPS = 100
 AUTOATTACK_PASSES = 7800  # about: APGD 101 and 9 x 101, FAB 9 x 200, Square 5000
 AUTOATTACK = ("autoattack", "pyautoattack")  # the authors' module, from source and as a package
@@ -44,16 +39,6 @@ class Attempt:
     perturb: Perturb
     restarts: int = 1
     passes: int = 1
-
-
-def split_name(name: str) -> tuple[str, int | None, int]:
-    """Return kind, steps (None: the kind's own) and restarts of "pgd-50-10". Raises ValueError."""
-    match = PATTERN.fullmatch(name)
-    if match is None:
-        near = meant(name, (*KINDS, "pgd-20", "pgd-50-10"))
-        raise ValueError(f"unknown attack {name!r}{near}; choose from {NAMES}")
-    whole, kind, steps, restarts = match.groups()
-    return kind or whole, int(steps[1:]) if steps else None, int(restarts[1:]) if restarts else 1
 
 
 def attempt(

@@ -1,4 +1,4 @@
-"""Radii and steps of attacks, for images in [0, 1]: how they are written and read.
+"""Radii and names of attacks, for images in [0, 1]: how they are written and read.
 
 "8/255" is a fraction, "8" counts 255ths, "0.0314" (below 1) is the value itself.
 """
@@ -6,9 +6,15 @@
 import re
 from collections.abc import Sequence
 
+from bench.spelling import meant
+
 LARGEST_LINF = 0.25
 HINT = "write it as 8/255, as 8 (the same) or as 0.0314"
 NUMBER = r"(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?"
+# of an evaluation, and whether steps and restarts may follow (pgd-50-10); by_name has what they are
+ATTACKS = {"clean": False, "fgsm": False, "pgd": True, "apgd-ce": True, "apgd-t": True,
+           "autoattack": False}  # fmt: skip
+NAMES = ", ".join(f"{name}{'[-STEPS[-RESTARTS]]' * steps}" for name, steps in ATTACKS.items())
 FRACTION = re.compile(rf"({NUMBER})\s*/\s*({NUMBER})")
 
 
@@ -91,3 +97,13 @@ def parse_radii(texts: Sequence[str], norm: str, force: bool = False) -> tuple[f
     radii = tuple(parse_eps(text, norm, force) for text in texts)
     refuse_mixed(texts, f"--eval-{norm} {' '.join(texts)}")
     return radii
+
+
+def split_name(name: str) -> tuple[str, int | None, int]:
+    """Return kind, steps (None: the kind's own) and restarts of "pgd-50-10". Raises ValueError."""
+    match = re.fullmatch(r"(.*?)(?:-([1-9]\d*))?(?:-([1-9]\d*))?", name)
+    kind, steps, restarts = match.groups() if match else (name, None, None)
+    if kind not in ATTACKS or (steps and not ATTACKS[kind]):
+        near = meant(name, (*ATTACKS, "pgd-20", "pgd-50-10"))
+        raise ValueError(f"unknown attack {name!r}{near}; choose from {NAMES}")
+    return kind, int(steps) if steps else None, int(restarts or 1)

@@ -154,7 +154,19 @@ def pgd(
 def ascent(loss_at: Callable[..., Tensor], x: Tensor, *how: float) -> Tensor:
     """Return every image's gradient of its own loss. loss_at: (B, C, H, W), *how -> (B,)."""
     x = x.detach().requires_grad_(True)
-    return torch.autograd.grad(loss_at(x, *how).sum(), x)[0]
+    return gradient(loss_at(x, *how), x)
+
+
+def gradient(f: Tensor, x: Tensor) -> Tensor:
+    """Return every image's gradient of its own f, (B,). Raises ValueError where f has none."""
+    g = torch.autograd.grad(f.sum(), x, allow_unused=True)[0] if f.requires_grad else None
+    if g is None:
+        raise ValueError(
+            "the model's outputs have no gradient with respect to the images: something in it cuts "
+            "the graph (torch.no_grad, detach, NumPy, whole numbers); take that out, or evaluate "
+            "clean alone"
+        )
+    return g
 
 
 def lost_where(lost: Tensor, x_adv: Tensor) -> Tensor:

@@ -14,7 +14,8 @@ INTRODUCTION = """# Options of a run
 
 `train`, `compare` and `sweep` have these, the last two tables as they say; `python -m bench COMMAND
 --help` tells a command's own too. What is not given is the recipe's or the preset's, then the
-method's, then the default here. A recipe names a setting with `_` for `-`.
+method's, then the default here. A recipe names a setting with `_` for `-`. `--attacks` is
+`evaluate`'s, which has the second table, too: the others measure by `pgd`.
 
 This page is what `python -m bench options` prints. What it tells stands once, beside the settings'
 fields, from which the command line and the checks come too ([extending](extending.md))."""

@@ -35,6 +35,12 @@ class Command:
         return (*settings_of(self.own).values(), *self.shared)
 
     @property
+    def flags(self) -> set[str]:
+        """Its options as they are written, those that switch something off left out."""
+        return {f"--{name}" for of in self.options if not of.setting.positional
+                for name in (of.option, of.setting.alias) if name}  # fmt: skip
+
+    @property
     def defaults(self) -> dict[str, Any]:
         own = {of.key: of.value for of in settings_of(self.own).values()}
         return {k: list(v) if isinstance(v, tuple) else v for k, v in own.items()
@@ -93,6 +99,16 @@ def options_of(owner: type, *only: str, without: Iterable[str] = ()) -> tuple[De
                  if (name in only or not only) and name not in without)  # fmt: skip
 
 
+def refuse_others(commands: dict[str, Command], command: Command, words: list[str]) -> None:
+    """Raise ValueError for an option that this command has not and others have."""
+    for word in words:
+        name = word.partition("=")[0].replace("_", "-")
+        others = [other.name for other in commands.values() if name in other.flags]
+        if others and name not in command.flags:
+            raise ValueError(f"{command.name} has no option {name}; {', '.join(others)} "
+                             f"{'has' if len(others) == 1 else 'have'} it")  # fmt: skip
+
+
 def parse(commands: dict[str, Command], words: list[str]) -> tuple[Command, dict[str, Any]]:
     """Return the command that the first word names, and what the others say.
 
@@ -105,13 +121,17 @@ def parse(commands: dict[str, Command], words: list[str]) -> tuple[Command, dict
                 f"{', '.join(commands)}"
             )
         command = commands[words[0]]
+        refuse_others(commands, command, words[1:])
         return command, command.parse(words[1:])
     names = [Annotated[command.parser(), tyro.conf.subcommand(name, description=command.help)]
              for name, command in commands.items()]  # fmt: skip
     about = (
         "Train image classifiers with SGD, SAM, ASAM, Friendly-SAM or adversarial training, and "
         "measure their natural and robust accuracy. "
-        f"`{PROGRAM} COMMAND --help` tells a command's options."
+        f"`{PROGRAM} COMMAND --help` tells a command's options. "
+        f"`{PROGRAM} compare --demo` is a first table, in minutes; "
+        f"`{PROGRAM} compare --recipes 'sam-at/cifar10/*' --download` is a paper's, beside its "
+        "numbers."
     )
     anyone: Any = Union[tuple(names)]  # noqa: UP007
     tyro.cli(anyone, args=words, prog=PROGRAM, description=about)

@@ -26,7 +26,8 @@ class OfStep:
 @dataclass(kw_only=True)
 class OfThroughput:
     methods: tuple[str, ...] = setting(
-        TIMED, "of sgd, sam, asam, fsam, fasam, at-linf, at-l2", metavar="METHOD..."
+        TIMED, "of sgd, sam, asam, fsam, fasam, msam, looksam, gsam, at-linf, at-l2",
+        metavar="METHOD...",
     )
     amp: str = setting("bf16", "bf16 or off")
     channels_last: bool = setting(True, "torch's channels_last memory format")

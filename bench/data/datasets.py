@@ -1,9 +1,11 @@
 """Image data sets, as uint8 tensors on the device or as files, their splits and their labels."""
 
 import hashlib
-from collections.abc import Callable
+import os
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ from torch import Tensor
 
 from bench.data.augmentation import Augmentation, Pipeline
 from bench.data.images import listing, read_image, state_of
+from bench.data.known import KNOWN
 from bench.data.label_noise import noisy
 from bench.data.photographs import Photographs, fingerprint, read_listing
 
@@ -85,7 +88,7 @@ def load_data(
     lazily: bool = False,
     workers: int | None = None,
 ) -> Data:
-    """Load "digits", "cifar10", "cifar100", or a directory of images in one folder per class.
+    """Load a data set of KNOWN, or a directory of images in one folder per class.
 
     A directory holds train/<class>/* and test/<class>/* (or val/<class>/*), or <class>/* alone, of
     which a fixed stratified fifth becomes the test set. val: the fraction of the training images
@@ -149,13 +152,35 @@ def read_data(
 
     state: of the files, so that changed ones are read again.
     """
-    if name == "digits":
-        train, test, classes = digits()
-    elif name in NORMALISATION:
-        train, test, classes = cifar(name, data_dir, download)
+    if name in READERS:
+        train, test, classes = READERS[name](data_dir, download)
     else:
         train, test, classes = folder(Path(name), lambda root: read_images(root, image_size))
+        warn_of_shared(name, pixels_of(train), pixels_of(test))
     return train, test, classes, sha256(train), sha256(test)
+
+
+def warn_of_shared(name: str, training: Iterable[object], test: Iterable[object]) -> None:
+    """Warn of test images that are training images too. Each: what is equal of equal images."""
+    known, found = set(training), list(test)
+    if shared := sum(image in known for image in found):
+        warnings.warn(
+            f"{shared} of {len(found)} test images of {name!r} are training images too, so that "
+            "the accuracy is not that on new images; take them out of one of the two",
+            stacklevel=2,
+        )
+
+
+def pixels_of(split: Split | Photographs) -> Iterator[bytes]:
+    for image in split.images.cpu().numpy():
+        yield hashlib.blake2b(image.tobytes(), digest_size=16).digest()
+
+
+def files_of(split: Photographs) -> Iterator[tuple[int, int]]:
+    """Yield what is equal of links to one file."""
+    for path in split.paths:
+        found = os.stat(path)
+        yield found.st_dev, found.st_ino
 
 
 def sha256(split: Split) -> str:
@@ -172,6 +197,8 @@ def test_images_of(name: str, data: Data, image_size: int | None) -> Split:
             f"{name!r} has {other.channels} channels and the classes {other.classes}, but the "
             f"network was trained on {data.channels} and {data.classes}; give test images of those"
         )
+    trained_on = (image for part in (data.train, data.val) for image in pixels_of(part))
+    warn_of_shared(name, trained_on, pixels_of(other.test))
     return other.test
 
 
@@ -181,7 +208,7 @@ def read_lazily(
 ) -> tuple[Photographs, Photographs, list[str], str, str]:
     """Return training images, test images, class names, and both sets' fingerprints; state: as
     above."""
-    if name in ("digits", *NORMALISATION):
+    if name in READERS:
         raise ValueError(
             f"augment 'resized-crop' is for directories of photographs, not for {name!r}; use "
             "crop-flip"
@@ -189,6 +216,7 @@ def read_lazily(
     root = Path(name)
     train, test, classes = folder(root, lambda root: read_listing(root, size))
     train, test = (replace(part, workers=workers) for part in (train, test))
+    warn_of_shared(name, files_of(train), files_of(test))
     return train, test, classes, fingerprint(train, root), fingerprint(test, root)
 
 
@@ -228,7 +256,10 @@ def channel_statistics(split: Split) -> tuple[list[float], list[float]]:
     return by_channel.mean(1).tolist(), by_channel.std(1).clamp_min(1e-3).tolist()
 
 
-def digits() -> tuple[Split, Split, list[str]]:
+# ---- data sets with names: (data_dir, download) -> training images, test images, classes
+
+
+def digits(data_dir: str = "", download: bool = False) -> tuple[Split, Split, list[str]]:
     """1797 real handwritten digits, 8x8, 17 grey levels; a fixed fifth is the test set."""
     from sklearn.datasets import load_digits
 
@@ -257,6 +288,14 @@ def cifar(name: str, data_dir: str, download: bool) -> tuple[Split, Split, list[
     return train, test, parts[0].classes
 
 
+READERS: dict[str, Callable[[str, bool], tuple[Split, Split, list[str]]]] = {
+    "digits": digits,
+    "cifar10": partial(cifar, "cifar10"),
+    "cifar100": partial(cifar, "cifar100"),
+}
+# ---- directories
+
+
 def folder(root: Path, read: Callable) -> tuple:
     """Return the training images, the test images and the classes of a directory.
 
@@ -264,8 +303,8 @@ def folder(root: Path, read: Callable) -> tuple:
     """
     if not root.is_dir():
         raise ValueError(
-            f"data {str(root)!r} is neither digits, cifar10, cifar100 nor a directory; give the "
-            "path of a directory with train/<class>/ and test/<class>/"
+            f"data {str(root)!r} is neither {', '.join(KNOWN)} nor a directory; give the path of "
+            " a directory with train/<class>/ and test/<class>/"
         )
     if not (root / "train").is_dir():
         everything, classes = several(root, *read(root))

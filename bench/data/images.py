@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 NO_CLASSES = {"__MACOSX", "__pycache__", "@eaDir", "$RECYCLE.BIN", "System Volume Information",
               "lost+found", "Thumbs.db"}  # fmt: skip
@@ -33,6 +32,8 @@ def is_clutter(name: str) -> bool:
 
 
 def is_image(name: str) -> bool:
+    from torchvision.datasets.folder import IMG_EXTENSIONS  # seconds, and not all read images
+
     return name.lower().endswith((*IMG_EXTENSIONS, *MORE))
 
 
@@ -62,17 +63,18 @@ def files_in(folder: Path) -> Iterator[str]:
 
 def walked(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:
     """os.walk through links, without clutter. Raises ValueError for a link to a folder around it,
-    and OSError for a folder that cannot be read."""
+    be it by other links, and OSError for a folder that cannot be read."""
 
     def refuse(e: OSError) -> None:
         raise e
 
     for top, below, names in os.walk(folder, followlinks=True, onerror=refuse):
         below[:] = sorted(name for name in below if not is_clutter(name))
-        for name in below:
-            path = Path(top, name)
-            if path.is_symlink() and path.resolve() in [*Path(top).resolve().parents,
-                                                        Path(top).resolve()]:  # fmt: skip
+        links = [path for name in below if (path := Path(top, name)).is_symlink()]
+        around = [Path(top), *Path(top).parents] if links else []
+        around = {place for p in around for place in (p.resolve(), *p.resolve().parents)}
+        for path in links:
+            if path.resolve() in around:
                 raise ValueError(f"{str(path)!r} links to a folder that it lies in; remove it")
         yield top, below, names
 

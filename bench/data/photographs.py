@@ -5,29 +5,38 @@ half of the time; elsewhere the shorter side becomes size 256/224 and the centre
 image's randomness has a seed of its own, so that the number of reading processes changes no bit.
 """
 
+from __future__ import annotations
+
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms import v2
 
 from bench.data.images import listing, read_image
+
+if TYPE_CHECKING:
+    from torchvision.transforms import v2
 
 AT_MOST = 16  # reading processes where none are asked for
 APIECE = 32  # images that a process reads at a time outside training
 
 
 def central(size: int) -> v2.Transform:
+    from torchvision.transforms import v2  # seconds, and not all read photographs
+
     shorter = round(size * 256 / 224)
     return v2.Compose([v2.Resize(shorter), v2.CenterCrop(size), v2.PILToTensor()])
 
 
 def cropped(size: int) -> v2.Transform:
+    from torchvision.transforms import v2
+
     return v2.Compose([v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(), v2.PILToTensor()])
 
 
@@ -70,11 +79,11 @@ class Photographs:
     def size(self) -> int:
         return self.images.shape[-1]
 
-    def take(self, index: Tensor) -> "Photographs":
+    def take(self, index: Tensor) -> Photographs:
         paths = [self.paths[i] for i in index.tolist()]
         return replace(self, paths=paths, labels=self.labels[index])
 
-    def to(self, device: torch.device) -> "Photographs":
+    def to(self, device: torch.device) -> Photographs:
         return replace(self, labels=self.labels.to(device), images=self.images.to(device))
 
     def batch(self, index: Tensor | slice) -> tuple[Tensor, Tensor]:

@@ -30,14 +30,34 @@ def answered(
     model: nn.Module, split: Split, batch_size: int, tell: Callable[[int], Any] = lambda n: None
 ) -> Tensor:
     """Return the (N,) classes that the model in its current mode gives, -1 where the logits are not
-    finite. tell: takes the number of images after each batch."""
+    finite. tell: takes the number of images after each batch. Raises ValueError as refuse_unfit."""
     parts = []
     with torch.no_grad():
         for i in range(0, len(split), batch_size):
             x, _ = split.batch(slice(i, i + batch_size))
-            parts.append(answers(model(x)))
+            z = model(x)
+            refuse_unfit(x, z)
+            parts.append(answers(z))
             tell(len(x))
     return torch.cat(parts)
+
+
+def refuse_unfit(x: Tensor, z: Any) -> None:
+    """Raise ValueError for images outside [0, 1], which attacks would move there before they begin,
+    and for a model's outputs that are no (B, classes) tensor of logits."""
+    if x.min() < 0 or x.max() > 1:
+        raise ValueError(
+            f"there are images from {x.min():.4g} to {x.max():.4g}, and attacks are for images in "
+            "[0, 1]; give them as they are, and let the model normalise them"
+        )
+    if not isinstance(z, Tensor):
+        raise ValueError(f"the model returns a {type(z).__name__}; wrap it, so that it returns the "
+                         "logits alone")  # fmt: skip
+    if z.ndim != 2 or len(z) != len(x) or z.shape[1] < 2 or not z.is_floating_point():
+        raise ValueError(
+            f"of {len(x)} images the model returns {tuple(z.shape)} of {z.dtype}; logits are "
+            f"({len(x)}, classes) of floats, of two classes at least"
+        )
 
 
 def correct(model: nn.Module, split: Split, batch_size: int) -> Tensor:
@@ -172,7 +192,9 @@ def measured(
         classes = model(sample[0][:1]).shape[1]
     planned = attempts(evaluation, classes)
     result["warnings"] = masked_gradients.of_answers(answer)
-    result["warnings"] += masked_gradients.of_model(model, *sample, evaluation.batch_size)
+    result["warnings"] += masked_gradients.of_model(
+        model, *sample, evaluation.batch_size, attacked=bool(planned)
+    )
     forward, fast = passes_of(model, evaluation.precision)
     count = len(right) * sum(len(attacks) for _, _, attacks in planned)
     with Progress(count, bar) as progress, progress.counting(model, fast):

@@ -16,6 +16,8 @@ SLACK = 0.005  # of the images, and at least one: differences that chance can ma
 GUARD = 1e-10  # the largest number that public attacks put in the place of a gradient's norm
 PILE = 0.2  # of the images: so many highest outputs at one value are a bound's doing
 CLOSE = 1e-3  # of the outputs' range
+COARSE = 1e-2  # of the outputs: more than what bf16 rounds away
+LEAST = 1e-4  # a narrower range of log-probabilities is not told from rounding
 
 
 def of_answers(answers: Tensor) -> list[str]:
@@ -37,16 +39,24 @@ def of_attack(where: str, lost: int, n: int) -> list[str]:
     ]
 
 
-def of_model(model: nn.Module, x: Tensor, y: Tensor, batch_size: int | None = None) -> list[str]:
+def of_model(
+    model: nn.Module, x: Tensor, y: Tensor, batch_size: int | None = None, attacked: bool = True
+) -> list[str]:
     """Return a sentence for every sign in the model's answers to images.
 
     x: (B, C, H, W) in [0, 1]. y: (B,) labels. The model is in eval mode. batch_size: images at a
-    time, None: all.
+    time, None: all. attacked: whether its gradients matter.
     """
-    parts = list(zip(x.split(batch_size or len(x)), y.split(batch_size or len(y)), strict=True))
-    with torch.no_grad():
-        z, again = (torch.cat([model(part) for part, _ in parts]) for _ in range(2))
-    return of_gradients(model, parts) + of_randomness(z, again) + of_outputs(z)
+    size = min(batch_size or len(x), len(x))
+
+    def outputs(size: int) -> Tensor:
+        with torch.no_grad():
+            return torch.cat([model(part) for part in x.split(size)])
+
+    z, again, others = outputs(size), outputs(size), outputs(size // 2 or 2)
+    parts = list(zip(x.split(size), y.split(size), strict=True))
+    said = of_gradients(model, parts) if attacked else []
+    return said + (of_randomness(z, again) or of_company(z, others)) + of_outputs(z)
 
 
 Parts = list[tuple[Tensor, Tensor]]  # images and labels
@@ -98,14 +108,32 @@ def of_gradients(model: nn.Module, parts: Parts) -> list[str]:
     return []
 
 
+def largest_gap(z: Tensor, other: Tensor) -> float:
+    """Return the largest difference between finite outputs, in parts of the largest output."""
+    finite = z.isfinite().all(1) & other.isfinite().all(1)
+    z, other = z[finite].double(), other[finite].double()
+    if not len(z) or (gap := (other - z).abs().max().item()) == 0:
+        return 0.0
+    return gap / z.abs().max().item()
+
+
 def of_randomness(z: Tensor, again: Tensor) -> list[str]:
-    finite = z.isfinite().all(1) & again.isfinite().all(1)
-    z, gap = z[finite], (again - z)[finite].abs()
-    if not len(z) or (gap := gap.max().item()) <= 1e-4 * z.abs().max().item():
+    if (gap := largest_gap(z, again)) <= 1e-4:
         return []
     return [
-        f"two passes over the same images differ by up to {gap:.2g}: the model is random, and "
-        "these attacks do not average over that"
+        f"two passes over the same images differ by up to {gap:.2g} of the largest output: the "
+        "model is random, and these attacks do not average over that"
+    ]
+
+
+def of_company(z: Tensor, others: Tensor) -> list[str]:
+    """Say where answers depend on which images are in a batch. others: of batches of another
+    size."""
+    if (gap := largest_gap(z, others)) <= COARSE:
+        return []
+    return [
+        f"the answers to an image differ, by up to {gap:.2g} of the largest output, with the batch "
+        "that it comes in, as by BatchNorm in training mode: other batches have other accuracies"
     ]
 
 
@@ -132,7 +160,7 @@ def of_outputs(z: Tensor) -> list[str]:
     if z.min() >= 0 and z.max() <= 1:
         return [f"the outputs all lie in [0, 1], as sigmoids do: {flat.format('a sigmoid')}"]
     total, at_the_floor = z.logsumexp(1), (z < z.min() + CLOSE * width).double().mean() > PILE
-    if constant(total, 1.0):
+    if width > LEAST and constant(total, min(1.0, width) ** 2):
         if at_the_floor or (total.abs() > 1e-5).any():
             return [
                 "the outputs look like log-probabilities that were shifted or cut off (their "
@@ -151,7 +179,7 @@ def of_outputs(z: Tensor) -> list[str]:
 
 
 def constant(values: Tensor, width: float) -> bool:
-    return (values.max() - values.min()).item() < CLOSE * width
+    return len(values) > 1 and (values.max() - values.min()).item() < CLOSE * width
 
 
 def of_numbers(result: dict[str, Any]) -> list[str]:

@@ -1,12 +1,29 @@
-"""A bar on stderr that moves with every pass of an attack, where stderr is a terminal."""
+"""Bars on stderr, where that is a terminal; an attack's moves with every pass.
+
+In a worker, which has no line of the terminal for itself, they are drawn on what it draws on.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 from tqdm import tqdm
 
 LOOK = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} images [{elapsed}<{remaining}]"
+
+_drawn_on: Any = None  # a file; None: stderr
+
+
+def draw_on(file: Any) -> None:
+    """Draw all bars of this process from now on on a file, which says that it is a terminal."""
+    global _drawn_on
+    _drawn_on = file
+
+
+def bar_of(shown: bool, **of: Any) -> tqdm:
+    """Return a bar that goes when it is over. shown: False for none at all."""
+    return tqdm(**of, leave=False, file=_drawn_on, disable=None if shown else True)
 
 
 class Progress:
@@ -17,7 +34,7 @@ class Progress:
     """
 
     def __init__(self, total: int, shown: bool) -> None:
-        self.bar = tqdm(total=total, bar_format=LOOK, leave=False, disable=None if shown else True)
+        self.bar = bar_of(shown, total=total, bar_format=LOOK)
         self.finished, self.most, self.left, self.passes = 0, 0, 0, 0
 
     def __enter__(self) -> "Progress":

@@ -1,6 +1,5 @@
 """Train and attack several methods over several seeds; one summary, one table, two plots."""
 
-import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,42 +17,12 @@ from bench.files import (
     write_json,
     write_text,
 )
+from bench.reports.statistics import aggregate
 from bench.reports.tables import markdown
 from bench.settings.config import SETTINGS, Config
 from bench.settings.evaluation import Evaluation
 from bench.settings.names import method_name
 from bench.settings.pool import Pool
-
-
-def spread(values: list[float]) -> float:
-    """Return the sample standard deviation, 0 for one value."""
-    return statistics.stdev(values) if len(values) > 1 else 0.0
-
-
-def aggregate(method: str, summaries: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return a method's object for summary.json: means over seeds, and sample deviations."""
-    robust = {"mean": {}, "std": {}}
-    for norm, by_eps in summaries[0]["robust"].items():
-        for eps in by_eps:
-            values = [s["robust"][norm][eps] for s in summaries]
-            robust["mean"].setdefault(norm, {})[eps] = statistics.fmean(values)
-            robust["std"].setdefault(norm, {})[eps] = spread(values)
-    natural = [s["natural"] for s in summaries]
-    speeds = [s["images_per_second"] for s in summaries]
-    first = summaries[0]
-    return {
-        "method": method,
-        "natural": statistics.fmean(natural),
-        "natural_std": spread(natural),
-        "robust": robust["mean"],
-        "robust_std": robust["std"],
-        "images_per_second": statistics.fmean(speeds),
-        "images_per_second_std": spread(speeds),
-        "seeds": [s["config"]["seed"] for s in summaries],
-        "runs": [f"{method}-seed{s['config']['seed']}" for s in summaries],
-        **{k: first[k] for k in ("config", "evaluation", "attacks", "test_images")},
-        **{k: first[k] for k in ("versions", "git", "device")},
-    }
 
 
 def table(rows: list[dict[str, Any]]) -> str:

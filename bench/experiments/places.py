@@ -1,13 +1,15 @@
 """Where a run is made: in this process, in processes of this machine, or on a Ray cluster.
 
 A place has `free`, whether it takes another run now; `start`; `ended`, which waits so many seconds
-at most and yields the runs that have ended, with their summaries or why there are none; and `stop`,
-which a signal's handler may call: what is under way saves and stops.
+at most and yields the runs that have ended, with their summaries or why there are none; `doing`,
+the runs that are under way there, each with its bar as text where it is known; and `stop`, which a
+signal's handler may call: what is under way saves and stops.
 """
 
 import logging
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 import threading
@@ -15,11 +17,13 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from bench.evaluation.progress import draw_on
 from bench.experiments.train_and_evaluate import train_and_evaluate
 from bench.files import alone_in
 from bench.settings.config import Config
@@ -31,31 +35,34 @@ from bench.training.train import train
 
 Evaluations = dict[str, Evaluation]  # by the file of a run's directory that holds its summary
 Outcome = list[dict[str, Any]] | BaseException
-Job = tuple[Config, Evaluations, Path, float | None]  # see `attempt`
+LINE = 240  # bytes of a worker's bar
+Job = tuple[Config, Evaluations, Path, float | None, str | None]  # see `attempt`
 
 
 def attempt(
-    config: Config, evaluations: Evaluations, out: Path, until: float | None, **how: Any
-) -> Outcome:
+    config: Config, evaluations: Evaluations, out: Path, until: float | None,
+    track: str | None = None, **how: Any,
+) -> Outcome:  # fmt: skip
     """Make a run; return its summaries, one an evaluation, or why there are none: Busy, Stopped,
     Diverged, ValueError or OSError. Without evaluations, train it alone.
 
-    until: the time, as time.time() has it, at which the run saves and stops. how: see Sitting, and
-    after_epoch as in train.
+    until: the time, as time.time() has it, at which the run saves and stops. track: a tracker, for
+    whose sake no run is refused. how: see Sitting, and after_epoch as in train.
     """
     after_epoch = how.pop("after_epoch", lambda row: None)
     minutes = None if until is None else (until - time.time()) / 60
     try:
         if minutes is not None and minutes <= 0:
             raise Stopped("before it began")
-        sitting = Sitting(time_budget=minutes, **how)
+        sitting = Sitting(time_budget=minutes, track=track, must_track=False, bar=True, **how)
         if not evaluations:
             with alone_in(out):
                 train(config, out, after_epoch=after_epoch, sitting=sitting)
         return [
             train_and_evaluate(
-                config, evaluation, out, after_epoch=after_epoch, sitting=sitting, file=file
-            )
+                config, evaluation, out, after_epoch=after_epoch, sitting=sitting, file=file,
+                bar=True,
+            )  # fmt: skip
             for file, evaluation in evaluations.items()
         ]
     except (Diverged, Stopped, ValueError, OSError) as e:
@@ -84,6 +91,9 @@ class Here:
         made, self.made = self.made, []
         yield from made
 
+    def doing(self) -> dict[str, str]:
+        return {}  # it draws its bars itself
+
     def stop(self) -> None:
         self.stopping = True
 
@@ -96,11 +106,35 @@ class Here:
 _stopping: Any = None  # in a worker: shared with the process that started it
 
 
-def start_worker(device: str | None, stopping: Any) -> None:
-    """Give a worker its GPU, as "cuda", and end it with its parent: an orphan would keep its run's
-    directory from the command that is repeated."""
+class Line:
+    """A line of text that two processes share, which for tqdm is a terminal. It has no lock, which
+    a killed process would keep: the line may be seen half written."""
+
+    def __init__(self, shared: Any):
+        self.shared = shared
+
+    def isatty(self) -> bool:
+        return True
+
+    def write(self, text: str) -> None:
+        if text := text.strip("\r\n ").rpartition("\r")[2]:
+            self.shared.value = text.encode()[: len(self.shared) - 1]
+
+    def flush(self) -> None:
+        pass
+
+    def read(self) -> str:
+        return self.shared.value.decode(errors="ignore")
+
+
+def start_worker(device: str | None, stopping: Any, line: Any) -> None:
+    """Give a worker its GPU, as "cuda", and a line for its bars, leave Ctrl-C to its parent, which
+    stops all, and end it with that: an orphan would keep its run's directory from the command that
+    is repeated."""
     global _stopping
     _stopping, parent = stopping, multiprocessing.parent_process()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    draw_on(Line(line))
     if device is not None and torch.device(device).type == "cuda":
         torch.cuda.set_device(torch.device(device).index or 0)
 
@@ -116,18 +150,37 @@ def in_worker(job: Job) -> Outcome:
     return attempt(*job, heeds_sigterm=True, asked=lambda: bool(_stopping.value))
 
 
+def context_of_workers() -> Any:
+    """Return what starts workers: forked, where that can be, from a process that has imported all
+    and done nothing, so that one that is replaced is there at once."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["bench.experiments.places"])
+    return context
+
+
+@dataclass
+class Worker:
+    device: str | None
+    pool: ProcessPoolExecutor
+    line: Line
+
+
 class Processes:
     """`jobs` processes a device, each with one run at a time. One that is killed, or in which
     something unknown went wrong, is replaced."""
 
     def __init__(self, devices: tuple[str | None, ...], jobs: int):
-        self.context = multiprocessing.get_context("spawn")
+        self.context = context_of_workers()
         self.flag = self.context.Value("b", 0, lock=False)
-        self.idle = [(device, self.worker(device)) for _ in range(jobs) for device in devices]
-        self.at_work: dict[Future, tuple[str, str | None, ProcessPoolExecutor]] = {}
+        self.idle = [self.worker(device) for _ in range(jobs) for device in devices]
+        self.at_work: dict[Future, tuple[str, Worker]] = {}
 
-    def worker(self, device: str | None) -> ProcessPoolExecutor:
-        return ProcessPoolExecutor(1, self.context, start_worker, (device, self.flag))
+    def worker(self, device: str | None) -> Worker:
+        line = self.context.Array("c", LINE, lock=False)
+        pool = ProcessPoolExecutor(1, self.context, start_worker, (device, self.flag, line))
+        return Worker(device, pool, Line(line))
 
     @property
     def free(self) -> bool:
@@ -138,36 +191,41 @@ class Processes:
         return bool(self.flag.value)
 
     def start(self, name: str, job: Job) -> None:
-        device, worker = self.idle.pop(0)
-        self.at_work[worker.submit(in_worker, job)] = name, device, worker
+        worker = self.idle.pop(0)
+        worker.line.shared.value = b""
+        self.at_work[worker.pool.submit(in_worker, job)] = name, worker
 
     def ended(self, seconds: float) -> Iterator[tuple[str, Outcome]]:
         for future in wait(self.at_work, seconds, FIRST_COMPLETED).done:
-            name, device, worker = self.at_work.pop(future)
+            name, worker = self.at_work.pop(future)
             error = future.exception()
             if error is not None:
-                worker.shutdown(wait=False)
-                worker = self.worker(device)
-            self.idle.append((device, worker))
+                worker.pool.shutdown(wait=False)
+                worker = self.worker(worker.device)
+            self.idle.append(worker)
             if isinstance(error, BrokenProcessPool):
                 error = ChildProcessError("its process was killed; was memory short?")
             yield name, error or future.result()
+
+    def doing(self) -> dict[str, str]:
+        return {name: worker.line.read() for name, worker in self.at_work.values()}
 
     def stop(self) -> None:
         self.flag.value = 1
 
     def close(self) -> None:
-        for _, worker in self.idle:
-            worker.shutdown()
-        for _, _, worker in self.at_work.values():  # where an error ends it all
-            worker.shutdown(wait=False, cancel_futures=True)
+        for worker in self.idle:
+            worker.pool.shutdown()
+        for _, worker in self.at_work.values():  # where an error ends it all
+            worker.pool.shutdown(wait=False, cancel_futures=True)
 
 
 # ---- Ray
 
 
-def on_node(folder: str, job: Job) -> Outcome:
+def on_node(folder: str, environment: dict[str, str], job: Job) -> Outcome:
     os.chdir(folder)  # that relative paths, of data and runs, are the command's
+    os.environ.update(environment)
     return attempt(*job, heeds_sigterm=True)
 
 
@@ -205,7 +263,9 @@ class Cluster:
         self.task = self.ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=0)(on_node)
 
     def start(self, name: str, job: Job) -> None:
-        self.at_work[self.task.remote(os.getcwd(), job)] = name
+        tracker = (job[-1] or "").upper()
+        of_tracker = {k: v for k, v in os.environ.items() if tracker and k.startswith(tracker)}
+        self.at_work[self.task.remote(os.getcwd(), of_tracker, job)] = name
 
     def ended(self, seconds: float) -> Iterator[tuple[str, Outcome]]:
         if self.stopping:
@@ -221,6 +281,9 @@ class Cluster:
             return Stopped("before its end")
         except self.ray.exceptions.RayError as e:
             return getattr(e, "cause", None) or ChildProcessError(str(e).splitlines()[0])
+
+    def doing(self) -> dict[str, str]:
+        return dict.fromkeys(self.at_work.values(), "")
 
     def stop(self) -> None:
         self.stopping = True

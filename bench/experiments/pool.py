@@ -6,6 +6,8 @@ many, may work in one directory: a run that one is at work on is left to it, and
 was ended. What diverges or fails is named when the others are made.
 """
 
+import os
+import shutil
 import signal
 import sys
 import threading
@@ -22,13 +24,14 @@ from tqdm import tqdm
 
 from bench.attacks.notation import labelled
 from bench.experiments.places import Cluster, Evaluations, Here, Outcome, Processes
-from bench.experiments.train_and_evaluate import finished, refuse_changed_data
-from bench.files import Busy
+from bench.experiments.train_and_evaluate import finished, refuse_changed_data, track_found
+from bench.files import Busy, refuse_unwritable
 from bench.settings.config import Config
 from bench.settings.evaluation import check_judges
 from bench.settings.pool import Pool
 from bench.training.diverged import Diverged
 from bench.training.stopped import Stopped, Terminated
+from bench.training.tracking import has_all, refuse_missing
 from bench.training.train import refuse_early
 
 Summaries = list[dict[str, Any]]
@@ -54,13 +57,17 @@ def run_all(
     """Return every run's summaries, one an evaluation, by the runs' names and in their order.
 
     each: takes every summary when its run has ended. Raises ValueError, before anything is written,
-    for what set_up and load_state refuse and for finished runs of other images; Diverged and
-    ChildProcessError for runs that did or failed, after all others are made; Stopped where the time
-    is over, and where what is left is at work elsewhere and not waited for.
+    for what set_up and load_state refuse, a tracker that is not installed, and finished runs of
+    other images; Diverged and ChildProcessError for runs that did or failed, after all others are
+    made; Stopped where the time is over, and where what is left is at work elsewhere and not waited
+    for.
     """
     if pool.device is not None:
         runs = {name: (replace(config, device=pool.device), evaluations)
                 for name, (config, evaluations) in runs.items()}  # fmt: skip
+    refuse_unwritable(out / "summary.json")
+    if pool.track is not None:
+        refuse_missing(pool.track)
     for config, evaluations in runs.values():
         for evaluation in evaluations.values():
             check_judges(evaluation, config.val)
@@ -73,7 +80,14 @@ def run_all(
     for summary in (summary for summaries in made.values() for summary in summaries):
         each(summary)
     if left:
-        made |= Making(left, out, pool, each).make()
+        out.mkdir(parents=True, exist_ok=True)
+        making = Making(left, out, pool, each)
+        making.make()
+        if not making.due:
+            track_left(pool.track, runs, out)
+        made |= making.result()
+    else:
+        track_left(pool.track, runs, out)
     return {name: made[name] for name in runs}
 
 
@@ -94,6 +108,24 @@ def refuse_all_early(runs: Runs, out: Path, pool: Pool, download: bool) -> None:
         known.add(setting)
 
 
+def track_left(tracker: str | None, runs: Runs, out: Path) -> None:
+    """Give a tracker what it lacks of the finished runs; name those that it did not get."""
+    if tracker is None:
+        return
+    whole = {name: (config, out / name, dict(zip(evaluations, summaries, strict=True)))
+             for name, (config, evaluations) in runs.items()
+             if (summaries := found(config, evaluations, out / name))}  # fmt: skip
+    lacking = {name: run for name, run in whole.items() if not has_all(tracker, *run)}
+    for name, run in list(lacking.items()):
+        track_found(tracker, *run)
+        if not has_all(tracker, *run):  # nor will it have the others: a service can take minutes
+            print(f"{tracker} lacks {len(lacking)} of the {len(runs)} runs, or parts of them "
+                  f"({', '.join(lacking)}); they are trained: repeat the command, and it is given "
+                  "what it lacks", file=sys.stderr)  # fmt: skip
+            return
+        del lacking[name]
+
+
 class Making:
     """The runs that are left, while they are made."""
 
@@ -110,14 +142,15 @@ class Making:
         self.refusal: ValueError | None = None
         self.counted = 0.0
 
-    def make(self) -> dict[str, Summaries]:
-        """See run_all."""
+    def make(self) -> None:
+        """Make the runs, as far as can be; `result` tells how far."""
         total = sum(config.epochs for config, _ in self.runs.values())
         bar = {"total": total, "unit": "epoch", "desc": f"{len(self.runs)} runs"}
         with (
             closing(place_of(self.pool, lambda row: self.count())) as self.place,
-            sigterm(self.place.stop),
-            tqdm(**bar, smoothing=0.02) as self.bar,
+            stopping(self.place.stop),
+            tqdm(**bar, smoothing=0.02, disable=None) as self.bar,
+            closing(Lines()) as self.lines,
         ):
             under_way = 0
             while not self.ended(under_way):
@@ -128,8 +161,9 @@ class Making:
                 if not under_way and not self.ended(0):
                     time.sleep(0.1)  # what is left is at work elsewhere, or soon begun again
                 self.count()
+                if not self.bar.disable:
+                    self.lines.show(self.under_way())
             self.count(0)
-        return self.result()
 
     @property
     def stopping(self) -> bool:
@@ -148,7 +182,8 @@ class Making:
             if due <= now:
                 del self.due[name]
                 config, evaluations = self.runs[name]
-                self.place.start(name, (config, evaluations, self.out / name, self.until))
+                job = (config, evaluations, self.out / name, self.until, self.pool.track)
+                self.place.start(name, job)
                 number += 1
         return number
 
@@ -203,6 +238,15 @@ class Making:
         self.bar.update(done - self.bar.n)
         self.counted = time.monotonic()
 
+    def under_way(self) -> list[str]:
+        """Return a line for each run that is being made."""
+        return [f"{name}  {text or self.epochs_of(name)}"
+                for name, text in self.place.doing().items()
+                if text or epochs_in(self.out / name)]  # fmt: skip
+
+    def epochs_of(self, name: str) -> str:
+        return f"{epochs_in(self.out / name)} of {self.runs[name][0].epochs} epochs"
+
     def result(self) -> dict[str, Summaries]:
         """Return the summaries, or raise why there are not all."""
         if self.refusal is not None:
@@ -227,6 +271,26 @@ class Making:
         return self.made
 
 
+class Lines:
+    """Lines of text below a bar on stderr, where that is a terminal."""
+
+    def __init__(self) -> None:
+        self.lines: list[tqdm] = []
+
+    def show(self, texts: list[str]) -> None:
+        width = shutil.get_terminal_size().columns - 1
+        while len(self.lines) < len(texts):
+            self.lines.append(tqdm(bar_format="{desc}", leave=False, disable=None,
+                                   position=len(self.lines) + 1))  # fmt: skip
+        blank = [""] * (len(self.lines) - len(texts))
+        for line, text in zip(self.lines, [*texts, *blank], strict=True):
+            line.set_description_str(f"  {text}"[:width])
+
+    def close(self) -> None:
+        for line in reversed(self.lines):
+            line.close()
+
+
 def epochs_in(folder: Path) -> int:
     """Return how many epochs of a run have ended."""
     try:
@@ -235,22 +299,31 @@ def epochs_in(folder: Path) -> int:
         return 0
 
 
+STOPPING = b"""
+stopping: what trains saves at its next step, an evaluation is finished; Ctrl-C again ends at once
+"""
+
+
 @contextmanager
-def sigterm(stop: Callable[[], None]) -> Iterator[None]:
-    """Inside, SIGTERM calls `stop`; a second one ends the process at once."""
+def stopping(stop: Callable[[], None]) -> Iterator[None]:
+    """Inside, SIGTERM and Ctrl-C call `stop`; a second one ends the process at once."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
-    def heed(*_: Any) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    def heed(number: int, _: Any) -> None:
+        for one in before:
+            signal.signal(one, signal.SIG_DFL)
         stop()
+        if number == signal.SIGINT:
+            os.write(2, STOPPING)  # print may be what was interrupted
 
-    before = signal.signal(signal.SIGTERM, heed)
+    before = {one: signal.signal(one, heed) for one in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for one, handler in before.items():
+            signal.signal(one, handler)
 
 
 def one_line(summary: dict[str, Any]) -> str:

@@ -10,9 +10,10 @@ from typing import Any
 
 from bench.attacks.notation import eps_key, labelled, refuse_mixed
 from bench.evaluation.evaluate import NORM_NAMES
-from bench.experiments.compare import aggregate, append_rows
+from bench.experiments.compare import append_rows
 from bench.experiments.pool import run_all
 from bench.files import alone_in, refuse_unwritable, remove_unfinished, write_json, write_text
+from bench.reports.statistics import aggregate
 from bench.reports.tables import markdown
 from bench.settings.config import SETTINGS, Config, check_used, resolve
 from bench.settings.evaluation import Evaluation

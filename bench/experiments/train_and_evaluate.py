@@ -1,6 +1,7 @@
 """A finished run's summary: accuracy of the last and of the best checkpoint, cost, provenance."""
 
 import json
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -13,30 +14,16 @@ import torch
 from bench.data.datasets import Split, test_images_of
 from bench.data.photographs import Photographs
 from bench.evaluation.evaluate import evaluate
-from bench.files import alone_in, read_json, write_json
+from bench.files import alone_in, write_json
 from bench.provenance import git_hash, stamp
+from bench.reports.rows import read_summary
 from bench.settings.config import Config, differences
 from bench.settings.evaluation import Evaluation, check_judges
 from bench.training import processes
 from bench.training.checkpoint import changed_data, load_checkpoint, rebuild
 from bench.training.session import Sitting
-from bench.training.tracking import track_summary
+from bench.training.tracking import has_all, track_finished
 from bench.training.train import Run, data_of, train
-
-NEEDED = (
-    "method", "natural", "robust", "best", "images_per_second", "train_seconds", "test_images",
-    "attacks", "config", "evaluation", "versions", "git", "device",
-)  # fmt: skip
-
-
-def read_summary(path: Path) -> dict[str, Any]:
-    """Return a run's summary. Raises ValueError with the path of a damaged one."""
-    remedy = "remove it and repeat the run's command, which then evaluates its checkpoints again"
-    summary = read_json(path, remedy)
-    known = summary if isinstance(summary, dict) else {}
-    if missing := [key for key in NEEDED if key not in known]:
-        raise ValueError(f"{str(path)!r} is no row of a run: no {missing[0]}; {remedy}")
-    return summary
 
 
 def finished(
@@ -62,6 +49,19 @@ def refuse_changed_data(
             f"the {parts} images of {config.data!r} changed since {str(out)!r} was finished; "
             "restore them or choose another --out"
         )
+
+
+def track_found(
+    tracker: str | None, config: Config, out: Path, summaries: dict[str, dict[str, Any]]
+) -> None:
+    """As track_finished, of a run that no process need be at work on."""
+    if tracker is None or has_all(tracker, config, out, summaries):
+        return
+    try:
+        with alone_in(out, wait=True):
+            track_finished(tracker, config, out, summaries)
+    except OSError as e:
+        warnings.warn(f"{tracker} has not got all of {str(out)!r} ({e})", stacklevel=2)
 
 
 def judges_of(run: Run, evaluation: Evaluation) -> Split | Photographs:
@@ -127,11 +127,12 @@ def train_and_evaluate(
 
     file: where it is kept there, so that one run can have several evaluations.
     bar: show the evaluation's progress on stderr.
-    Of several processes the first alone evaluates; the others return {}. Raises Stopped where
-    `sitting` ends before the training does, Diverged, and Busy where another process trains in
-    `out`.
+    What the sitting's tracker lacks of a finished run is tracked, too. Of several processes the
+    first alone evaluates; the others return {}. Raises Stopped where `sitting` ends before the
+    training does, Diverged, and Busy where another process trains in `out`.
     """
     check_judges(evaluation, config.val)
+    tracker, first = sitting.track if sitting else None, processes.rank() == 0
 
     def found() -> dict[str, Any] | None:
         summary = finished(config, evaluation, out, file)
@@ -140,8 +141,10 @@ def train_and_evaluate(
         return summary
 
     if (summary := found()) is not None:
+        if first:
+            track_found(tracker, config, out, {file: summary})
         return summary
-    git, first = git_hash(), processes.rank() == 0
+    git = git_hash()
     with alone_in(out) if first else nullcontext():
         if processes.processes() == 1 and (summary := found()) is not None:
             return summary  # another process made it meanwhile
@@ -150,5 +153,5 @@ def train_and_evaluate(
             return {}
         summary = summarise(run, evaluation, out, git, bar)
         write_json(out / file, summary)
-        track_summary(sitting.track if sitting else None, config, out, summary)
+        track_finished(tracker, config, out, {file: summary})
     return summary

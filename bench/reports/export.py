@@ -10,10 +10,11 @@ from typing import Any
 
 from torch import Tensor
 
+from bench.data.known import KNOWN
 from bench.evaluation.evaluate import NORM_NAMES, interval
-from bench.experiments.train_and_evaluate import read_summary
 from bench.files import alone_in, replacing, write_text
 from bench.models.standalone import standalone
+from bench.reports.rows import read_summary
 from bench.settings.config import Config, differences
 from bench.settings.names import method_name
 from bench.training.checkpoint import load_checkpoint
@@ -151,8 +152,9 @@ def about(checkpoint: dict[str, Any], which: str) -> str:
 
 
 def loading(checkpoint: dict[str, Any]) -> str:
-    side = 8 if checkpoint["config"]["data"] == "digits" else checkpoint["config"]["image_size"]
-    return LOADING.format(channels=checkpoint["channels"], side=side or 32)
+    config = checkpoint["config"]
+    side = config["image_size"] or KNOWN.get(config["data"], 32)
+    return LOADING.format(channels=checkpoint["channels"], side=side)
 
 
 def requirements(model: str) -> str:

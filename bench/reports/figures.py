@@ -1,6 +1,6 @@
 """Figures of trained runs: curves, and accuracy against eps, cost, time, rho and natural accuracy.
 
-A "row" is `bench.experiments.compare.aggregate`'s: means and deviations over the seeds of one
+A "row" is `bench.reports.statistics.aggregate`'s: means and deviations over the seeds of one
 setting. Its "label", where it has one, tells it from others of its method.
 """
 
@@ -26,9 +26,11 @@ ROOM = 1.5  # inches beside the panels that figures have for a legend
 # Okabe and Ito's colours, which the colour-blind tell apart, but its yellow, faint on white. Their
 # number and those of line styles and markers have no common factor, so looks repeat late.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9")
-LINES, MARKERS = ("-", "--", "-.", ":"), "os^DvPX<>"
+DASHES = ((5, 2), (1, 1.5), (6, 2, 1, 2), (12, 2), (6, 2, 1, 2, 1, 2), (2, 4), (12, 2, 4, 2))
+LINES, MARKERS = ("-", *((0, dashes) for dashes in DASHES)), "os^DvPX<>"
 FILLS = ("full", "left", "none")  # natural, at the smallest and at the largest radius
 plt.rcParams["axes.prop_cycle"] = cycler(color=COLOURS)
+plt.rcParams["legend.handlelength"] = 4.0  # that a whole pattern of dashes is seen
 
 
 def radius(eps: str) -> float:
@@ -53,13 +55,13 @@ def save(figure: plt.Figure, path: Path) -> None:
     plt.close(figure)
 
 
-def style(i: int) -> dict[str, str]:
-    """Return the look of the i-th line: no two of the first 28 share colour and line style, no two
-    of the first 63 colour and marker."""
-    return {"color": COLOURS[i % 7], "linestyle": LINES[i % 4], "marker": MARKERS[i % 9]}
+def style(i: int) -> dict[str, Any]:
+    """Return the look of a picture's i-th line: no two of the first 8 share the line style, no two
+    of the first 56 two of colour, line style and marker."""
+    return {"color": COLOURS[i % 7], "linestyle": LINES[i % 8], "marker": MARKERS[i % 9]}
 
 
-def point_style(i: int) -> dict[str, str]:
+def point_style(i: int) -> dict[str, Any]:
     return style(i) | {"linestyle": "none"}
 
 
@@ -259,7 +261,7 @@ def plot_rho(
                            **style(i))  # fmt: skip
         for j, row in enumerate(flat):
             panel.axhline(accuracies(row)[name][0], color="gray", label=in_figures(label_of(row)),
-                          linestyle=("--", ":", "-.")[j % 3])  # fmt: skip
+                          linestyle=style(len(series) + j)["linestyle"])  # fmt: skip
         ticks = sorted({rho for points in series.values() for rho, _ in points})
         if ticks[0] > 0:
             panel.set_xscale("log", base=2)

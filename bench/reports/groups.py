@@ -11,9 +11,9 @@ from statistics import fmean
 from typing import Any
 
 from bench.attacks.notation import eps_key, in_both_forms, parse_eps
-from bench.experiments.compare import aggregate, spread
-from bench.experiments.train_and_evaluate import NEEDED, read_summary
 from bench.files import row_of
+from bench.reports.rows import NEEDED, read_summary
+from bench.reports.statistics import aggregate, spread
 from bench.settings.config import MACHINE, USED_BY, Config, resolve
 from bench.settings.evaluation import Evaluation, resolve_evaluation
 from bench.settings.methods import ADVERSARIES, OPTIMIZERS, split_method
@@ -21,6 +21,10 @@ from bench.settings.names import method_name
 from bench.settings.recipes import load_recipe, recipe_names
 from bench.settings.setting import settings_of
 
+NUMBER, OBJECT = (int, float), dict
+KINDS = {"natural": NUMBER, "images_per_second": NUMBER, "train_seconds": NUMBER,
+         "test_images": int, "robust": OBJECT, "best": OBJECT, "attacks": OBJECT, "config": OBJECT,
+         "evaluation": OBJECT, "method": str}  # fmt: skip
 DEFAULTS = {f.name: f.default for f in fields(Config) if f.default is not MISSING}
 
 
@@ -29,10 +33,14 @@ DEFAULTS = {f.name: f.default for f in fields(Config) if f.default is not MISSIN
 
 def checked(text: str, where: str) -> dict[str, Any]:
     """Return the row in `text`; raise ValueError for what is no row of a run."""
-    return completed(row_of(text, where, NEEDED, "run"))
+    return completed(row_of(text, where, NEEDED, "run"), where)
 
 
-def completed(row: dict[str, Any]) -> dict[str, Any]:
+def completed(row: dict[str, Any], where: str) -> dict[str, Any]:
+    """Return a row with its config's later fields. Raises ValueError for values of other kinds."""
+    if odd := [k for k, kind in KINDS.items() if not isinstance(row[k], kind)]:
+        raise ValueError(f"{where} is no row of a run: {odd[0]} is {row[odd[0]]!r}; remove it, and "
+                         "repeat the run's command")  # fmt: skip
     return row | {"config": DEFAULTS | row["config"], "history": []}
 
 
@@ -56,7 +64,8 @@ def read_history(path: Path) -> list[dict[str, Any]]:
             row = json.loads(line)
         except json.JSONDecodeError:
             row = None
-        if not isinstance(row, dict) or not row.keys() >= {"epoch", "seconds"}:
+        own = [row.get(k) for k in ("epoch", "seconds")] if isinstance(row, dict) else [None]
+        if not all(isinstance(value, NUMBER) for value in own):
             raise ValueError(
                 f"{str(path)!r}, line {i}, is damaged; remove the file, and the report has no "
                 "curves of this run"
@@ -74,7 +83,7 @@ def read_directory(path: Path) -> tuple[list[dict[str, Any]], list[Path]]:
         if not summary.exists():
             unfinished.append(folder)
             continue
-        row = completed(read_summary(summary))
+        row = completed(read_summary(summary), repr(str(summary)))
         if metrics.exists():
             row["history"] = read_history(metrics)
         rows.append(row)

@@ -23,6 +23,7 @@ def check(config: Config) -> None:
                          "use momentum 0.9, or base adamw")  # fmt: skip
     check_processes(config)
     check_other_images(config)
+    check_graph(config)
     if config.amp == "fp16" and (config.attack is not None or config.awp_gamma):
         raise ValueError(
             "amp 'fp16' scales the loss of the optimizer's passes alone, and small gradients of "
@@ -45,6 +46,26 @@ def check_processes(config: Config) -> None:
         raise ValueError(
             f"local_ascent is not for {config.method!r}: it needs a first pass, and no state of "
             "it, of which every process would have another; use sam or asam"
+        )
+
+
+def check_graph(config: Config) -> None:
+    """Raise ValueError for steps that fastsam.GraphedStep does not make."""
+    if not config.graph:
+        return
+    if config.device.partition(":")[0] == "cpu":
+        raise ValueError("graph is for CUDA devices; add device cuda, or leave it out")
+    others = {
+        "processes": config.processes > 1, "amp 'fp16'": config.amp == "fp16",
+        "awp_gamma": config.awp_gamma > 0, "second_bn 'moving'": config.second_bn == "moving",
+        "ascent_part": config.ascent_part < 1, "ascent_batches": config.ascent_batches > 1,
+        "micro": config.micro > 1, "trades": config.adversary == "trades",
+        config.optimizer: config.optimizer in OTHER_IMAGES,
+    }
+    if found := [name for name, used in others.items() if used]:
+        raise ValueError(
+            f"graph holds one batch's two passes and the update, nothing of {', '.join(found)}; "
+            "leave out the graph"
         )
 
 

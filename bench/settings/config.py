@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from bench.attacks.notation import form_of, parse_eps, refuse_mixed
+from bench.data.known import KNOWN
 from bench.settings.checks import check
 from bench.settings.methods import FULL, PLAIN, SAMS, SINGLE_STEP, method_of, split_method
 from bench.settings.recipes import Recipe, load_recipe
@@ -27,7 +28,7 @@ class Config:
 
     method: str
     data: str = setting(
-        "digits", "digits, cifar10, cifar100, or a directory of images with train/<class>/ and "
+        "digits", f"{', '.join(KNOWN)}, or a directory of images with train/<class>/ and "
         "test/<class>/, or <class>/ alone",
     )
     data_dir: str = setting(".data", "where torchvision keeps CIFAR", machine=True)
@@ -199,6 +200,10 @@ class Config:
         choices=("off", "bf16", "fp16"),
     )
     channels_last: bool = setting(False, "torch's channels_last memory format", machine=True)
+    graph: bool = setting(
+        False, "replay every step's passes and update as a CUDA graph, by fastsam's Triton "
+        "kernels; attacks stay outside", machine=True,
+    )
     backend: str | None = setting(
         None, "fastsam's", choices=("triton", "numba", "reference"),
         default="fastsam chooses", used_by=dict.fromkeys(SAMS), machine=True,

@@ -3,6 +3,7 @@
 from dataclasses import MISSING, dataclass, fields, replace
 from typing import Any
 
+from bench.attacks.notation import NAMES, split_name
 from bench.settings.setting import check_settings, setting
 
 # SAM_AT eval.py's four small radii, and the larger two where adversarial training shows
@@ -41,9 +42,8 @@ class Evaluation:
         500, "images attacked at a time", option="eval-batch-size", bounds="[1, inf)"
     )
     attacks: tuple[str, ...] = setting(
-        ("pgd",), "of clean, fgsm, pgd[-STEPS[-RESTARTS]], apgd-ce[-STEPS[-RESTARTS]], "
-        "apgd-t[-STEPS[-RESTARTS]], autoattack; an image is robust when none of them fools the "
-        "model", metavar="NAME...",
+        ("pgd",), f"of {NAMES}; an image is robust when none of them fools the model",
+        metavar="NAME...",
     )
     on: str = setting(
         "test", "held-out: the images that --val took from training, by which settings "
@@ -61,8 +61,6 @@ class Evaluation:
 
 def resolve_evaluation(data: str, options: dict[str, Any]) -> Evaluation:
     """Return the evaluation settings for `data` with the command line's explicit values."""
-    from bench.attacks.by_name import split_name
-
     grid = DIGITS_EVAL_EPS if data == "digits" else EVAL_EPS
     known = {f.name for f in fields(Evaluation)}
     given = {k: v for k, v in options.items() if k in known}

@@ -26,10 +26,11 @@ OTHER_IMAGES = (*FULL, "sam-db", "sam-batches")  # climb by other images than th
 WHOLE_BATCH = ("msam", "looksam", "gsam")  # do not climb by a part of the batch, or a process's
 SINGLE_STEP = ("fgsm-rs", "n-fgsm")
 RELATIVES = {  # take a preset's values for the method they vary, where it names none of their own
-    "sam": ("sam-interval", "sam-late", "sam-part", "sam-micro", "sam-full", "sam-noise", "sam-db",
-            "looksam", "gsam"),
+    "sam": (*(m for m in SAMS if m.startswith("sam-")), "looksam", "gsam", "msam"),
     "at-linf": (*SINGLE_STEP, "trades"),
 }
+# but for these: a single step stays as long as it is, Momentum-SAM's rho is of another length
+APART = dict.fromkeys(SINGLE_STEP, "alpha") | {"msam": "rho"}
 
 
 def split_method(method: str) -> tuple[str | None, str]:
@@ -76,8 +77,7 @@ def method_of(method: str | None, optimizer: str | None) -> str:
 
 def with_relatives(methods: dict[str, dict[str, Any]], name: str | None) -> dict[str, Any]:
     """Return what a preset's "methods" say of an optimizer or adversary, its own values over those
-    of the method that it is a relative of. A single step stays as long as it is."""
+    of the method that it is a relative of."""
     near = next((m for m, relatives in RELATIVES.items() if name in relatives), None)
-    alike = {k: v for k, v in methods.get(near, {}).items()
-             if k != "alpha" or name not in SINGLE_STEP}  # fmt: skip
+    alike = {k: v for k, v in methods.get(near, {}).items() if k != APART.get(name)}
     return alike | methods.get(name, {})

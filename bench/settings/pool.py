@@ -4,6 +4,7 @@ import importlib.util
 from dataclasses import dataclass
 
 from bench.settings.setting import check_settings, setting
+from bench.settings.sitting import tracker
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,9 @@ class Pool:
     no_wait: bool = setting(
         False, "end when all that is left is at work in other processes; the last one makes the "
         "table",
+    )
+    track: str | None = tracker(
+        "give a tracker the numbers of metrics.jsonl and of the summaries too, each run as its own"
     )
 
     def __post_init__(self) -> None:

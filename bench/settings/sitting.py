@@ -1,10 +1,15 @@
 """What decides how a run is made, and no bit of what comes out."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from bench.settings.setting import setting
 
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")  # of Accelerate's
+
+
+def tracker(help: str) -> Any:
+    return setting(None, help, choices=TRACKERS)
 
 
 @dataclass
@@ -17,6 +22,4 @@ class SittingSettings:
         None, "save and stop when they are over; repeat the command to go on", metavar="MINUTES",
         bounds="[0, inf)",
     )
-    track: str | None = setting(
-        None, "give a tracker the numbers of metrics.jsonl too", choices=TRACKERS,
-    )
+    track: str | None = tracker("give a tracker the numbers of metrics.jsonl and summary.json too")

@@ -92,7 +92,10 @@ class Options:
     padding: str = setting("reflect", "what surrounds the image", choices=("reflect", "zero"))
     cutout: int = setting(0, "side of a square that half of the images lose", bounds="[0, inf)")
     workers: int = setting(2, "the plain recipe's loader processes", bounds="[0, inf)")
-    steps: int | None = setting(None, "in a turn", bounds="[1, inf)", default="1, on a GPU 30")
+    steps: int | None = setting(
+        None, "in a turn; of methods that do not always climb, whole periods", bounds="[1, inf)",
+        default="1, on a GPU 30, or the next whole period",
+    )
     turns: int = setting(5, "of each loop", bounds="[1, inf)")
     compile: bool = setting(False, "torch.compile the model")
     tf32: bool | None = setting(None, "allow or forbid TF32", default="as torch has it")

@@ -16,12 +16,17 @@ class PerParameterSAM:
     A few operations a parameter: clone w, scale the gradient, add it; the norm is the norm of the
     parameters' norms. The base optimizer steps at the restored weights.
 
+    A step is first_step (before the pass where it `climbs_first`; only where it `climbs_next`) and
+    second_step.
+
     Args:
         params: parameters, with their gradients in `.grad` before each of the two steps.
         base_optimizer: a torch optimizer class; **kwargs are its arguments.
         rho: radius. adaptive: T = |w| instead of 1.
         compiled: run both steps through torch.compile.
     """
+
+    climbs_first, climbs_next = False, True
 
     def __init__(
         self,
@@ -56,8 +61,8 @@ class PerParameterSAM:
 
     @torch.no_grad()
     def second_step(self) -> None:
-        """Return to w and let the base optimizer step."""
-        for p, w in zip(self.params, self.state["saved"], strict=True):
+        """Return to w, if it climbed, and let the base optimizer step."""
+        for p, w in zip(self.params, self.state["saved"], strict=bool(self.state["saved"])):
             p.copy_(w)
         self.base_optimizer.step()
         self.state["saved"] = []

@@ -64,9 +64,9 @@ def bytes_per_parameter(method: str, base: str, weight: int, state: int) -> int:
         return step
     if method == "msam":  # K2 reads v for g, whose norm the step before left
         return state + 3 * weight + step
-    if method in KEEPING:  # g is kept; K0 reads it and g', and K3 it again; g_v is renewed
-        renewed = 2 * state * (method == "looksam")
-        return weight + 4 * weight + state + weight + state + step + state + renewed
+    if method in KEEPING:  # g is kept; K0 reads it and g', and K3 it again; g_v is written
+        g_v = state * (method == "looksam")
+        return weight + 4 * weight + state + weight + state + step + state + g_v
     ema = state * (method in FRIENDLY)
     norm = weight + weight * (method in ADAPTIVE) + ema
     climb = 4 * weight + 2 * ema

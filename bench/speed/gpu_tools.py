@@ -208,10 +208,11 @@ def counters(rows_path: Path) -> int:
 
 def training(method: str, images: Path, out: Path) -> list[str]:
     """Return the arguments of `python -m bench` that train a full-width PreActResNet-18 on CIFAR-10
-    and evaluate it, in a short schedule that is one for all methods. Given again, it goes on."""
+    and evaluate it, in a short schedule that is one for all methods, its step one CUDA graph. Given
+    again, it goes on."""
     own = [] if method == "sgd" else ["--rho", "0.1"]
     return [
-        "train", "--device", "cuda", "--data", str(images), "--preset", "cifar-fast",
+        "train", "--device", "cuda", "--graph", "--data", str(images), "--preset", "cifar-fast",
         "--model", "preactresnet18", "--width", "64", "--epochs", "16", "--method", method, *own,
         "--eval-linf", "1", "2", "--eval-l2", "32", "--n-examples", "2000",
         "--out", str(out / f"accuracy-{method}"),

@@ -21,6 +21,11 @@ from bench.attacks.pgd import Attack, random_start
 from bench.data.augmentation import Augmentation
 from bench.settings.config import Config
 from bench.speed.baselines import PerParameterFriendlySAM, PerParameterSAM
+from bench.speed.plain_relatives import (
+    PerParameterGSAM,
+    PerParameterLookSAM,
+    PerParameterMomentumSAM,
+)
 from fastsam import freeze_bn_stats
 
 
@@ -97,10 +102,19 @@ def build_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer |
     if config.scale not in (None, "all"):
         raise ValueError(f"the plain recipe has no ASAM of scale {config.scale!r}; use all")
     w, sgd = list(model.parameters()), torch.optim.SGD
-    base = {"lr": config.lr, "momentum": config.momentum, "weight_decay": config.weight_decay}
+    base = {"lr": config.lr, "momentum": config.momentum, "weight_decay": config.weight_decay,
+            "nesterov": config.nesterov}  # fmt: skip
     if config.rho is None:
         return sgd(w, **base)
-    base |= {"rho": config.rho, "adaptive": "asam" in config.method}
+    base["rho"] = config.rho
+    match config.method:
+        case "msam":
+            return PerParameterMomentumSAM(w, sgd, **base)
+        case "gsam":
+            return PerParameterGSAM(w, sgd, alpha=config.gsam_alpha, **base)
+        case "looksam":
+            return PerParameterLookSAM(w, sgd, alpha=config.look_alpha, k=config.interval, **base)
+    base["adaptive"] = config.method in ("asam", "fasam")
     if config.lmbda is None:
         return PerParameterSAM(w, sgd, **base)
     return Algorithm1FriendlySAM(w, sgd, sigma=config.sigma, lmbda=config.lmbda, **base)
@@ -143,16 +157,17 @@ def update(
     y: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Make one optimizer step on a batch; return the first pass's loss and logits, detached."""
+    climbs = isinstance(opt, PerParameterSAM) and opt.climbs_next
+    if climbs and opt.climbs_first:
+        opt.first_step()
     logits = forward(x)
     loss = F.cross_entropy(logits, y)
     loss.backward()
-    if isinstance(opt, PerParameterSAM):
+    if climbs and not opt.climbs_first:
         opt.first_step()
         model.zero_grad()
         with freeze_bn_stats(model):
             F.cross_entropy(forward(x), y).backward()
-        opt.second_step()
-    else:
-        opt.step()
+    (opt.second_step if isinstance(opt, PerParameterSAM) else opt.step)()
     model.zero_grad()
     return loss.detach(), logits.detach()

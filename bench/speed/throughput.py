@@ -1,9 +1,11 @@
 """Training images per second, and where the time goes: `train`'s step beside the plain recipe.
 
-The loops of a method take turns on the same machine, so that another program's load meets them all,
-and their ratio is taken within each turn.
+All loops of all methods take turns on the same machine, so that another program's load meets them
+all, and their ratios are taken within each turn: by the clock, and by this process's processor time
+on all cores, which other programs lengthen less. The plain recipe's loader processes are not in it.
 """
 
+import math
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -11,7 +13,7 @@ from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import numpy as np
@@ -69,22 +71,27 @@ class Clock:
         return marked
 
 
-def take_turn(loop: Loop, steps: int, device: torch.device) -> tuple[float, list[float]]:
-    """Return the seconds that `steps` steps took and each one's milliseconds.
+class Turn(NamedTuple):
+    """What a few steps took: seconds by the clock and of the processor, and each step's ms."""
 
-    Waits for the device at the beginning and at the end only.
-    """
+    seconds: float
+    processor: float
+    ms: list[float]
+
+
+def take_turn(loop: Loop, steps: int, device: torch.device) -> Turn:
+    """Take `steps` steps. Waits for the device at the beginning and at the end only."""
     clock = Clock(device)
     for _ in range(loop.prefetched):
         loop.step()
     wait(device)
-    start, moments = time.perf_counter(), [clock.now()]
+    start, processor, moments = time.perf_counter(), time.process_time(), [clock.now()]
     for _ in range(steps):
         loop.step()
         moments.append(clock.now())
     wait(device)
-    seconds = time.perf_counter() - start
-    return seconds, [clock.ms(a, b) for a, b in pairwise(moments)]
+    seconds, processor = time.perf_counter() - start, time.process_time() - processor
+    return Turn(seconds, processor, [clock.ms(a, b) for a, b in pairwise(moments)])
 
 
 def breakdown(loop: Loop, steps: int, device: torch.device) -> dict[str, float] | None:
@@ -105,7 +112,7 @@ def breakdown(loop: Loop, steps: int, device: torch.device) -> dict[str, float] 
         for owner, method, part in calls:
             call = clock.timed(part, getattr(owner, method))
             patches.enter_context(patch.object(owner, method, call))
-        _, whole = take_turn(replace(loop, prefetched=0), steps, device)
+        whole = take_turn(replace(loop, prefetched=0), steps, device).ms
     parts = dict.fromkeys(PARTS, 0.0)
     for part, start, end in clock.marks:
         parts[part] += clock.ms(start, end) / steps
@@ -114,27 +121,27 @@ def breakdown(loop: Loop, steps: int, device: torch.device) -> dict[str, float] 
 
 
 def race(loops: list[Loop], steps: int, turns: int, device: torch.device) -> list[dict[str, Any]]:
-    """Return each loop's times: the loops take turns, after one turn that does not count."""
-    seconds: list[list[float]] = [[] for _ in loops]
-    step_ms: list[list[float]] = [[] for _ in loops]
-    method, total = loops[0].config.method, len(loops) * (turns + 2)
-    bar = tqdm(total=total, desc=method, disable=None, leave=False)
+    """Return each loop's times: the loops take turns, after one turn that does not count. SGD's
+    first loop, and each method's, is what the others' times are divided by."""
+    taken: list[list[Turn]] = [[] for _ in loops]
+    bar = tqdm(total=len(loops) * (turns + 2), disable=None, leave=False)
     for turn in range(-1, turns):
-        for i, loop in enumerate(loops):
-            took, each = take_turn(loop, steps, device)
-            if turn >= 0:
-                seconds[i].append(took)
-                step_ms[i] += each
+        for loop, mine in zip(loops, taken, strict=True):
+            bar.set_description(loop.config.method)
+            took = take_turn(loop, steps, device)
+            mine += [took] if turn >= 0 else []
             bar.update()
+    methods = [loop.config.method for loop in loops]
     results = []
-    for i, loop in enumerate(loops):
-        p20, p50, p80 = np.percentile(step_ms[i], [20, 50, 80]).tolist()
-        ratios = [mine / fast for mine, fast in zip(seconds[i], seconds[0], strict=True)]
+    for loop, mine in zip(loops, taken, strict=True):
+        p20, p50, p80 = np.percentile([ms for t in mine for ms in t.ms], [20, 50, 80]).tolist()
         results.append({
             "loop": loop.name,
-            "images_per_second": steps * loop.config.batch_size / median(seconds[i]),
+            "images_per_second": steps * loop.config.batch_size / median(t.seconds for t in mine),
             "step_ms": {"p20": p20, "p50": p50, "p80": p80},
-            "fast_is_faster": median(ratios),
+            "processor_ms": 1e3 / steps * median(t.processor for t in mine),
+            "fast_is_faster": ratios(mine, taken[methods.index(loop.config.method)])["clock"],
+            "times_sgd": ratios(mine, taken[methods.index("sgd")]) if "sgd" in methods else None,
             "breakdown_ms": breakdown(loop, steps, device),
         })  # fmt: skip
         bar.update()
@@ -142,19 +149,29 @@ def race(loops: list[Loop], steps: int, turns: int, device: torch.device) -> lis
     return results
 
 
+def ratios(mine: list[Turn], others: list[Turn]) -> dict[str, float]:
+    """Return how many times as long as the other loop's my turns took: the turns' medians."""
+    pairs = list(zip(mine, others, strict=True))
+    return {"clock": median(a.seconds / b.seconds for a, b in pairs),
+            "processor": median(a.processor / b.processor for a, b in pairs)}  # fmt: skip
+
+
 def report(rows: list[dict[str, Any]]) -> str:
-    """Return the rows as a table; times in milliseconds a step."""
-    columns = ("p20", "p50", "p80", "fast is", *PARTS)
+    """Return the rows as a table; times in milliseconds a step. "x SGD" is by processor time on a
+    CPU, else by the clock."""
+    columns = ("p20", "p50", "p80", "fast is", "x SGD", *PARTS)
     head = f"{'method':15} {'loop':10} {'images/s':>9}"
     lines = [head + "".join(f" {name:>{max(8, len(name))}}" for name in columns)]
     for row in rows:
-        times = "".join(f" {row['step_ms'][p]:8.1f}" for p in ("p20", "p50", "p80"))
+        ms = "".join(f" {row['step_ms'][p]:8.1f}" for p in ("p20", "p50", "p80"))
         parts = "".join(
             f" {row['breakdown_ms'][p]:{max(8, len(p))}.1f}" for p in PARTS if row["breakdown_ms"]
         )
+        by = "processor" if row["device"].startswith("cpu") else "clock"
+        times = f"{row['times_sgd'][by]:.3f}" if row["times_sgd"] else ""
         ratio = f"{row['fast_is_faster']:.2f}x"
         name = f"{method_name(row['method']):15} {row['loop']:10} {row['images_per_second']:9.1f}"
-        lines.append(f"{name}{times} {ratio:>8}{parts}")
+        lines.append(f"{name}{ms} {ratio:>8} {times:>8}{parts}")
     return "\n".join(lines)
 
 
@@ -177,6 +194,20 @@ def agrees(method: str, errors: dict[str, float]) -> bool:
     return not red
 
 
+def steps_of_a_turn(configs: list[Config], options: Options, device: torch.device) -> int:
+    """Return a number of steps in which every method climbs as often as in any other turn.
+
+    Raises ValueError where another number was asked for.
+    """
+    period = math.lcm(*(config.interval for config in configs))
+    if options.steps is None:
+        return math.ceil((30 if device.type == "cuda" else 1) / period) * period
+    if options.steps % period:
+        raise ValueError(f"steps {options.steps} end within a period of {period} steps, of which "
+                         "one climbs; use a multiple of it")
+    return options.steps
+
+
 def throughput(configs: list[Config], options: Options, rows_path: Path | None = None) -> int:
     """Measure every config's method, print a table, append rows; return the exit code.
 
@@ -184,6 +215,7 @@ def throughput(configs: list[Config], options: Options, rows_path: Path | None =
     ValueError for what cannot be measured here.
     """
     device, git = usable_device(configs[0].device), git_hash()
+    steps = steps_of_a_turn(configs, options, device)
     if options.images < configs[0].batch_size:
         raise ValueError(
             f"{options.images} images are less than a batch of {configs[0].batch_size}"
@@ -214,14 +246,14 @@ def throughput(configs: list[Config], options: Options, rows_path: Path | None =
         return 1
     allow_tf32(options.tf32)
     data = random_data(options)
-    steps = options.steps or (30 if device.type == "cuda" else 1)
-    rows = []
-    for config, error in zip(configs, errors, strict=True):
-        shared = {"data": f"random uint8, {options.images} images", "steps": steps}
-        shared |= {"errors": error, "config": asdict(config), "options": asdict(options)}
-        shared |= provenance(device, git)
-        for result in race(loops_of(config, data, options), steps, options.turns, device):
-            rows.append({"kind": "throughput", "method": config.method} | result | shared)
+    loops = [(loop, error) for config, error in zip(configs, errors, strict=True)
+             for loop in loops_of(config, data, options)]  # fmt: skip
+    shared = {"kind": "throughput", "data": f"random uint8, {options.images} images",
+              "steps": steps, "options": asdict(options)} | provenance(device, git)  # fmt: skip
+    results = race([loop for loop, _ in loops], steps, options.turns, device)
+    rows = [{"method": loop.config.method} | result | shared
+            | {"errors": error, "config": asdict(loop.config)}
+            for (loop, error), result in zip(loops, results, strict=True)]  # fmt: skip
     if rows_path is not None:
         rows_path.parent.mkdir(parents=True, exist_ok=True)
         append_jsonl(rows_path, rows)

@@ -4,7 +4,6 @@ changed, and the plain recipe; and how far they are from each other.
 The images are random: throughput does not depend on what they show.
 """
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -24,7 +23,9 @@ from bench.settings.speed import Options
 from bench.speed import plain_recipe
 from bench.training.train import Run, attacked, build_optimizer, forward_of, step
 
-METHODS = ("sgd", "sam", "asam", "fsam", "fasam", "at-linf", "at-l2")  # the plain recipe has these
+METHODS = (  # the plain recipe has these
+    "sgd", "sam", "asam", "fsam", "fasam", "msam", "looksam", "gsam", "at-linf", "at-l2",
+)  # fmt: skip
 # Float32's rounding reaches a hundredth of these; 2% more rho or eps, four times as much.
 TOLERANCE = {"training": 1e-4, "attack": 5e-3}
 
@@ -134,19 +135,9 @@ def fast_loop(config: Config, data: Data, options: Options, name: str = "fast") 
 
 
 def graph_loop(config: Config, data: Data, options: Options) -> Loop:
-    """Return the fast loop with attack, passes and update in one GraphedStep, its `update`.
-
-    Where the method has no SAM, the optimizer is one that never climbs, which is SGD. The attack
-    draws from the device's own generator, as a graph must.
-    """
-
-    def never_climbs(config: Config, model: nn.Module) -> torch.optim.Optimizer:
-        return fastsam.SAM(
-            model.parameters(), torch.optim.SGD, lr=config.lr, momentum=config.momentum,
-            weight_decay=config.weight_decay, start=sys.maxsize,
-        )  # fmt: skip
-
-    run = fast_run(config, data, options, never_climbs if config.rho is None else build_optimizer)
+    """Return the fast loop with attack, passes and update in one GraphedStep, its `update`. The
+    attack draws from the device's own generator, as a graph must."""
+    run = fast_run(replace(config, graph=True), data, options, build_optimizer)
     batch = partial(next, device_batches(config, data, options, generators(config)[0]))
     graphed = fastsam.GraphedStep(
         run.model, F.cross_entropy, run.opt, batch(),
@@ -207,9 +198,11 @@ def losses_on(loop: Loop, batches: list[tuple[Tensor, Tensor]]) -> Tensor:
     return torch.stack([loop.update(x, y)[0] for x, y in batches]).double()
 
 
-def disagreement(config: Config, options: Options, loop: Callable = fast_loop,
-                 steps: int = 4) -> dict[str, float]:  # fmt: skip
-    """Return how far a loop is from the plain mathematics, on a small network.
+def disagreement(
+    config: Config, options: Options, loop: Callable = fast_loop
+) -> dict[str, float]:
+    """Return how far a loop is from the plain mathematics, on a small network: after four steps,
+    or one more than a second climb takes.
 
     "training", in float32 and on the same attacked images: the error of the losses, relative, and
     of the state, relative to the way it moved. "attack", in float32: the error of the perturbed
@@ -220,7 +213,7 @@ def disagreement(config: Config, options: Options, loop: Callable = fast_loop,
     small = replace(
         config, model="smallconv", width=8, batch_size=16, lr=0.2, momentum=0.8, weight_decay=0.05
     )
-    float32 = replace(small, amp="off")
+    float32, steps = replace(small, amp="off"), max(4, config.interval + 2)
     options = replace(options, images=16 * steps, workers=0)
     data = random_data(options)
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):

@@ -54,7 +54,8 @@ def load_checkpoint(path: Path, device: str = "cpu") -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"no checkpoint at {str(path)!r}; {wanted}")
     damaged = (
-        f"{str(path)!r} is not a readable checkpoint; {wanted}, or remove it and train again"
+        f"{str(path)!r} is not a readable checkpoint; {wanted}, or remove its run's last.pt and "
+        "best.pt and train again"
     )
     if not zipfile.is_zipfile(path):  # the container of torch.save
         raise ValueError(damaged)

@@ -1,6 +1,7 @@
 """The optimizer that a config asks for, and its learning rate at every step."""
 
 import math
+import sys
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ def build_optimizer(config: Config, model: nn.Module, steps: int = 0) -> torch.o
     if plain == "sgd":
         base |= {"momentum": config.momentum, "nesterov": config.nesterov}
     w = model.parameters()
+    if config.rho is None and config.graph:  # which is the plain optimizer, by the kernels
+        return fastsam.SAM(w, cls, start=sys.maxsize, **base)
     if config.rho is None:
         return cls(w, **base)
     base |= {

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import fastsam
 from bench.data.datasets import Data
 from bench.settings.config import Config
 
@@ -26,7 +27,8 @@ class Run:
     attacks always go through `model`. scaler: enabled for fp16. weight: what a mean over this
     process's images counts in the mean over processes, see bench.training.processes.weight.
     position: where in an epoch last.pt was written,
-    see bench.training.epoch_state, until it is taken up there."""
+    see bench.training.epoch_state, until it is taken up there. graphs: by a batch's images, see
+    bench.training.graphed."""
 
     config: Config
     data: Data
@@ -40,6 +42,7 @@ class Run:
     scaler: torch.amp.GradScaler = field(default_factory=no_scaler)
     weight: float = 1.0
     position: dict[str, Any] | None = None
+    graphs: dict[int, fastsam.GraphedStep] = field(default_factory=dict)
 
 
 def forward_of(run: Run, net: nn.Module | None = None) -> Forward:

@@ -22,11 +22,13 @@ class Sitting(SittingSettings):
     """Nothing here changes the trained weights.
 
     heeds_sigterm: save and stop on SIGTERM too. asked: whether someone else wants the run to save
-    and stop. bar: show each epoch's steps and its validation on stderr, where that is a terminal.
-    Raises ValueError for negative minutes, and for a tracker that is not installed.
+    and stop. bar: show each epoch's steps and its validation, see bench.evaluation.progress.
+    must_track: a tracker that cannot be started refuses the run; else the run goes on without.
+    Raises ValueError for negative minutes, and for a tracker that must be and is not installed.
     """
 
     bar: bool = False
+    must_track: bool = True
     heeds_sigterm: bool = False
     asked: Callable[[], bool] = lambda: False
     began: float = field(default_factory=time.monotonic)
@@ -35,7 +37,7 @@ class Sitting(SittingSettings):
     def __post_init__(self) -> None:
         self.saved = self.began
         check_settings(self)
-        if self.track is not None:
+        if self.track is not None and self.must_track:
             refuse_missing(self.track)
 
     def wish(self) -> int:

@@ -9,6 +9,7 @@ import fastsam
 from bench.settings.methods import FULL
 from bench.training.adversarial import loss_of
 from bench.training.awp import perturbed_weights
+from bench.training.graphed import graphed_step
 from bench.training.run import Forward, Run, backward, forward_of
 
 
@@ -18,6 +19,8 @@ def step(run: Run, forward: Forward, x: Tensor, y: Tensor) -> tuple[Tensor, Tens
     Returns the first pass's loss and logits, detached (the second's, where the first does not see
     the whole batch; Momentum-SAM's only pass is at the moved weights).
     """
+    if run.config.graph:
+        return graphed_step(run, x, y)
     with weight_perturbation(run, x, y):
         climbs = run.config.rho is not None and run.opt.climbs_next
         if climbs and not run.opt.climbs_first:

@@ -1,18 +1,20 @@
 """A run's numbers in TensorBoard, Weights & Biases, MLflow or Trackio, by Accelerate's trackers.
 
-tracker.json in the run's directory holds, for each tracker, its run and how many epochs that has,
-so that every sitting goes on with the same one. An epoch is tracked after last.pt holds it, so
-nothing that is tracked has to be taken back. Where a service keeps its files, and what it is logged
+tracker.json in the run's directory holds, for each tracker, its run, how many epochs that has and
+which summaries, so that every sitting goes on with the same one, and what a tracker has missed can
+be given to it later. An epoch is tracked after last.pt holds it, so nothing that is tracked has to
+be taken back. Where a service keeps its files, and what it is logged
 in as, its own environment says (WANDB_MODE, MLFLOW_TRACKING_URI, TRACKIO_DIR, ...).
 """
 
+import json
 import os
 import sys
 import uuid
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -21,6 +23,7 @@ from typing import Any
 from bench.files import read_json, write_json
 from bench.settings.config import Config
 
+NOTED = "tracker.json"
 PROJECT = "fastsam-bench"  # or what WANDB_PROJECT, MLFLOW_EXPERIMENT_NAME, TRACKIO_PROJECT say
 
 Rows = list[dict[str, Any]]
@@ -41,17 +44,25 @@ def refuse_missing(tracker: str) -> None:
 
 @contextmanager
 def tracked(
-    tracker: str | None, config: Config, out: Path, history: Rows
+    tracker: str | None, config: Config, out: Path, history: Rows, must: bool = True
 ) -> Iterator[Callable[[Rows], None]]:
     """Give a function that tracks what of a run's history is not yet tracked; None: nothing is.
 
-    history: what last.pt in `out` holds. Raises ValueError where the tracker cannot be started.
-    Later failures, such as of the network, are warned of, and the next call makes up for them.
+    history: what last.pt in `out` holds. Where the tracker cannot be started: raises ValueError, or
+    warns where it need not. Later failures, such as of the network, are warned of, and the next
+    call makes up for them.
     """
-    if tracker is None:
+    run = None
+    if tracker is not None:
+        try:
+            run = started(tracker, config, out, len(history))
+        except ValueError as e:
+            if must:
+                raise
+            warnings.warn(f"{config.name}: {e}", stacklevel=3)
+    if run is None:
         yield lambda history: None
         return
-    run = started(tracker, config, out, history)
     try:
         run.track(history)
         yield run.track
@@ -59,26 +70,54 @@ def tracked(
         run.attempt("closed", run.tracker.finish)
 
 
-def track_summary(tracker: str | None, config: Config, out: Path, summary: dict[str, Any]) -> None:
-    """Track a finished run's accuracies, at the step after its last epoch's: "test/natural",
-    "test/linf-8-255", ..."""
+def has_all(tracker: str, config: Config, out: Path, files: Iterable[str]) -> bool:
+    """Return whether a tracker has a finished run's epochs and its summaries, by their files."""
+    try:
+        known = known_runs(out / NOTED).get(tracker, {})
+    except ValueError:  # damaged, which is told when it is gone on with
+        return False
+    return known.get("epochs") == config.epochs and {*files} <= {*known.get("summaries", ())}
+
+
+def track_finished(
+    tracker: str | None, config: Config, out: Path, summaries: dict[str, dict[str, Any]]
+) -> None:
+    """Track what of a finished run is not tracked yet: its epochs, and its summaries, by the files
+    that hold them, at the step after the last epoch's. Warns where the tracker cannot have them."""
     if tracker is None:
         return
-    on = summary["evaluation"]["on"]
-    values = {f"{on}/natural": summary["natural"]}
-    for norm, by_eps in summary["robust"].items():
-        for eps, accuracy in by_eps.items():
-            values[f"{on}/{norm}-{eps.replace('/', '-')}"] = accuracy
-    run = started(tracker, config, out, [{}] * config.epochs)
-    run.attempt("given the accuracies", lambda: run.tracker.log(values, step=config.epochs))
+    try:
+        rows = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+        run = started(tracker, config, out, config.epochs)
+        run.track(list(rows))
+    except (ValueError, OSError) as e:
+        warnings.warn(f"{config.name}: {e}", stacklevel=2)
+        return
+    for file, summary in summaries.items():
+        run.track_summary(file, summary)
     run.attempt("closed", run.tracker.finish)
 
 
-class Tracked:
-    """A run in a tracker. epochs: how many it has."""
+def accuracies(file: str, summary: dict[str, Any]) -> dict[str, float]:
+    """Return a summary's accuracies: "test/natural", "test/linf-8-255", ...; a run's second one, in
+    summary-1.json, has "test-1/natural"."""
+    on = summary["evaluation"]["on"] + file.removeprefix("summary").removesuffix(".json")
+    at = {f"{on}/{norm}-{eps.replace('/', '-')}": accuracy
+          for norm, by_eps in summary["robust"].items()
+          for eps, accuracy in by_eps.items()}  # fmt: skip
+    return {f"{on}/natural": summary["natural"]} | at
 
-    def __init__(self, name: str, tracker: Any, file: Path, run: str, epochs: int) -> None:
-        self.name, self.tracker, self.file, self.run, self.epochs = name, tracker, file, run, epochs
+
+@dataclass
+class Tracked:
+    """A run in a tracker. epochs: how many it has. summaries: the files of those that it has."""
+
+    name: str
+    tracker: Any
+    file: Path
+    run: str
+    epochs: int
+    summaries: list[str]
 
     def attempt(self, what: str, act: Callable[[], None]) -> bool:
         """Return whether `act` succeeded; warn where it did not."""
@@ -93,38 +132,44 @@ class Tracked:
 
     def track(self, history: Rows) -> None:
         for row in history[self.epochs :]:
-            numbers = {k: v for k, v in row.items() if k != "epoch" and not isinstance(v, bool)}
+            numbers = {k: v for k, v in row.items()
+                       if k != "epoch" and v is not None and not isinstance(v, bool)}  # fmt: skip
             log = partial(self.tracker.log, numbers, step=row["epoch"])
             if not self.attempt("given an epoch", log):
                 return
             self.epochs += 1
         self.note()
 
+    def track_summary(self, file: str, summary: dict[str, Any]) -> None:
+        log = partial(self.tracker.log, accuracies(file, summary), step=summary["config"]["epochs"])
+        if file not in self.summaries and self.attempt("given the accuracies", log):
+            self.summaries.append(file)
+            self.note()
+
     def note(self) -> None:
-        known = known_runs(self.file) | {self.name: {"run": self.run, "epochs": self.epochs}}
-        write_json(self.file, known)
+        own = {"run": self.run, "epochs": self.epochs, "summaries": self.summaries}
+        write_json(self.file, known_runs(self.file) | {self.name: own})
 
 
 def known_runs(file: Path) -> dict[str, Any]:
     return read_json(file, "remove it, and a new run is tracked") if file.exists() else {}
 
 
-def started(tracker: str, config: Config, out: Path, history: Rows) -> Tracked:
-    """Go on with the run that `out` is tracked as, or start one; one that has epochs which `out`
-    lacks is another's."""
-    file = out / "tracker.json"
-    known = known_runs(file).get(tracker)
-    if known is not None and known["epochs"] > len(history):
+def started(tracker: str, config: Config, out: Path, epochs: int) -> Tracked:
+    """Go on with the run that `out`, of so many epochs, is tracked as, or start one; one that has
+    epochs which `out` lacks is another's."""
+    known = known_runs(out / NOTED).get(tracker)
+    if known is not None and known["epochs"] > epochs:
         known = None
-    run, epochs = (known["run"], known["epochs"]) if known else (None, 0)
+    own = known or {"run": None, "epochs": 0}
     try:
         from accelerate import PartialState
 
         PartialState()  # Accelerate's trackers ask it which process they are in
         with redirect_stdout(sys.stderr):
-            own, run = OPEN[tracker](out, run, epochs)
+            opened, run = OPEN[tracker](out, own["run"], own["epochs"])
             if known is None:
-                own.store_init_configuration(
+                opened.store_init_configuration(
                     {k: v for k, v in asdict(config).items() if v is not None}
                 )
     except Exception as e:  # of services and networks anything can come
@@ -132,7 +177,8 @@ def started(tracker: str, config: Config, out: Path, history: Rows) -> Tracked:
             f"--track {tracker} could not start ({first_line(e)}); put that right, or leave the "
             "option out: metrics.jsonl holds the same numbers"
         ) from e
-    result = Tracked(tracker, own, file, run, epochs)
+    summaries = [*own.get("summaries", ())]
+    result = Tracked(tracker, opened, out / NOTED, run, own["epochs"], summaries)
     result.note()
     return result
 

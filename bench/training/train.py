@@ -15,17 +15,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from bench.attacks.objectives import answers
 from bench.data.augmentation import Augmentation
 from bench.data.datasets import Data, load_data, training_images
 from bench.devices import usable_device
 from bench.evaluation.evaluate import correct, robust
+from bench.evaluation.progress import bar_of
 from bench.files import remove_unfinished, write_json, write_jsonl
 from bench.models import build_model
 from bench.models.airbench import Airbench
-from bench.models.pretrained import start_from
 from bench.settings.config import Config, differences
 from bench.training import processes
 from bench.training.adversarial import attacked, watch_single_step
@@ -33,6 +32,7 @@ from bench.training.checkpoint import changed_data, load_checkpoint, load_weight
 from bench.training.diverged import Diverged
 from bench.training.epoch_state import Position
 from bench.training.optimizers import build_optimizer, lr_at
+from bench.training.pretrained import start_from
 from bench.training.run import Run, forward_of
 from bench.training.session import STOP, Sitting
 from bench.training.step import step
@@ -181,8 +181,8 @@ def train_epoch(run: Run, epoch: int, out: Path, sitting: Sitting) -> dict[str, 
     run.epoch = epoch
     run.model.train()
     start = time.perf_counter()
-    shown = tqdm(images, f"epoch {epoch + 1}", steps, initial=here.done, unit="step", leave=False,
-                 disable=None if sitting.bar else True)  # fmt: skip
+    shown = bar_of(sitting.bar, iterable=images, desc=f"epoch {epoch + 1}", total=steps,
+                   initial=here.done, unit="step")  # fmt: skip
     for i, (x, y) in enumerate(shown, here.done):
         for group in run.opt.param_groups:
             group["lr"] = lr_at(config, epoch, i, steps)
@@ -257,7 +257,8 @@ def train(
     for row in run.history:
         after_epoch(row)
     tracker = sitting.track if first else None
-    with tracked(tracker, config, out, run.history) as track, sitting.training():
+    must = sitting.must_track
+    with tracked(tracker, config, out, run.history, must) as track, sitting.training():
         for epoch in range(len(run.history), config.epochs):
             row = train_epoch(run, epoch, out, sitting)
             finish_epoch(run, row, out, sitting.bar)

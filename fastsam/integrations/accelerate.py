@@ -9,7 +9,8 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
-from fastsam import SAM, freeze_bn_stats
+from fastsam import GSAM, SAM, LookSAM, freeze_bn_stats
+from fastsam.variants import refuse_micro_batches
 
 SINGLE = (DistributedType.NO,)
 REPLICATED = (DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
@@ -19,7 +20,8 @@ def both_passes(accelerator: Accelerator, model: nn.Module, optimizer: Any,
                 backward: Callable[[], Tensor], micro_batches: int | None = None) -> Tensor:
     """The gradients of a SAM step, on one batch or micro-batch: the pass at w, the climb, and the
     pass at w + e with BatchNorm's statistics frozen. Clip and call `optimizer.step()` afterwards,
-    as without SAM. A step that does not climb (`interval`, `start`) is one pass.
+    as without SAM. A step that does not climb (`interval`, `start`) is one pass; Momentum-SAM's
+    is one at the moved weights, to which it climbs before an update's first micro-batch.
 
     With gradient accumulation each micro-batch climbs by itself (m-sharpness), under
     DistributedDataParallel by the gradient of this process alone, and the sum of the second
@@ -39,12 +41,17 @@ def both_passes(accelerator: Accelerator, model: nn.Module, optimizer: Any,
     Raises:
         TypeError: another optimizer.
         ValueError: gradient accumulation over processes that hold no replicas (FSDP), or DeepSpeed.
+        PhaseError: gradient accumulation with GSAM or LookSAM, which do not climb by parts.
     """
     sam = sam_of(optimizer)
     accumulates = (micro_batches or accelerator.gradient_accumulation_steps) > 1
-    check_processes(accelerator.distributed_type, accumulates)
+    check_processes(accelerator.distributed_type, accumulates and not sam.climbs_first)
+    if accumulates and isinstance(sam, (GSAM, LookSAM)):
+        refuse_micro_batches(sam)
     ddp = model if isinstance(model, nn.parallel.DistributedDataParallel) else None
-    if not sam.climbs_next:
+    if sam.climbs_next and sam.climbs_first and not sam.is_perturbed:
+        sam.first_step(scaler=accelerator.scaler)
+    if sam.climbs_first or not sam.climbs_next:
         return backward()
     with first_pass(sam, ddp if accumulates else None):
         loss = backward()

@@ -13,7 +13,8 @@ class SAMModule(lightning.LightningModule):
     """A LightningModule whose second passes leave BatchNorm's statistics alone.
 
     Return a fastsam optimizer from `configure_optimizers`. `training_step` runs twice per batch,
-    the second time where `self.second_pass` is true: log only where it is not.
+    the second time where `self.second_pass` is true: log only where it is not. Momentum-SAM's only
+    pass is no second one.
 
     Raises:
         ValueError: at the start of fit, what would train something else without a word:
@@ -27,7 +28,8 @@ class SAMModule(lightning.LightningModule):
         sam = getattr(optimizer, "optimizer", optimizer)
 
         def closure() -> Any:
-            self.second_pass = isinstance(sam, SAM) and sam.is_perturbed
+            self.second_pass = (isinstance(sam, SAM) and sam.is_perturbed
+                                and not sam.climbs_first)
             try:
                 with freeze_bn_stats(self) if self.second_pass else nullcontext():
                     # the backward too, which may recompute

@@ -119,16 +119,16 @@ def adam_hyper(row, count):
 
 
 @triton.jit
-def mixed(g, m, kept, at, mask, share, alpha, climbed, ok, MIX: tl.constexpr):
+def mixed(g, m, kept, flat, offs, mask, share, alpha, climbed, ok, MIX: tl.constexpr):
     """What the base steps with; stores m where it is renewed. In fastsam.reference: `mixed`."""
     if MIX == GSAM:
-        g = tl.where(climbed, g - alpha * (read(kept + at, mask) - share * g), g)
+        g = tl.where(climbed, g - alpha * (read(kept + flat + offs, mask) - share * g), g)
     elif MIX == REUSE:
-        g = g + alpha * (share * read(m + at, mask))
+        g = g + alpha * (share * read(m + flat + offs, mask))
     elif MIX == RENEW:
-        old_m = read(m + at, mask)
+        at = flat + offs  # one address less than by m + flat and kept + flat: 80 registers are full
         new_m = g - share * read(kept + at, mask)
-        tl.store(m + at, tl.where(climbed & ok, new_m, old_m), mask)
+        tl.store(m + at, new_m, mask & (climbed & ok))
     return g
 
 
@@ -154,7 +154,7 @@ def update(w, g, saved, v, u, m, kept, flat, offs, mask, inv_scale, share, alpha
     w32 = old.to(tl.float32)
     g = read(g + offs, mask).to(tl.float32) * inv_scale
     if MIX != UNMIXED:
-        g = mixed(g, m, kept, flat + offs, mask, share, alpha, climbed, ok, MIX)
+        g = mixed(g, m, kept, flat, offs, mask, share, alpha, climbed, ok, MIX)
     if BASE == ADAM:
         new, v = adam(w32, g, v + flat + offs, u + flat + offs, mask, hyper, ok)
     elif BASE == SGD_MOMENTUM:

@@ -52,14 +52,16 @@ CONSTANTS = {
     "step": [dict(BASE=base, MIX=mix, PERTURBED=perturbed, ALONG_V=along_v, MASTERS=masters)
              for (base, mix, perturbed, along_v), masters in product(STEPS, (False, True))],
 }
-FEW = {  # SAM, FisherSAM, Momentum-SAM, Friendly-SAM in both conventions; SGD with momentum, Adam
+FEW = {  # SAM, FisherSAM, Momentum-SAM, LookSAM's k-th step, Friendly-SAM in both conventions; SGD
+    # with momentum, Adam
     "dots": [dict(MODE=1)],
     "norm": [dict(MODE=mode, SCALING=0, MASTERS=False) for mode in (0, 1)],
     "climb": [dict(MODE=mode, SCALING=scaling, MASTERS=False)
               for mode, scaling in ((0, 0), (0, 2), (1, 0), (2, 1))],
-    "step": [dict(BASE=base, MIX=0, PERTURBED=True, ALONG_V=along_v, MASTERS=masters)
-             for along_v, (base, masters) in product((False, True), (
-                 (1, False), (2, True), (2, False)))],
+    "step": [dict(BASE=1, MIX=2, PERTURBED=True, ALONG_V=False, MASTERS=False),
+             *(dict(BASE=base, MIX=0, PERTURBED=True, ALONG_V=along_v, MASTERS=masters)
+               for along_v, (base, masters) in product((False, True), (
+                   (1, False), (2, True), (2, False))))],
 }
 TYPES = {"fp32": tl.float32, "bf16": tl.bfloat16, "fp16": tl.float16}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

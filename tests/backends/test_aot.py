@@ -56,8 +56,11 @@ def budget(row: dict) -> tuple[int, int]:
         states, masters = fp32 * c["BASE"], fp32 * c["MASTERS"]
         old_w = w if not (c["MASTERS"] and c["PERTURBED"]) else 0
         mix = c.get("MIX", 0)
-        mixed = fp32 * (0, 1, 2, 1)[mix]  # the kept gradient; it and m, which is renewed; m
-        return g + old_w + masters + states + mixed, w + masters + states + fp32 * (mix == 2)
+        mixed = fp32 * (0, 1, 1, 1)[mix]  # the kept gradient, for LookSAM's k-th step too; m
+        new_m = fp32 * (mix == 2)
+        if mix == 2 and row["target"] == "gfx942":  # by global instructions, which are not counted
+            mixed = new_m = 0
+        return g + old_w + masters + states + mixed, w + masters + states + new_m
     m, masters = fp32 * (c["MODE"] > 0), fp32 * c["MASTERS"]
     if row["kernel"] == "norm":
         return g + m + (w + masters) * (c["SCALING"] == 1), 0

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from bench.attacks.notation import eps_key, parse_eps
 from bench.attacks.objectives import rising, spread
-from bench.attacks.pgd import Attack, l2_norm, pgd
+from bench.attacks.pgd import Attack, evaluation_attack, l2_norm, pgd
 from bench.models import build_model
 
 LINF = Attack("linf", 8 / 255, 2 / 255, 10)
@@ -52,6 +52,23 @@ def test_stays_in_the_ball_and_the_box_and_raises_the_loss(model, batch, attack)
         start = pgd(model, x, y, Attack(attack.norm, attack.eps, 1e-12, 0))
         assert after.mean() > before.mean()
         assert after.mean() > F.cross_entropy(model(start), y), "no better than its random start"
+
+
+def test_the_evaluations_steps_are_sam_ats():
+    """eval.py's: a quarter of the l_inf radius, an eighth of the l2 one; in the text beside the
+    number as they are."""
+    assert evaluation_attack("linf", 8 / 255, 20) == Attack("linf", 8 / 255, 2 / 255, 20)
+    assert evaluation_attack("l2", 128 / 255, 10) == Attack("l2", 128 / 255, 16 / 255, 10)
+    assert "alpha 16/255 = 0.06275" in evaluation_attack("l2", 128 / 255, 10).describe()
+
+
+def test_the_logits_spread_grows_over_pgds_steps():
+    """Low first, by which every wrong class counts; a single step has the high one."""
+    spreads = [rising(i, 10) for i in range(10)]
+    assert spreads[0] == pytest.approx(5) and spreads[-1] == pytest.approx(10)
+    assert spreads == sorted(spreads) and rising(0, 1) == 10
+    ratios = [b / a for a, b in zip(spreads, spreads[1:], strict=False)]
+    assert ratios == pytest.approx([2 ** (1 / 9)] * 9)
 
 
 @pytest.mark.parametrize("attack", [LINF, L2], ids=lambda a: a.norm)

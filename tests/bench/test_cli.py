@@ -166,6 +166,25 @@ def test_what_cannot_run_here_is_refused_from_a_shell(arguments, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_ctrl_c_is_one_sentence(tmp_path, capsys, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("bench.experiments.train_and_evaluate.train", interrupted)
+    assert main(["train", *TINY, "--out", str(tmp_path)]) == 130
+    error = capsys.readouterr().err
+    assert error.startswith("interrupted; repeat the command") and error.count("\n") == 1
+
+
+def test_an_out_that_is_a_file_is_refused_before_anything_is_trained(tmp_path, capsys):
+    (tmp_path / "taken").write_text("mine")
+    for command in (["compare"], ["sweep"], ["compare", "--recipes", "sam-at/cifar10/st"]):
+        words = [] if "--recipes" in command else ["--methods", "sgd"]
+        assert main([*command, *words, "--out", str(tmp_path / "taken"), *TINY]) == 2
+        error = capsys.readouterr().err
+        assert "taken" in error and "choose another place" in error and error.count("\n") == 1
+
+
 def test_out_with_another_config_is_refused(tmp_path, capsys):
     assert main(["train", *TINY, "--out", str(tmp_path)]) == 0
     before = {p: p.read_bytes() for p in tmp_path.iterdir()}

@@ -7,7 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from bench.data.datasets import load_data
+from bench.data.datasets import READERS, load_data
+from bench.data.known import KNOWN
 
 ARCHIVE = Path(__file__).resolve().parents[3] / "shared/data/cifar10-6k-lossless.tar.xz"
 
@@ -154,3 +155,10 @@ def test_cifar_archive(tmp_path):
     assert data.train.images.shape[1:] == (3, 32, 32) and len(data.classes) == 10
     published = torch.tensor([0.4914, 0.4822, 0.4465])
     assert (torch.tensor(data.mean) - published).abs().max() < 0.01
+
+
+def test_every_data_set_with_a_name_has_a_reader_and_its_size():
+    assert [*READERS] == [*KNOWN]
+    train, test, classes = READERS["digits"]("", False)
+    assert train.images.shape[2:] == test.images.shape[2:] == (KNOWN["digits"],) * 2
+    assert len(classes) == 10

@@ -1,5 +1,6 @@
 """What the evaluation reports: intervals, worst cases, restarts, warnings; whom it can serve."""
 
+import copy
 import json
 import math
 import sys
@@ -14,12 +15,21 @@ from torch import nn
 
 from bench.__main__ import main
 from bench.attacks.apgd import apgd
-from bench.attacks.by_name import attempt, split_name
+from bench.attacks.by_name import attempt
+from bench.attacks.notation import ATTACKS, split_name
 from bench.attacks.objectives import LAST, spread
 from bench.attacks.pgd import evaluation_attack, pgd
 from bench.data.datasets import Data, Split, load_data
 from bench.evaluation import masked_gradients
-from bench.evaluation.evaluate import evaluate, generator_of, interval, report, robust, withstand
+from bench.evaluation.evaluate import (
+    correct,
+    evaluate,
+    generator_of,
+    interval,
+    report,
+    robust,
+    withstand,
+)
 from bench.evaluation.robustbench import model_info
 from bench.models import build_model
 from bench.settings.config import resolve
@@ -126,6 +136,29 @@ def test_a_subset_is_fixed_mixed_and_counted(split):
     assert "297 test images" in report(evaluate(model(), split, evaluation(attacks=("clean",))))
 
 
+def test_the_subset_is_the_shuffles_first_images(split):
+    class Seen(nn.Module):
+        images = []
+
+        def forward(self, x):
+            self.images.append(x.detach())
+            return model()(x)
+
+    net, by_class = Seen(), split.take(split.labels.argsort())
+    evaluate(net, by_class, evaluation(samples=60, attacks=("clean",)))
+    order = torch.randperm(297, generator=torch.Generator().manual_seed(0))[:60]
+    assert torch.equal(net.images[0], by_class.take(order).batch(slice(None))[0])
+
+
+def test_a_model_in_training_mode_is_evaluated_and_left_in_eval_mode(split):
+    net = copy.deepcopy(model()).train()
+    found = evaluate(net, split, evaluation(samples=60))
+    assert found == evaluate(model(), split, evaluation(samples=60)) and found["warnings"] == []
+    assert not any(module.training for module in net.modules())
+    for name, value in model().state_dict().items():
+        assert torch.equal(net.state_dict()[name], value), name
+
+
 @pytest.mark.parametrize("k, n", [(0, 20), (1, 20), (13, 20), (20, 20), (437, 1000)])
 def test_interval_is_clopper_and_pearsons(k, n):
     """Its ends are the accuracies at which k or more, k or fewer, have a chance of 2.5%."""
@@ -180,8 +213,13 @@ def test_names(name, parts):
 
 @pytest.mark.parametrize("name", ["", "pgd-0", "pgd-", "pgd-5-0", "fgsm-3", "square", "aa", "PGD"])
 def test_unknown_names_are_refused_before_training(name):
-    with pytest.raises(ValueError, match="choose from clean, fgsm, pgd-STEPS"):
+    with pytest.raises(ValueError, match="choose from clean, fgsm, pgd.-STEPS"):
         evaluation(attacks=(name,))
+
+
+def test_every_name_is_an_attack_of_its_own():
+    texts = [attempt(name, "l2", 0.5, 10, 10).text for name in ATTACKS if name != "clean"]
+    assert len(set(texts)) == len(ATTACKS) - 1
 
 
 @pytest.mark.parametrize("option", ["steps", "samples", "batch_size"])
@@ -450,6 +488,93 @@ def test_a_sound_model_is_not_warned_of(split):
                  lambda z: z / 50, lambda z: z + 7, lambda z: z[:, :3], lambda z: z - 1e3):
         x, y = split.batch(slice(None))
         assert masked_gradients.of_model(Behind(fine), x, y.clamp(max=2)) == [], fine
+
+
+@pytest.mark.parametrize("fine", [
+    lambda z: 1e-3 * z, lambda z: 1e-30 * z, lambda z: 1e-3 * (z - z.mean(1, keepdim=True)),
+    lambda z: (1e-3 * z).half(), lambda z: z.bfloat16(),
+])  # fmt: skip
+def test_logits_that_are_small_or_coarse_are_still_logits(split, fine):
+    said = masked_gradients.of_model(Behind(fine), *split.batch(slice(None)))
+    assert not any("look like" in text or "batch" in text for text in said), said
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_a_few_images_are_no_sign(split, number):
+    for start in range(10):
+        x, y = split.batch(slice(start, start + number))
+        assert masked_gradients.of_model(model(), x, y) == []
+
+
+class OfBatches(nn.Module):
+    """Normalises by the batch's own statistics, whatever mode it is in."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.net, self.norm = model(), norm
+
+    def train(self, mode=True):
+        return self
+
+    def forward(self, x):
+        return self.net(0.4 * self.norm(x) + 0.3)
+
+
+@pytest.mark.parametrize("norm", [lambda: nn.BatchNorm2d(1),
+                                  lambda: nn.BatchNorm2d(1, track_running_stats=False)])
+@pytest.mark.parametrize("batch_size", [1, 2, 50, 500])
+def test_answers_that_depend_on_the_batch_are_noticed(split, norm, batch_size):
+    part = split.take(torch.arange(60))
+    found = evaluate(OfBatches(norm()), part, evaluation(attacks=("clean",), batch_size=batch_size))
+    assert any("batch that it comes in" in text for text in found["warnings"])
+    assert evaluate(model(), part, evaluation(attacks=("clean",), batch_size=batch_size))[
+        "warnings"] == []  # fmt: skip
+
+
+# ---- networks and images that cannot be evaluated
+
+
+@pytest.mark.parametrize("change", [
+    lambda x: model()(x).detach(), lambda x: model()(x.detach()),
+    lambda x: model()((x * 255).to(torch.uint8) / 255), lambda x: torch.eye(10)[[0] * len(x)],
+], ids=["detached", "images detached", "bytes", "constant"])  # fmt: skip
+@pytest.mark.parametrize("name", ["fgsm", "pgd-2", "apgd-ce-2", "apgd-t-2"])
+def test_a_network_without_a_gradient_is_refused(split, change, name):
+    class Cut(nn.Module):
+        def forward(self, x):
+            return change(x)
+
+    part = split.take(torch.arange(20))
+    for precision in ("fp32", "bf16"):
+        with pytest.raises(ValueError, match="no gradient .* images"):
+            evaluate(Cut(), part, evaluation(attacks=(name,), precision=precision))
+    a = attempt(name, "linf", EPS, 10, 10)
+    with pytest.raises(ValueError, match="no gradient .* images"):
+        withstand(Cut(), part, a.perturb, 1, 20)
+    assert evaluate(Cut(), part, evaluation(attacks=("clean",)))["images"] == 20
+
+
+@pytest.mark.parametrize("levels", [4, 15])
+def test_images_outside_0_and_1_are_refused(split, levels):
+    """An attack that starts by clamping them is an attack on other images."""
+    part = Split(split.images, split.labels, levels)
+    normalised = Split((split.images.float() / 16 - 0.3) / 0.38, split.labels, 1)
+    for images in (part, normalised):
+        with pytest.raises(ValueError, match=r"\[0, 1\]"):
+            evaluate(model(), images, evaluation())
+        with pytest.raises(ValueError, match=r"\[0, 1\]"):
+            correct(model(), images, 100)
+
+
+@pytest.mark.parametrize("change, said", [
+    (lambda z: (z, z), "tuple"), (lambda z: {"logits": z}, "dict"),
+    (lambda z: z[:, :, None, None], r"\(100, 10, 1, 1\)"), (lambda z: z[:, 0], r"\(100,\)"),
+    (lambda z: z[:, :1], r"\(100, 1\)"), (lambda z: z[:1], r"\(1, 10\)"),
+    (lambda z: z.long(), "int64"),
+])  # fmt: skip
+def test_outputs_that_are_no_logits_of_every_image_are_refused(split, change, said):
+    with pytest.raises(ValueError, match=said):
+        correct(Behind(change), split, 100)
 
 
 def numbers(each=(), by_eps=(), images=1000):

@@ -138,6 +138,16 @@ def test_two_writers_of_one_file_do_not_share_a_temporary_one(tmp_path):
     assert path.read_text() == "one" and os.listdir(tmp_path) == ["table.md"]
 
 
+def test_who_has_the_old_file_open_reads_it_whole(tmp_path):
+    path = tmp_path / "table.md"
+    path.write_text("the old one")
+    with open(path) as reader:
+        with replacing(path) as tmp:
+            tmp.write_text("the new one, which is longer")
+        assert reader.read() == "the old one"
+    assert path.read_text() == "the new one, which is longer"
+
+
 def test_what_another_process_is_writing_is_not_removed(tmp_path):
     path = tmp_path / "table.md"
     (tmp_path / ".table.md.0123.tmp").write_text("of a process that was killed")
@@ -302,6 +312,21 @@ def test_a_checkpoint_without_an_optimizer_is_no_last_one(copy, capsys):
     assert "last.pt" in text and "has no history" in text
 
 
+def test_a_damaged_best_checkpoint_is_named_with_a_way_out_that_is_one(copy, capsys):
+    folder = copy / "sgd-seed0"
+    before = load_checkpoint(folder / "best.pt")["model"]
+    (folder / "best.pt").write_bytes((folder / "best.pt").read_bytes()[:5000])
+    (folder / "summary.json").unlink()
+    arguments = ("train", "--method", "sgd", *TINY, "--out", folder)
+    text = error(capsys, *arguments)
+    assert repr(str(folder / "best.pt")) in text and "remove its run's last.pt and best.pt" in text
+    for name in ("last.pt", "best.pt"):
+        (folder / name).unlink()
+    assert main([str(a) for a in arguments]) == 0
+    after = load_checkpoint(folder / "best.pt")["model"]
+    assert all(torch.equal(before[k], after[k]) for k in before)
+
+
 @pytest.mark.parametrize("damage", ["", "{", '{"method": "sgd"}', "[]", "\xff", "null"])
 def test_a_damaged_summary_is_named_and_made_again(damage, copy, capsys):
     folder = copy / "sgd-seed0"
@@ -320,7 +345,22 @@ def test_a_damaged_summary_is_named_and_made_again(damage, copy, capsys):
     assert (folder / "last.pt").read_bytes() == before, "trained again"
 
 
-@pytest.mark.parametrize("damage", ["{", '{"epoch": 0}\n', "7\n", "\xff"])
+@pytest.mark.parametrize("key, value", [("natural", None), ("natural", "0.5"), ("best", None),
+                                        ("images_per_second", []), ("config", "sgd"),
+                                        ("robust", [0.1]), ("method", 3)])  # fmt: skip
+def test_a_summary_with_a_value_of_another_kind_is_named(key, value, copy, capsys):
+    path, rows = copy / "sgd-seed0/summary.json", copy / "rows.jsonl"
+    summary = json.loads(path.read_text()) | {key: value}
+    rows.write_text(json.dumps(summary) + "\n")
+    assert f"{str(rows)!r}, line 1, is no row of a run: {key} is {value!r}" in error(
+        capsys, "report", rows, "--out", copy / "report")  # fmt: skip
+    path.write_text(json.dumps(summary))
+    assert repr(str(path)) in error(capsys, "report", copy / "sgd-seed0", "--out", copy / "report")
+
+
+@pytest.mark.parametrize("damage", ["{", '{"epoch": 0}\n', "7\n", "\xff",
+                                    '{"epoch": 0, "seconds": null}\n',
+                                    '{"epoch": null, "seconds": 1}\n'])  # fmt: skip
 def test_damaged_metrics_are_named_and_the_report_goes_on_without(damage, copy, capsys):
     path = copy / "sgd-seed0/metrics.jsonl"
     path.write_bytes(damage.encode("latin-1"))

@@ -453,6 +453,7 @@ def test_a_short_training_leaves_its_accuracy(method, tmp_path, monkeypatch):
     for part in ("train", "test"):
         make_images(tmp_path / "images" / part, "ab", 8, size=(32, 32))
     full = gpu_tools.training(method, tmp_path / "images", tmp_path)
+    full.remove("--graph")
     small = ["--device", "cpu", "--width", "1", "--epochs", "1", "--eval-linf", "1",
              "--eval-l2", "32", "--eval-steps", "1"]
     monkeypatch.setattr(gpu_tools, "training", lambda *_: [*full[:-2], *small, *full[-2:]])

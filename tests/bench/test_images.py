@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image, PngImagePlugin
 
-from bench.data.datasets import load_data
+from bench.data.datasets import load_data, test_images_of
 from bench.data.images import listing, read_image
 
 RNG = np.random.default_rng(0)
@@ -362,6 +362,42 @@ def test_links_in_a_circle_are_named(tmp_path):
     (root / "x" / "again").symlink_to(root, target_is_directory=True)
     with pytest.raises(ValueError, match="again"):
         load_data(str(root), 0, 0)
+
+
+def test_links_in_a_circle_of_several_are_named(tmp_path):
+    """Each points beside itself: followed, a class of six images has hundreds."""
+    root = folder_of(tmp_path / "images", ("x", "y", "z"))
+    for name, other in (("x", "y"), ("y", "z"), ("z", "x")):
+        (root / name / f"to-{other}").symlink_to(f"../{other}", target_is_directory=True)
+    for lazily in (False, True):
+        with pytest.raises(ValueError, match="images/x/to-y/to-z/to-x.*lies in"):
+            load_data(str(root), 0, 0, image_size=8, lazily=lazily)
+    (root / "z" / "to-x").unlink()
+    assert len(listing(root)[0]) == 6 * (3 + 2 + 1), "links that end somewhere are followed"
+
+
+@pytest.mark.parametrize("lazily", [False, True])
+def test_training_images_among_the_test_images_are_told(lazily, tmp_path, recwarn):
+    for part, number in (("train", 6), ("test", 3)):
+        folder_of(tmp_path / "images" / part, number=number)
+    root = tmp_path / "images"
+    load_data(str(root), 0, 0, lazily=lazily)
+    assert not recwarn.list
+    (root / "test/x/more").symlink_to("../../train/x")
+    if not lazily:  # copies, of which photographs that are read later know nothing
+        (root / "test/y/copy.png").write_bytes((root / "train/y/0.png").read_bytes())
+    with pytest.warns(UserWarning, match=f"{6 if lazily else 7} of .* test images .* training"):
+        load_data(str(root), 0, 0, lazily=lazily)
+
+
+def test_other_test_images_that_were_trained_on_are_told(tmp_path, recwarn):
+    root = folder_of(tmp_path / "images", number=10)
+    data = load_data(str(root), 0.2, 0)
+    test_images_of(str(root), data, None)
+    assert not recwarn.list
+    (root / "x" / "00.png").write_bytes((root / "x" / "0.png").read_bytes())
+    with pytest.warns(UserWarning, match="of .* test images .* training images too"):
+        test_images_of(str(root), data, None)
 
 
 @pytest.mark.parametrize("parts", [("Train", "Test"), ("training", "validation")])

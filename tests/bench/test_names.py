@@ -2,15 +2,17 @@
 
 import json
 import re
+from itertools import combinations
 
+import numpy as np
 import pytest
 
-from bench.experiments.compare import aggregate
 from bench.experiments.compare import table as compare_table
 from bench.experiments.sweep import by_setting
 from bench.experiments.sweep import table as sweep_table
 from bench.provenance import ROOT
 from bench.reports import figures as drawing
+from bench.reports.statistics import aggregate
 from bench.settings.methods import ADVERSARIES, OPTIMIZERS
 from bench.settings.names import ADVERSARY_NAMES, OPTIMIZER_NAMES, in_figures, method_name
 
@@ -92,13 +94,46 @@ def test_the_benchmarks_page_says_how_each_is_called_on_the_command_line():
 
 
 def test_looks_differ_by_more_than_colour():
-    looks = [drawing.style(i) for i in range(28)]
-    for a, b in ((a, b) for i, a in enumerate(looks) for b in looks[:i]):
-        assert (a["color"], a["linestyle"]) != (b["color"], b["linestyle"])
+    """All methods in one picture: each with its own colour and line, line and marker, marker and
+    colour; in those beside each other all three differ, and in as many as there are lines, these
+    alone."""
+    looks = [drawing.style(i) for i in range(len(NAMES))]
+    for a, b in combinations(("color", "linestyle", "marker"), 2):
+        assert len({(look[a], look[b]) for look in looks}) == len(NAMES), (a, b)
     for a, b in zip(looks, looks[1:], strict=False):
         assert all(a[k] != b[k] for k in ("color", "linestyle", "marker"))
-    first = looks[:4]  # told apart without colour
-    assert len({(look["linestyle"], look["marker"]) for look in first}) == 4
+    for i in range(len(looks) - len(drawing.LINES) + 1):
+        lines = {look["linestyle"] for look in looks[i : i + len(drawing.LINES)]}
+        assert len(lines) == len(drawing.LINES) >= 8
+
+
+def ink(dashes, places=1000, length=45.0):
+    """Where a line of dashes is drawn, at so many places of a legend's length."""
+    x = np.arange(places) / places * length % sum(dashes)
+    ends = np.cumsum(dashes)
+    return np.searchsorted(ends, x, side="right") % 2 == 0
+
+
+def test_patterns_of_dashes_are_seen_to_differ():
+    """In a tenth of the line at least, wherever one begins."""
+    patterns = [ink((1, 0)), *map(ink, drawing.DASHES)]
+    for a, b in combinations(patterns, 2):
+        assert min((a != np.roll(b, shift)).mean() for shift in range(0, 1000, 5)) > 0.1
+
+
+def test_methods_without_rho_have_lines_of_their_own_too(tmp_path, monkeypatch):
+    rows = {m: aggregate(m, [row for row in ROWS if row["method"] == m]) for m in METHODS}
+    first, second, *flat = rows.values()
+    series = {"one": [(0.1, first), (0.2, second)], "two": [(0.1, second), (0.2, first)]}
+    kept = []
+    monkeypatch.setattr(drawing, "save", lambda figure, path: kept.append(figure))
+    drawing.plot_rho(series, flat[:2], tmp_path / "x.png")
+    labels = ["one", "two", *(method_name(row["method"]) for row in flat[:2])]
+    handles, names = kept[0].axes[0].get_legend_handles_labels()
+    lines = [getattr(handle, "lines", [handle])[0] for handle in handles]
+    assert sorted(names) == sorted(map(in_figures, labels))
+    assert len({str(line._unscaled_dash_pattern) for line in lines}) == 4
+    drawing.plt.close("all")
 
 
 @pytest.mark.parametrize("seeds, wanted", [((0, 1, 2), True), ((0,), False)])

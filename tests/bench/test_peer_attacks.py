@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.evaluation.peer_attacks import FACTORS, RADII, TOOLS, by_attack, measure
+from bench.experiments.peer_attacks import FACTORS, RADII, TOOLS, by_attack, measure
 
 ROWS = Path(__file__).parents[2] / "bench" / "results" / "attacks.jsonl"
 SLACK = 0.01  # of the images: other random starts

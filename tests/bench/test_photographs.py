@@ -15,9 +15,9 @@ from bench.__main__ import main
 from bench.data.datasets import load_data
 from bench.data.photographs import central
 from bench.models import build_model
-from bench.models.pretrained import start_from
 from bench.settings.config import resolve
 from bench.training.checkpoint import load_model, save_checkpoint
+from bench.training.pretrained import start_from
 from bench.training.session import Sitting
 from bench.training.stopped import Stopped
 from bench.training.train import set_up, train
@@ -218,6 +218,8 @@ def prefixed(*prefixes):
     lambda w: {"model": {"state_dict": w}, "args": {"lr": 0.1}},
     lambda w: {k: v.half() for k, v in w.items()},
     lambda w: {k: v for k, v in w.items() if "num_batches_tracked" not in k},
+    lambda w: {"net": prefixed("module.")(w), "acc": 93.1, "epoch": 199},
+    lambda w: {"state_dict_ema": w}, lambda w: {"ema": {"module": w}},
 ])  # fmt: skip
 def test_weights_of_the_usual_wrappers(wrap, tmp_path):
     torch.manual_seed(99)
@@ -229,6 +231,24 @@ def test_weights_of_the_usual_wrappers(wrap, tmp_path):
                             strict=True):  # fmt: skip
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6, msg=name)
     assert ours[0].state_dict().keys() and not torch.equal(theirs[0].mean, ours[0].mean)
+
+
+@pytest.mark.parametrize("wrap, said", [
+    (lambda w: prefixed("module.")(w) | {"n_averaged": torch.tensor(3)}, "'n_averaged'"),
+    (lambda w: {"state_dict": prefixed("model.")(w) | {"loss.weight": torch.ones(10)}},
+     "'loss.weight'"),
+    (lambda w: prefixed("module.", "1.")(w) | {"module.0.mean": torch.ones(1)}, "'0.mean'"),
+    (lambda w: {"epoch": 3, "ema": {k: 0 * v for k, v in w.items()}, "model": w},
+     "'model', 'ema'; those of 'model' are taken"),
+])  # fmt: skip
+def test_what_lies_beside_the_weights_is_told(wrap, said, tmp_path):
+    torch.manual_seed(99)
+    theirs, ours = (build_model("smallconv", 4, 1, 10, [0.1], [0.2]) for _ in range(2))
+    torch.save(wrap(theirs[1].state_dict()), tmp_path / "weights.pt")
+    with pytest.warns(UserWarning, match=said):
+        start_from(ours, tmp_path / "weights.pt")
+    for a, b in zip(theirs[1].state_dict().values(), ours[1].state_dict().values(), strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("network", ["smallconv", "torchvision:shufflenet_v2_x0_5"])
@@ -275,10 +295,24 @@ def test_weights_that_do_not_fit_are_refused(tmp_path):
     whole = model[1].state_dict()
     other = build_model("smallconv", 8, 1, 10, [0.1], [0.2])[1].state_dict()
     part = {k: v for k, v in whole.items() if "head" not in k}
-    for content in (other, part, {}, whole | {"more": torch.zeros(1)}, torch.zeros(3)):
+    for content in (other, part, whole | {"more": torch.zeros(1)}, prefixed("student.")(whole)):
         torch.save(content, path)
         with pytest.raises(ValueError, match="another network"):
             start_from(model, path)
-    path.write_bytes(b"text")
-    with pytest.raises(ValueError, match="can be read"):
+    for content in ({}, torch.zeros(3), list(whole.values()), {"epoch": 3}, "text", None):
+        torch.save(content, path)
+        with pytest.raises(ValueError, match="holds no names and tensors"):
+            start_from(model, path)
+    for value in (torch.nan, torch.inf):
+        name = list(whole)[3]
+        torch.save(whole | {name: torch.full_like(whole[name], value)}, path)
+        with pytest.raises(ValueError, match=f"NaN or inf, in {name!r}"):
+            start_from(model, path)
+    torch.save(model, path)
+    with pytest.raises(ValueError, match="can be read: .* save its state_dict") as error:
         start_from(model, path)
+    assert "\x1b" not in str(error.value) and "\n" not in str(error.value)
+    for content in (b"text", b"", b"text" * 100):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="can be read"):
+            start_from(model, path)

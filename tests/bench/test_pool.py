@@ -3,6 +3,7 @@ the table of recipes. On a Ray cluster: test_ray.py."""
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -59,7 +60,7 @@ def ends(monkeypatch):
     "begun". An outcome that is raised is a fault that nobody knows."""
     said = {"begun": []}
 
-    def attempt(config, evaluations, out, until, **how):
+    def attempt(config, evaluations, out, until, track, **how):
         said["begun"].append(out.name)
         outcome = said[out.name].pop(0)
         if callable(outcome):
@@ -124,18 +125,20 @@ def test_or_is_not_waited_for(ends, tmp_path):
         run_all(runs_of("sgd", "sam"), tmp_path, Pool(no_wait=True))
 
 
-def test_sigterm_stops_the_run_and_begins_no_other(ends, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_sigterm_and_ctrl_c_stop_the_run_and_begin_no_other(number, ends, tmp_path, capfd):
     def run(asked, after_epoch):
         assert not asked()
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
         assert asked()
         return Stopped("after 1 of 4 steps")
 
     ends |= {"sgd-seed0": [run]}
-    before = signal.getsignal(signal.SIGTERM)
+    before = signal.getsignal(number)
     with pytest.raises(Terminated, match="with 0 of 2 runs made"):
         run_all(runs_of("sgd", "sam"), tmp_path, Pool())
-    assert ends["begun"] == ["sgd-seed0"] and signal.getsignal(signal.SIGTERM) is before
+    assert ends["begun"] == ["sgd-seed0"] and signal.getsignal(number) is before
+    assert ("Ctrl-C again" in capfd.readouterr().err) == (number == signal.SIGINT)
 
 
 def test_the_budget_begins_no_other_run(ends, tmp_path):
@@ -216,6 +219,17 @@ def owner(folder: Path) -> int:
     raise AssertionError(f"nothing in {folder}")
 
 
+def tracked_epochs(folder: Path) -> list[int]:
+    """The epochs that TensorBoard has of a run; what tracked them is removed."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(folder / "tensorboard")).Reload()
+    (folder / "tracker.json").unlink()
+    shutil.rmtree(folder / "tensorboard")
+    assert len(board.Scalars("test/natural")) == 1
+    return [event.step for event in board.Scalars("train_loss")]
+
+
 @contextmanager
 def started(*arguments):
     """A command of the bench, which does not outlive the test."""
@@ -233,22 +247,23 @@ def started(*arguments):
 def test_of_two_processes_by_device_one_is_killed_and_no_bit_is_another(tmp_path):
     """Through the command line: two workers, SIGKILL for the one that makes sgd-seed0."""
     out = tmp_path / "out"
-    command = ["sweep", *FAST, "--methods", "sgd", "sam", "--seeds", "0", "--epochs", "20",
-               "--devices", "cpu", "cpu", "--out", out]  # fmt: skip
+    command = ["sweep", *FAST, "--methods", "sgd", "sam", "--seeds", "0", "--epochs", "6",
+               "--devices", "cpu", "cpu", "--track", "tensorboard", "--out", out]  # fmt: skip
     with started(*command) as process:
         os.kill(owner(out / "sgd-seed0"), signal.SIGKILL)
         said = process.communicate(timeout=600)[1]
     assert process.returncode == 0, said
     assert "sgd-seed0: failed (its process was killed; was memory short?), is begun again" in said
-    for name, (config, _) in runs_of("sgd", "sam", epochs=20).items():
+    for name, (config, _) in runs_of("sgd", "sam", epochs=6).items():
         train_and_evaluate(config, EVALUATION, tmp_path / name)
+        assert tracked_epochs(out / name) == [*range(6)]
         assert difference(out / name, tmp_path / name) == ""
 
 
 @pytest.mark.long
 def test_sigterm_saves_every_run_and_the_command_goes_on(tmp_path, capsys):
     out = tmp_path / "out"
-    command = ["compare", *FAST, "--methods", "sgd", "sam", "--seeds", "0", "--epochs", "60",
+    command = ["compare", *FAST, "--methods", "sgd", "sam", "--seeds", "0", "--epochs", "15",
                "--jobs", "2", "--out", out]  # fmt: skip
     with started(*command) as process:
         workers = [owner(out / name) for name in ("sgd-seed0", "sam-seed0")]
@@ -261,7 +276,7 @@ def test_sigterm_saves_every_run_and_the_command_goes_on(tmp_path, capsys):
     assert main([*command, "--jobs", "1", "--time-budget", "0.01"]) == 0
     assert "stopped with 0 of 2 runs made" in capsys.readouterr().out
     assert main([*command, "--jobs", "1"]) == 0
-    for name, (config, _) in runs_of("sgd", "sam", epochs=60).items():
+    for name, (config, _) in runs_of("sgd", "sam", epochs=15).items():
         train_and_evaluate(config, EVALUATION, tmp_path / name)
         assert difference(out / name, tmp_path / name) == ""
 

@@ -1,6 +1,8 @@
 """A bar during every attack and evaluation, which moves within a batch and never runs backwards."""
 
 import io
+import multiprocessing
+import re
 import sys
 
 import pytest
@@ -11,9 +13,14 @@ from bench.__main__ import main
 from bench.attacks import by_name
 from bench.data.datasets import load_data
 from bench.evaluation import evaluate as module
+from bench.evaluation import progress
 from bench.evaluation.evaluate import evaluate
 from bench.evaluation.progress import Progress
+from bench.experiments import pool
+from bench.experiments.places import Here, Line
+from bench.settings.config import resolve
 from bench.settings.evaluation import resolve_evaluation
+from bench.settings.pool import Pool
 
 from ..helpers.survive import SMALL
 
@@ -83,6 +90,64 @@ def test_the_bar_moves_within_a_batch_and_ends_full(name, precision, net, split,
     assert within or name == "fgsm"
     text = sys.stderr.getvalue()
     assert f"l_inf 8/255 {name}:" in text and "natural:" in text and "/60 images" in text
+
+
+# ---- many runs
+
+
+class Elsewhere(Here):
+    """A place that says what it is at, and makes a run while it is asked three times."""
+
+    def __init__(self):
+        super().__init__(lambda row: None)
+        self.asked = 0
+
+    def start(self, name, job):
+        self.made.append((name, [{"row": name}]))
+
+    def ended(self, seconds):
+        self.asked += 1
+        if self.asked % 3 == 0:
+            yield from super().ended(seconds)
+
+    def doing(self):
+        return {name: f"epoch {self.asked}:  40%" for name, _ in self.made}
+
+
+def of_many(tmp_path, monkeypatch):
+    monkeypatch.setattr(pool, "place_of", lambda *_: Elsewhere())
+    monkeypatch.setattr(pool, "refuse_all_early", lambda *_: None)
+    monkeypatch.setattr(pool, "one_line", lambda summary: summary["row"])
+    evaluation = {"summary.json": resolve_evaluation("digits", {})}
+    runs = {f"{m}-seed0": (resolve(m, "digits", {"epochs": 2}), evaluation) for m in ("sgd", "sam")}
+    pool.run_all(runs, tmp_path, Pool())
+
+
+def test_what_workers_are_at_has_a_line_each(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    of_many(tmp_path, monkeypatch)
+    text = sys.stderr.getvalue()
+    assert "2 runs:" in text and "sgd-seed0  epoch 1:  40%" in text and "epoch 2:  40%" in text
+    assert "sam-seed0  epoch 4:  40%" in text
+
+
+def test_many_runs_draw_nothing_where_stderr_is_no_terminal(tmp_path, monkeypatch, capsys):
+    of_many(tmp_path, monkeypatch)
+    said = capsys.readouterr()
+    assert said.err == "" and said.out == "sgd-seed0: sgd-seed0\nsam-seed0: sam-seed0\n"
+
+
+def test_a_worker_draws_its_bars_on_a_line_of_text():
+    line = Line(multiprocessing.get_context("spawn").Array("c", 80, lock=False))
+    progress.draw_on(line)
+    try:
+        with progress.bar_of(True, total=4, desc="epoch 1", mininterval=0) as bar:
+            bar.update(2)
+        assert re.match(r"epoch 1:  50%\|.*\| 2/4 ", line.read())
+        progress.bar_of(True, total=4, desc="é" * 90).close()
+        assert 35 < len(line.read()) < 40  # cut, and not within a letter
+    finally:
+        progress.draw_on(None)
 
 
 @pytest.mark.parametrize("bar", [True, False])

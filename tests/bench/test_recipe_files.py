@@ -10,6 +10,7 @@ import torch
 from bench.__main__ import main
 from bench.models import build_model
 from bench.settings.config import differences, resolve
+from bench.settings.methods import ADVERSARIES, SAMS
 from bench.settings.recipes import RECIPES, load_recipe, recipe_names
 
 TABLES = Path(__file__).resolve().parents[3] / "shared/paper-tables"
@@ -209,9 +210,8 @@ def test_presets_are_what_they_were():
 
 @pytest.mark.parametrize("preset", sorted(p.stem for p in RECIPES.glob("presets/*.json")))
 @pytest.mark.parametrize("method, relatives", [
-    ("sam", ["sam-interval", "sam-late", "sam-part", "sam-micro", "sam-full", "sam-noise",
-             "sam-db", "looksam", "gsam"]),
-    ("at-linf", ["trades", "fgsm-rs", "n-fgsm"]),
+    ("sam", [*(m for m in SAMS if m.startswith("sam-")), "looksam", "gsam", "msam"]),
+    ("at-linf", [m for m in ADVERSARIES if m not in ("at-linf", "at-l2")]),
 ])  # fmt: skip
 def test_relatives_of_a_method_differ_from_it_in_nothing_but_themselves(preset, method, relatives):
     its, own = vars(resolve(method, preset, {})), load_recipe(preset).methods
@@ -219,14 +219,16 @@ def test_relatives_of_a_method_differ_from_it_in_nothing_but_themselves(preset, 
         config = resolve(relative, preset, {})
         single_step = relative in ("fgsm-rs", "n-fgsm")
         theirs = {"alpha", "attack_steps"} if single_step else set()
+        theirs |= {"rho"} if relative == "msam" else set()  # of another kind of climb
         values = {k: v for k, v in vars(config).items() if k != "method" and k not in theirs
                   and k not in own.get(relative, {})}  # fmt: skip
         changed = {k for k, v in values.items() if v != its[k]}
         assert changed <= {"look_alpha", "gsam_alpha", "interval", "late", "ascent_part", "micro",
-                           "full_every", "projection", "beta"}, relative  # fmt: skip
+                           "full_every", "projection", "beta", "ascent_batches"}, relative
         assert not single_step or config.alpha is None
         assert not single_step or config.attack.alpha >= config.eps  # one step, of the whole ball
-        assert config.eps == its["eps"] and config.rho == its["rho"]
+        assert config.eps == its["eps"] and (config.rho == its["rho"] or "rho" in theirs)
+        assert relative != "msam" or config.rho == own.get("msam", {}).get("rho", 3.0)
 
 
 def test_a_relative_keeps_what_a_preset_or_an_option_says_of_it(tmp_path):

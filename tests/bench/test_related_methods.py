@@ -8,9 +8,12 @@ import torch
 import fastsam
 from bench.__main__ import main
 from bench.settings.config import check_used, resolve
+from bench.speed import plain_relatives as plain
 from bench.training.run import forward_of
 from bench.training.step import step
 from bench.training.train import set_up
+
+from ..helpers import published
 
 TINY = {"data": "digits", "width": 4, "epochs": 1, "threads": 1}
 CLASSES = {
@@ -89,3 +92,57 @@ def test_an_epoch_on_the_command_line(method, option, tmp_path):
                  "--out", str(tmp_path / "run")]) == 0
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config["method"] == method and float(option[1]) in config.values()
+
+
+SHAPES = [(7,), (4, 3), (), (33, 40)]
+SGD = dict(lr=0.07, momentum=0.8)
+
+
+def normals(seed):
+    rng = torch.Generator().manual_seed(seed)
+    return [torch.randn(s, generator=rng, dtype=torch.float64) for s in SHAPES]
+
+
+def give(params, grads):
+    for p, g in zip(params, grads, strict=True):
+        p.grad = g.clone()
+
+
+def assert_close(params, expected):
+    for p, q in zip(params, expected, strict=True):
+        torch.testing.assert_close(p.detach(), q, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("method", ["msam", "looksam", "gsam"])
+def test_what_the_loops_are_held_against_is_the_authors(method):
+    """The per-parameter forms, on given gradients. Momentum-SAM's without weight decay, which its
+    authors take at the moved weights."""
+    w = [torch.nn.Parameter(t) for t in normals(0)]
+    decay = 0.0 if method == "msam" else 0.02
+    own = {"msam": {}, "gsam": dict(alpha=0.7), "looksam": dict(alpha=0.7)}[method]
+    names = {"msam": "MomentumSAM", "looksam": "LookSAM", "gsam": "GSAM"}
+    base = published.SGD(w, **SGD, weight_decay=decay)
+    theirs = getattr(published, names[method])(base, 0.3, **own)
+    opt = getattr(plain, f"PerParameter{names[method]}")(
+        w, torch.optim.SGD, 0.3, **own, **({"k": 3} if method == "looksam" else {}),
+        **SGD, weight_decay=decay)
+    for t in range(8):
+        first, second = normals(10 + t), normals(50 + t)
+        climbs = opt.climbs_next
+        if method == "msam":
+            opt.first_step()
+            assert_close(w, theirs.moved)
+            give(w, second)
+            theirs.step(second)
+        elif climbs:
+            give(w, first)
+            opt.first_step()
+            assert_close(w, theirs.climbed(first))
+            give(w, second)
+            (theirs.step if method == "gsam" else theirs.sam_step)(first, second)
+        else:
+            give(w, second)
+            theirs.step_between(second)
+        assert climbs == (method != "looksam" or t % 3 == 0)
+        opt.second_step()
+        assert_close(w, base.w)

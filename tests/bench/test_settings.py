@@ -56,6 +56,7 @@ print(json.dumps({
     "recipe": said("train", "--recipe", sys.argv[2], "--out", sys.argv[1]),
     "default": resolve("trades", "digits", {}).temperature, "given": config.temperature,
     "other": resolve("sgd", "digits", {"temperature": 0.5}).temperature, "used": used,
+    "trackers": "accelerate" in sys.modules,
     "grid": parse_grid(["temperature=1,2"], {}), "caption": settings(vars(config)),
 }))
 '''
@@ -86,6 +87,7 @@ def test_a_setting_is_added_in_one_place(tmp_path):
     assert code == 2 and "temperature must be positive and finite, got -3" in text
     assert (found["default"], found["given"], found["other"]) == (2.5, 0.5, 1.0)
     assert "temperature 0.5 has no effect on sgd; it belongs to trades" in found["used"]
+    assert not found["trackers"], "imported by who does not track"
     assert found["grid"] == {"temperature": [1.0, 2.0]} and "temperature 0.5" in found["caption"]
 
 
@@ -111,7 +113,6 @@ def test_help_answers_in_under_a_second(words):
     (["train", "--wieght-decay", "0.1"], "--weight-decay"),
     (["train", "--epoch", "3"], "--epochs"),
     (["train", "--eval_sample", "3"], "--eval-samples"),
-    (["compare", "--method", "sgd"], "--methods"),
     (["evaluate", "x.pt", "--atacks", "pgd"], "--attacks"),
     (["step", "--dtpye", "bf16"], "--dtype"),
 ])  # fmt: skip
@@ -120,6 +121,18 @@ def test_a_misspelt_option_is_told_the_right_one(words, wanted, capsys):
         main(words)
     said = capsys.readouterr().err
     assert ended.value.code == 2 and words[-2] in said and f" {wanted}" in said
+
+
+@pytest.mark.parametrize("words, said", [
+    (["compare", "--method", "sgd"], "compare has no option --method; train has it"),
+    (["train", "--attacks", "apgd-t"], "train has no option --attacks; evaluate has it"),
+    (["train", "--time-budget", "1", "--jobs=2"], "--jobs; compare, sweep, study have it"),
+    (["evaluate", "x.pt", "--eval_sample", "3", "--seeds", "1"], "--seeds; compare, sweep have it"),
+])  # fmt: skip
+def test_an_option_of_another_command_is_told_its_commands(words, said, capsys):
+    assert main(words) == 2
+    text = capsys.readouterr().err
+    assert text.startswith("error: ") and text.endswith(f"{said}\n") and text.count("\n") == 1
 
 
 @pytest.mark.parametrize("words, wanted", [

@@ -23,6 +23,7 @@ TINY = ["--model", "smallconv", "--width", "4", "--batch-size", "8", "--images",
         "--image-size", "8", "--threads", "1", "--workers", "0", "--attack-steps", "2",
         "--turns", "2"]  # fmt: skip
 METHODS = ["sgd", "sam", "asam", "fsam", "fasam", "at-linf", "at-l2"]
+RELATIVES = ["msam", "looksam", "gsam"]
 
 
 def rng(seed=0):
@@ -270,7 +271,7 @@ def test_fast_loop_trains_the_same_network_as_slow_code(method):
     assert 0 <= loop.sums[1] <= 8 * steps
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", METHODS + RELATIVES)
 def test_parity_sees_what_is_right(method):
     errors = training_loops.disagreement(tiny_config(method, amp="bf16"), OPTIONS)
     for part, allowed in training_loops.TOLERANCE.items():
@@ -283,7 +284,9 @@ def test_parity_sees_what_is_right(method):
     "method, name, factor",
     [("sgd", "weight_decay", 1.02), ("sgd", "momentum", 1.02), ("sam", "rho", 1.02),
      ("asam", "rho", 1.02), ("fsam", "lmbda", 1.02), ("fsam", "sigma", 1.02),
-     ("at-linf", "eps", 1.02), ("at-linf", "alpha", 1.05), ("at-l2", "eps", 1.02)],
+     ("at-linf", "eps", 1.02), ("at-linf", "alpha", 1.05), ("at-l2", "eps", 1.02),
+     ("msam", "rho", 1.02), ("looksam", "look_alpha", 1.02), ("looksam", "interval", 2),
+     ("gsam", "gsam_alpha", 1.02)],
 )  # fmt: skip
 def test_parity_sees_what_is_wrong(method, name, factor):
     def wrong_loop(config, *rest):
@@ -319,7 +322,7 @@ class NoHostReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", METHODS + RELATIVES)
 def test_the_loop_never_waits_for_the_device(method):
     options = replace(OPTIONS, cutout=4)
     loop = training_loops.fast_loop(
@@ -378,7 +381,7 @@ def test_breakdown_adds_up_and_leaves_the_loop_as_it_was(name, last, monkeypatch
         tiny_config("sam"), training_loops.random_data(OPTIONS), OPTIONS, name
     )
     now = [0.0]
-    monkeypatch.setattr(throughput, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(throughput, "time", clocks(lambda: now[0]))
 
     def slower(owner, name, seconds):
         real = getattr(owner, name)
@@ -399,29 +402,80 @@ def test_breakdown_adds_up_and_leaves_the_loop_as_it_was(name, last, monkeypatch
                      getattr(loop.opt, last)]  # fmt: skip
 
 
+def clocks(now, processor=lambda: 0.0):
+    return SimpleNamespace(perf_counter=now, process_time=processor)
+
+
+class Timed:
+    """A loop of steps that take as long as it is told, by the clock and of the processor."""
+
+    def __init__(self, name, method, now, seconds, processor, order):
+        self.name, self.config = name, SimpleNamespace(method=method, batch_size=10)
+        self.prefetched, self.now, self.order = 0, now, order
+        self.durations = zip(seconds, processor, strict=True)
+
+    def step(self):
+        self.order.append(self.name)
+        for i, duration in enumerate(next(self.durations)):
+            self.now[i] += duration
+
+
 def test_race_takes_turns_and_compares_within_each(monkeypatch):
-    now, order = [0.0], []
-    monkeypatch.setattr(throughput, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    now, order = [0.0, 0.0], []
+    monkeypatch.setattr(throughput, "time", clocks(lambda: now[0], lambda: now[1]))
     monkeypatch.setattr(throughput, "breakdown", lambda *_: None)
+    # two steps a turn, the first turn warms up
+    loops = [Timed("a", "sgd", now, [100, 100, 1, 3, 2, 2, 5, 5], [9, 9, 1, 1, 2, 2, 3, 3], order),
+             Timed("b", "msam", now, [100, 100, 2, 6, 9, 9, 10, 20], [9] * 8, order),
+             Timed("c", "msam", now, [100, 100, 4, 12, 9, 9, 1, 2], [18] * 8, order)]
+    sgd, fast, slow = throughput.race(loops, 2, 3, torch.device("cpu"))
+    assert order == ["a", "a", "b", "b", "c", "c"] * 4
+    assert sgd["images_per_second"] == 2 * 10 / 4 and sgd["fast_is_faster"] == 1
+    assert sgd["times_sgd"] == {"clock": 1, "processor": 1} and sgd["processor_ms"] == 2e3
+    assert sgd["step_ms"] == {"p20": 2e3, "p50": 2.5e3, "p80": 5e3}
+    assert fast["images_per_second"] == 2 * 10 / 18 and fast["fast_is_faster"] == 1
+    assert fast["times_sgd"] == {"clock": 3, "processor": 4.5}, "turn by turn 2, 4.5, 3; 9, 4.5, 3"
+    assert slow["fast_is_faster"] == 1, "of its own method's first, turn by turn 2, 1, 0.1"
 
-    def loop(name, seconds):
-        durations = iter(seconds)
 
-        def step():
-            order.append(name)
-            now[0] += next(durations)
+def test_a_turn_is_whole_periods():
+    configs = [tiny_config("sgd"), tiny_config("looksam")]
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert throughput.steps_of_a_turn(configs[:1], OPTIONS, cpu) == 1
+    assert throughput.steps_of_a_turn(configs, OPTIONS, cpu) == 5
+    assert throughput.steps_of_a_turn(configs, OPTIONS, gpu) == 30
+    assert throughput.steps_of_a_turn([replace(configs[1], interval=4)], OPTIONS, gpu) == 32
+    with pytest.raises(ValueError, match="steps 7 end within a period of 5"):
+        throughput.steps_of_a_turn(configs, replace(OPTIONS, steps=7), cpu)
+    assert throughput.steps_of_a_turn(configs[:1], replace(OPTIONS, steps=7), cpu) == 7
 
-        config = SimpleNamespace(method="sgd", batch_size=10)
-        return SimpleNamespace(name=name, config=config, step=step, prefetched=0)
 
-    fast = loop("fast", [100, 100, 1, 3, 2, 2, 5, 5])  # two steps a turn, the first turn warms up
-    slow = loop("plain", [100, 100, 2, 6, 9, 9, 10, 20])
-    first, second = throughput.race([fast, slow], 2, 3, torch.device("cpu"))
-    assert order == ["fast", "fast", "plain", "plain"] * 4
-    assert first["images_per_second"] == 2 * 10 / 4 and first["fast_is_faster"] == 1
-    assert second["images_per_second"] == 2 * 10 / 18
-    assert second["fast_is_faster"] == 3, "turn by turn 2, 4.5 and 3"
-    assert first["step_ms"] == {"p20": 2e3, "p50": 2.5e3, "p80": 5e3}
+def test_the_relatives_beside_sgd(tmp_path, capsys):
+    """Passes, as hooks count them in whole turns, and rows."""
+    rows = tmp_path / "rows.jsonl"
+    assert main(["throughput", *TINY, "--methods", "sgd", *RELATIVES, "--beside", "plain",
+                 "--turns", "1", "--rows", str(rows)]) == 0
+    printed = capsys.readouterr().out
+    found = [json.loads(line) for line in rows.read_text().splitlines()]
+    assert [(row["method"], row["loop"]) for row in found] == [
+        (method, loop) for method in ("sgd", *RELATIVES) for loop in ("fast", "plain")]
+    for row in found:
+        assert row["steps"] == 5 and row["processor_ms"] > 0
+        assert f"{row['times_sgd']['processor']:.3f}" in printed
+
+
+@pytest.mark.parametrize("name", ["fast", "eager"])
+@pytest.mark.parametrize("method, passes", [("sgd", 5), ("msam", 5), ("looksam", 6), ("gsam", 10)])
+def test_passes_of_five_steps(method, passes, name):
+    loop = training_loops.fast_loop(
+        tiny_config(method), training_loops.random_data(OPTIONS), OPTIONS, name
+    )
+    seen = []
+    loop.model.register_forward_hook(lambda *_: seen.append(1))
+    for _ in range(2):
+        seen.clear()
+        throughput.take_turn(loop, 5, torch.device("cpu"))
+        assert len(seen) == passes
 
 
 def test_command_leaves_rows_of_every_loop(tmp_path, capsys):

@@ -1,14 +1,15 @@
 """--track: every sitting goes on with one tracked run, whose numbers are those of metrics.jsonl."""
 
 import json
-import subprocess
 import sys
 
 import pytest
 
 from bench.__main__ import main
-from bench.provenance import ROOT
+from bench.experiments.pool import run_all
 from bench.settings.config import resolve
+from bench.settings.evaluation import Evaluation
+from bench.settings.pool import Pool
 from bench.training import tracking
 from bench.training.session import Sitting
 from bench.training.stopped import Stopped
@@ -157,10 +158,94 @@ def test_a_tracker_that_cannot_start_is_one_sentence(tmp_path, capsys, service, 
     assert not (tmp_path / "metrics.jsonl").exists()
 
 
-def test_accelerate_is_imported_by_nobody_who_does_not_track():
-    code = "import sys, bench.training.train; print('accelerate' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout.strip() == "False"
+# ---- many runs
+
+
+EVALUATION = Evaluation((8 / 255,), (), steps=1, samples=20)
+AGAIN = Evaluation((4 / 255,), (), steps=1, samples=20)
+
+
+def made(out, track=None, evaluations=None, **options):
+    """Two runs, of SGD and of SAM."""
+    evaluations = evaluations or {"summary.json": EVALUATION}
+    configs = [resolve(m, "digits", {"width": 4, "epochs": 1, "batch_size": 400, "threads": 1})
+               for m in ("sgd", "sam")]  # fmt: skip
+    runs = {config.name: (config, evaluations) for config in configs}
+    return run_all(runs, out, Pool(track=track, **options))
+
+
+def tracked_rows(service):
+    return [(service.configurations[run]["method"], [sorted(values) for _, values in rows])
+            for run, rows in service.runs.items()]  # fmt: skip
+
+
+EPOCH, END = sorted(NUMBERS), ["test/linf-8-255", "test/natural"]
+
+
+def test_each_of_many_runs_is_tracked_once(tmp_path, service):
+    made(tmp_path, "wandb")
+    assert tracked_rows(service) == [("sgd", [EPOCH, END]), ("sam", [EPOCH, END])]
+    made(tmp_path, "wandb")
+    assert list(map(len, service.runs.values())) == [2, 2] and service.open == 0
+
+
+def test_finished_runs_are_tracked_from_their_files(tmp_path, service):
+    """With a second evaluation, as a study's, which has names of its own."""
+    summaries = made(tmp_path)
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.pt")}
+    both = {"summary.json": EVALUATION, "summary-1.json": AGAIN}
+    made(tmp_path, evaluations=both)
+    assert service.runs == {}
+    made(tmp_path, "wandb", evaluations=both)
+    again = ["test-1/linf-4-255", "test-1/natural"]
+    assert tracked_rows(service) == [(m, [EPOCH, END, again]) for m in ("sgd", "sam")]
+    assert before == {p: p.stat().st_mtime_ns for p in before}, "trained again"
+    (natural,) = [v["test/natural"] for _, v in service.runs["run0"] if "test/natural" in v]
+    assert natural == summaries["sgd-seed0"][0]["natural"]
+
+
+def test_a_finished_run_is_tracked_by_train_too(tmp_path, service):
+    command = [*TRAIN, "--out", str(tmp_path)]
+    for track in ([], ["--track", "wandb"], ["--track", "wandb"]):
+        assert main([*command, *track]) == 0
+    assert [step for step, _ in service.runs["run0"]] == [0, 1, 2] and len(service.runs) == 1
+
+
+@pytest.mark.parametrize("fault", ["start", "log"])
+def test_a_tracker_that_fails_is_named_and_loses_no_training(fault, tmp_path, service, capsys,
+                                                             monkeypatch):  # fmt: skip
+    def refused(*_):
+        raise RuntimeError("no API key\nand more")
+
+    with monkeypatch.context() as broken:
+        if fault == "start":
+            broken.setitem(tracking.OPEN, "wandb", refused)
+        service.down = fault == "log"
+        with pytest.warns(UserWarning, match="wandb.*(no API key|network is down)"):
+            assert len(made(tmp_path, "wandb")) == 2
+    said = capsys.readouterr().err
+    assert "wandb lacks 2 of the 2 runs" in said and "(sgd-seed0, sam-seed0)" in said
+    service.down = False
+    made(tmp_path, "wandb")
+    assert tracked_rows(service) == [("sgd", [EPOCH, END]), ("sam", [EPOCH, END])]
+    assert "lacks" not in capsys.readouterr().err
+
+
+def test_notes_that_are_damaged_are_named_and_lose_no_training(tmp_path, service):
+    made(tmp_path, "wandb")
+    (tmp_path / "sam-seed0" / "tracker.json").write_text("{")
+    with pytest.warns(UserWarning, match="sam-seed0/tracker.json' is damaged.*remove it"):
+        assert len(made(tmp_path, "wandb")) == 2
+
+
+def test_one_that_is_not_installed_is_refused_before_anything_is_trained(tmp_path, capsys,
+                                                                         monkeypatch):  # fmt: skip
+    monkeypatch.setitem(sys.modules, "mlflow", None)
+    for command in (["compare", "--methods", "sgd"], ["sweep", "--methods", "sgd"],
+                    ["study", "trade-off"]):  # fmt: skip
+        assert main([*command, "--track", "mlflow", "--out", str(tmp_path / "run")]) == 2
+        assert "--track mlflow needs" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 # ---- the services' own local modes

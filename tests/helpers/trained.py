@@ -5,7 +5,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
-from bench.evaluation import peer_attacks
+from bench.experiments import peer_attacks
 
 
 @lru_cache(maxsize=1)

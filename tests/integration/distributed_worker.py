@@ -6,6 +6,7 @@ fastsam; what must not differ between the processes is compared bit for bit, in 
 
 import copy
 import os
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 
@@ -31,7 +32,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.nn.parallel import DistributedDataParallel
 
-from fastsam import FriendlySAM
+from fastsam import GSAM, FriendlySAM, LookSAM, MomentumSAM
 
 from ..helpers.lockstep import build
 from ..helpers.oracle import Oracle
@@ -44,6 +45,8 @@ CASES = [(name, base) for name in ("sam", "fsam") for base in ("sgd", "adamw")]
 EXACT = dict(rtol=0, atol=1e-10)  # of float64 courses, which must agree to 1e-6
 UNFUSED = {"nadam": (torch.optim.NAdam, dict(lr=0.01)),
            "rmsprop": (torch.optim.RMSprop, dict(lr=0.01, momentum=0.7))}
+RELATIVES = {"msam": (MomentumSAM, dict(rho=0.3)), "gsam": (GSAM, dict(rho=0.2, alpha=0.4)),
+             "looksam": (LookSAM, dict(rho=0.2, alpha=0.7, k=3))}
 both_bases = pytest.mark.parametrize("name, base", CASES)
 
 
@@ -347,6 +350,46 @@ def test_fsdp_is_one_process_on_the_joint_batch(name, base):
         two_passes(net, opt, batch(i, RANK))
     assert net.gain.to_local().numel() == 1 - RANK and net.up.bias.to_local().numel() == 4 - RANK
     assert_near(net.parameters(), one_process(name, base, 20))
+
+
+def relative(net, name: str, base: str):
+    """Momentum-SAM, GSAM or LookSAM."""
+    cls, own = RELATIVES[name]
+    hyper = {k: x for k, x in HYPER[base].items() if k not in ("rho", "sigma", "lmbda")}
+    return cls(net.parameters(), BASES[base], backend="reference", **own, **hyper)
+
+
+def one_step(model, opt, parts) -> None:
+    """The passes that the class asks for, over all parts, of which the last is reduced."""
+    def one_pass():
+        for i, part in enumerate(parts):
+            last = i == len(parts) - 1 or not isinstance(model, DistributedDataParallel)
+            with nullcontext() if last else model.no_sync():
+                (loss(model, *part) / len(parts)).backward()
+
+    climbs = opt.climbs_next
+    if climbs and opt.climbs_first:
+        opt.first_step()
+    one_pass()
+    if climbs and not opt.climbs_first:
+        opt.first_step(zero_grad=True)
+        one_pass()
+    opt.step()
+    opt.zero_grad()
+
+
+@pytest.mark.parametrize("how", ["DDP", "DDP, accumulated", "FSDP2"])
+@pytest.mark.parametrize("name, base", [("msam", "sgd"), ("msam", "adamw"), ("gsam", "sgd"),
+                                        ("looksam", "adamw")])
+def test_the_relatives_are_one_process_on_the_joint_batch(name, base, how):
+    net, twin = network(), network()
+    model = shard(net) if how == "FSDP2" else DistributedDataParallel(net)
+    opt, plain = relative(net, name, base), relative(twin, name, base)
+    parts = 2 if how == "DDP, accumulated" else 1
+    for i in range(10):
+        one_step(model, opt, [batch(i, RANK, part, parts) for part in range(parts)])
+        one_step(twin, plain, [batch(i)])
+    assert_near(net.parameters(), list(twin.parameters()))
 
 
 @pytest.mark.parametrize("sizes", [(1, 2), (2, 1)])

@@ -1,5 +1,6 @@
 """The documentation names tests and files that exist, and its code runs as printed."""
 
+import json
 import os
 import re
 import shutil
@@ -140,6 +141,21 @@ def program(folder: Path, *command: str, **environment: str) -> str:
     assert done.returncode == 0, done.stderr[-3000:]
     assert "fastsam" not in done.stderr, done.stderr[-3000:]
     return done.stdout
+
+
+def test_the_relatives_times_are_those_of_the_rows():
+    rows = [json.loads(line) for line in
+            (ROOT / "bench" / "results" / "throughput-relatives.jsonl").read_text().splitlines()]
+    times = {(row["method"], row["config"]["model"]): row["times_sgd"]["processor"]
+             for row in rows}
+    page = (ROOT / "docs" / "performance.md").read_text()
+    _, _, table = page.partition("**Momentum-SAM, LookSAM and GSAM beside SGD**")
+    for name, method in (("SAM", "sam"), ("Momentum-SAM", "msam"), ("LookSAM", "looksam"),
+                         ("GSAM", "gsam")):
+        (line,) = re.findall(rf"^\| {name} \| (.*)$", table.partition("\n\n**")[0], re.MULTILINE)
+        assert line.split(" | ")[:2] == [f"{times[method, model]:.2f}"
+                                         for model in ("airbench-relu", "preactresnet18")]
+    assert all(row["threads"] == 1 and not row["git"].endswith("-dirty") for row in rows)
 
 
 # ---- examples

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastsam import SAM
+from fastsam import GSAM, SAM, LookSAM, MomentumSAM, PhaseError
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -95,6 +95,79 @@ def test_a_step_that_does_not_climb_is_one_pass(accelerator):
         opt.step()
         opt.zero_grad()
     assert calls == [False, True, False, False, False, True]
+
+
+@pytest.mark.parametrize("cls", [GSAM, LookSAM])
+def test_what_does_not_climb_by_micro_batches_is_refused_before_it_climbs(cls, accelerator):
+    from fastsam.integrations import both_passes
+
+    model = nn.Linear(3, 2)
+    opt = accelerator.prepare(cls(model.parameters(), torch.optim.SGD, lr=0.1))
+    with pytest.raises(PhaseError, match="both gradients of the whole batch"):
+        both_passes(accelerator, model, opt, lambda: pytest.fail("a pass"), micro_batches=2)
+    assert not opt.optimizer.is_perturbed
+
+
+def test_momentum_sam_s_only_pass_is_neither_repeated_nor_frozen(accelerator):
+    """With accumulation all micro-batches are at the one moved place."""
+    from fastsam.integrations import both_passes
+
+    def network():
+        torch.manual_seed(1)
+        return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+
+    def build(net):
+        return MomentumSAM(net.parameters(), torch.optim.SGD, rho=0.5, lr=0.1, momentum=0.9)
+
+    model, twin = network(), network()
+    opt, plain = accelerator.prepare(build(model)), build(twin)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(4):
+        parts = torch.randn(2, 8, 3, generator=generator)
+        calls = []
+        for x in parts:
+            def backward(x=x, calls=calls):
+                calls.append(opt.optimizer.is_perturbed)
+                loss = model(x).square().mean()
+                accelerator.backward(loss)
+                return loss
+
+            both_passes(accelerator, model, opt, backward, micro_batches=2)
+        opt.step()
+        opt.zero_grad()
+        assert calls == [True, True]
+        plain.first_step()
+        for x in parts:
+            twin(x).square().mean().backward()
+        plain.second_step(zero_grad=True)
+    for a, b in zip(model.state_dict().values(), twin.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+    assert model[1].num_batches_tracked == 8
+
+
+def test_momentum_sam_s_only_pass_is_no_second_one_for_lightning():
+    lightning = pytest.importorskip("lightning", reason="needs Lightning: pip install .[recipes]")
+    from fastsam.integrations import SAMModule
+
+    passes = []
+
+    class Net(SAMModule):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 1))
+
+        def training_step(self, batch, batch_idx):
+            passes.append(self.second_pass)
+            return self.net(batch).square().mean()
+
+        def configure_optimizers(self):
+            return MomentumSAM(self.parameters(), torch.optim.SGD, rho=0.3, lr=0.01, momentum=0.9)
+
+    model = Net()
+    lightning.Trainer(max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False,
+                      enable_progress_bar=False, enable_model_summary=False,
+                      ).fit(model, torch.utils.data.DataLoader(torch.randn(24, 4), batch_size=8))
+    assert passes == [False] * 3 and model.net[1].num_batches_tracked == 3
 
 
 def test_lightning_s_second_pass_is_frozen_with_its_recomputation():

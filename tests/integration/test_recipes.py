@@ -238,8 +238,9 @@ def test_what_climbs(run):
 
 def test_cheaper_steps(run):
     page = run("cheaper-steps")
-    costs = [page.other_cost, page.part_cost, *page.sparse_costs]
-    assert costs == [2, 1.25, 1.2, 1.5, 1.1]
+    costs = [page.other_cost, page.part_cost, *page.sparse_costs, page.momentum_cost,
+             page.look_cost]
+    assert costs == [2, 1.25, 1.2, 1.5, 1.1, 1, 1.2]
     printed = re.findall(r"\| ([\d.]+) \|$", (PAGES / "cheaper-steps.md").read_text("utf-8"), re.M)
     assert [float(x) for x in printed] == [2, *costs]
 
@@ -263,6 +264,49 @@ def test_cheaper_steps(run):
             lambda i: i in (0, 5, 10, 15), lambda i: i >= 10, lambda i: i in (10, 15)),
             strict=True):
         assert_same(model, expected(climbs, lambda i: page.batches[i % 4]))
+    assert_same(page.momentum_model, along_the_momentum(page))
+    assert_same(page.look_model, with_the_last_climb(page))
+
+
+def along_the_momentum(page):
+    """Momentum-SAM by hand."""
+    twin = page.network()
+    base, params = SGD(twin.parameters(), lr=0.1, momentum=0.9), list(twin.parameters())
+    for i in range(20):
+        w = [p.detach().clone() for p in params]
+        vs = [base.state[p]["momentum_buffer"] for p in params] if i else w
+        norm = sum(v.square().sum() for v in vs).sqrt()
+        with torch.no_grad():
+            for p, v in zip(params, vs, strict=True):
+                p.sub_(0.3 * v / norm if i else 0)
+        gradients = torch.autograd.grad(loss_of(twin, page.batches[i % 4])(), params)
+        with torch.no_grad():
+            for p, x in zip(params, w, strict=True):
+                p.copy_(x)
+        descend(twin, base, gradients)
+    return twin
+
+
+def with_the_last_climb(page):
+    """LookSAM by hand."""
+    twin = page.network()
+    base, params = SGD(twin.parameters(), lr=0.1, momentum=0.9), list(twin.parameters())
+
+    def dot(xs, ys):
+        return sum((x * y).sum() for x, y in zip(xs, ys, strict=True))
+
+    for i in range(20):
+        loss = loss_of(twin, page.batches[i % 4])
+        first = torch.autograd.grad(loss(), params)
+        if i % 5 == 0:
+            sharp = sam_gradient(twin, loss, rho=0.05)
+            rest = [x - dot(sharp, first) / dot(first, first) * g
+                    for x, g in zip(sharp, first, strict=True)]
+            descend(twin, base, sharp)
+        else:
+            scale = 0.7 * (dot(first, first) / dot(rest, rest)).sqrt()
+            descend(twin, base, [g + scale * r for g, r in zip(first, rest, strict=True)])
+    return twin
 
 
 def test_torch_compile(run):

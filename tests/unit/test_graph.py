@@ -1,6 +1,7 @@
 """GraphedStep: the same weights as the loop it stands for, with a graph on a GPU; and what the host
 does around a graph, with a pretended one."""
 
+import copy
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
@@ -9,16 +10,29 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from fastsam import ASAM, SAM, FriendlySAM, GraphedStep, freeze_bn_stats
+from fastsam import (
+    ASAM,
+    GSAM,
+    SAM,
+    FriendlySAM,
+    GraphedStep,
+    LookSAM,
+    MomentumSAM,
+    freeze_bn_stats,
+)
 from fastsam.graph import refuse_uncapturable, set_counts, state_of
+from fastsam.passes import Climb
 
-from ..helpers.contract import assert_bits, batch, bits, network
+from ..helpers.contract import assert_bits, backward, batch, bits, network
 
 CASES = {
     "sam": lambda ps: SAM(ps, torch.optim.SGD, 0.08, lr=0.07, momentum=0.9),
     "fsam-adamw": lambda ps: FriendlySAM(ps, torch.optim.AdamW, 0.1, 0.7, 0.6, lr=0.01),
     "fsam-cosine": lambda ps: FriendlySAM(ps, torch.optim.SGD, 0.1, 0.7, 0.6, lr=0.05,
                                           projection="cosine"),
+    "msam": lambda ps: MomentumSAM(ps, torch.optim.SGD, 0.3, lr=0.07, momentum=0.9),
+    "gsam-adamw": lambda ps: GSAM(ps, torch.optim.AdamW, 0.1, 0.4, lr=0.01),
+    "looksam": lambda ps: LookSAM(ps, torch.optim.SGD, 0.1, k=3, lr=0.07, momentum=0.9),
     "every third": lambda ps: SAM(ps, torch.optim.SGD, 0.08, lr=0.07, interval=3, start=2),
 }
 
@@ -34,9 +48,11 @@ def plain_step(net, opt, x, y, attack=None) -> torch.Tensor:
     """The loop of GraphedStep's docstring, written out."""
     x = x if attack is None else attack(net, x, y)
     opt.zero_grad()
+    if opt.climbs_first:
+        opt.first_step()
     loss = cross_entropy(net(x), y)
     loss.backward()
-    if opt.climbs_next:
+    if opt.climbs_next and not opt.climbs_first:
         opt.first_step(zero_grad=True)
         with freeze_bn_stats(net):
             cross_entropy(net(x), y).backward()
@@ -312,3 +328,156 @@ def test_what_a_graph_cannot_hold_is_refused():
         refuse_uncapturable(reference([p]))
     with pytest.raises(ValueError, match="RMSprop takes a step of its own"):
         refuse_uncapturable(SAM([p], torch.optim.RMSprop, lr=0.1))
+
+
+# ---- Momentum-SAM: a graph has no launch for the norm of v
+
+
+class Launches:
+    """Numba's kernels in Triton's place, which find addresses and hyper-parameters in the same
+    tables. While `graph` is a list, what would be launched is put there and not done.
+
+    Attributes:
+        done: the names of what was launched outside of a graph.
+    """
+
+    def __init__(self, step: GraphedStep, kernels):
+        self.step_, self.kernels, self.backward = step, kernels, step._backward
+        self.graph, self.done = None, []
+
+    def launch(self, name: str, p, *others):
+        if self.graph is None:
+            self.done.append(name)
+            return getattr(self.kernels, name)(p, *others)
+        self.graph.append((name, lambda: getattr(self.kernels, name)(p, *others)))
+        return Climb.of(p)
+
+    def norm(self, p):
+        self.launch("norm", p)
+
+    def climb(self, p, sums):
+        return self.launch("climb", p, sums)
+
+    def step(self, p, climb):
+        self.launch("step", p, climb)
+
+    def one_pass(self, x, y):
+        loss, output = self.backward(x, y)
+        if self.graph is not None:
+            net = self.step_.model
+            grads = [p.grad for p in net.parameters()]
+
+            def again():
+                new = cross_entropy(net(x), y)
+                for g, values in zip(grads, torch.autograd.grad(new, net.parameters()),
+                                     strict=True):
+                    g.copy_(values)
+                loss.copy_(new.detach())
+
+            self.graph.append(("pass", again))
+        return loss, output
+
+    @contextmanager
+    def capture(self, graph, **how):
+        buffers = [(b, b.clone()) for b in self.step_.model.buffers()]
+        self.graph = graph.launches = []
+        try:
+            yield
+        finally:
+            self.graph = None
+            for b, value in buffers:
+                b.copy_(value)
+
+
+class HeldGraph:
+    def replay(self):
+        for _, do in self.launches:
+            do()
+
+
+@pytest.fixture
+def launched(graphed, monkeypatch):
+    """Makes a GraphedStep of Momentum-SAM whose graphs hold launches, and those."""
+    numba_only = pytest.importorskip("fastsam.kernels.cpu", reason="needs numba")
+
+    def make(net, opt) -> tuple[GraphedStep, Launches]:
+        step = graphed(net, opt)
+        launches = Launches(step, numba_only)
+        monkeypatch.setattr(step, "_backward", launches.one_pass)
+        monkeypatch.setattr(torch.cuda, "graph", launches.capture)
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", HeldGraph)
+        monkeypatch.setattr(opt._phase.layout, "backend", launches)
+        return step, launches
+
+    return make
+
+
+def momentum_sam(net, **own) -> MomentumSAM:
+    return MomentumSAM(net.parameters(), torch.optim.SGD, rho=0.3, backend="numba", lr=0.05,
+                       momentum=0.9, **own)
+
+
+def beside_a_loop(launched, event, **own) -> tuple[GraphedStep, Launches]:
+    """Six steps of a graph and of a loop that takes every norm itself, with the same bits;
+    event(net, opt, t) comes before each."""
+    net, twin = network("cpu"), network("cpu")
+    opt, plain = momentum_sam(net, **own), momentum_sam(twin, **own)
+    step, launches = launched(net, opt)
+    for t in range(6):
+        for n, o in ((net, opt), (twin, plain)):
+            event(n, o, t)
+        plain._phase.layout.keep_norm(None)
+        loss = step(*batch(t, "cpu"))
+        assert torch.equal(loss, plain.step(lambda t=t: backward(twin, t, "cpu")))
+        assert_bits(net, bits(twin))
+        for p, q in zip(net.parameters(), twin.parameters(), strict=True):
+            assert torch.equal(opt.state[p]["momentum_buffer"], plain.state[q]["momentum_buffer"])
+        assert opt.param_groups[0]["sam_steps"] == plain.param_groups[0]["sam_steps"]
+        assert opt.last_radius == plain.last_radius
+    return step, launches
+
+
+def test_a_graph_of_momentum_sam_is_two_launches_and_hands_its_norm_on(launched):
+    """lr and rho are data: they change at every step, and the graph stays."""
+    step, launches = beside_a_loop(launched, lambda net, opt, t: schedule(opt, t))
+    (captured,) = step._graphs.values()
+    assert [name for name, _ in captured.graph.launches] == ["climb", "pass", "step"]
+    warm_ups = ["norm", "climb", "step"] + 2 * ["climb", "step"]
+    assert launches.done == [*warm_ups, "norm"], "v is as before the warm-ups, whose norm is gone"
+
+
+def test_a_graph_of_momentum_sam_climbs_along_what_others_make_of_v(launched):
+    def event(net, opt, t):
+        v = opt.state[net.head.bias]["momentum_buffer"]
+        if t == 2:
+            v.mul_(0.5)
+        elif t == 3:
+            opt.state[net.head.bias]["momentum_buffer"] = torch.full_like(v, 0.3)
+        elif t == 4:
+            v.data.add_(1.0)
+            torch.autograd.graph.increment_version(v)
+        elif t == 5:
+            opt.step(lambda: backward(net, 9, "cpu"))  # an eager one
+
+    step, launches = beside_a_loop(launched, event)
+    assert len(step._graphs) == 1 and launches.done[-5:] == ["norm"] * 3 + ["climb", "step"]
+
+
+def test_a_graph_of_a_plain_step_leaves_no_norm(launched):
+    """Both kinds of step have a graph; each climb after a plain step takes the norm before it."""
+    step, launches = beside_a_loop(launched, lambda net, opt, t: None, interval=2)
+    kinds = {climbs: [name for name, _ in captured.graph.launches]
+             for climbs, captured in step._graphs.items()}
+    assert kinds == {True: ["climb", "pass", "step"], False: ["pass", "step"]}
+    assert launches.done[-2:] == ["norm", "norm"]
+
+
+def test_a_graph_of_momentum_sam_goes_on_from_a_loaded_state(launched):
+    def event(net, opt, t):
+        if t == 3:
+            state = copy.deepcopy(opt.state_dict())
+            for entry in state["state"].values():
+                entry["momentum_buffer"].mul_(2)
+            opt.load_state_dict(state)
+
+    beside_a_loop(launched, event)

@@ -4,8 +4,10 @@ for it then. Whether it was left or taken is to be seen nowhere: the same bits e
 import copy
 import random
 
+import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -103,6 +105,78 @@ def test_a_v_that_is_not_finite_is_left_so(backend, device):
     assert opt.skipped_steps == 2
 
 
+def test_a_step_without_a_gradient_leaves_it_too(backend, device):
+    params = [nn.Parameter(t.to(device)) for t in normals(0)]
+    opt = optimizer(params, "sgd", backend)
+    give(params, [g.to(device) for g in normals(1)])
+    for _ in range(2):
+        opt.first_step()
+        opt.second_step(zero_grad=True)
+        assert_left_is_taken(opt)
+
+
+# ---- what torch's version counter does not see
+
+
+@pytest.fixture
+def alone():
+    """A process group of this process."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+SEEN = {
+    "in place": lambda v: v.mul_(3),
+    "through a view": lambda v: v.detach().view(-1).mul_(3),
+    "foreach": lambda v: torch._foreach_mul_([v], 3.0),
+    "inference mode": torch.inference_mode()(lambda v: v.mul_(3)),
+}
+NOT_SEEN = {
+    "data": lambda v: v.data.mul_(3),
+    "numpy": lambda v: np.multiply(v.numpy(), 3, out=v.numpy()),
+    "dlpack": lambda v: torch.from_dlpack(v).mul_(3),
+    "all_reduce": lambda v: (v.data.mul_(3), dist.all_reduce(v)),
+    "broadcast": lambda v: (v.data.mul_(3), dist.broadcast(v, 0)),
+}
+
+
+@pytest.mark.parametrize("way", [*SEEN, *NOT_SEEN])
+def test_a_write_that_torch_does_not_count_is_climbed_along_by_the_old_length_once(
+        way, backend, alone):
+    """As the class says; `increment_version` tells of it."""
+    params = [nn.Parameter(t) for t in normals(0)[:3]]
+    opt = MomentumSAM(params, torch.optim.SGD, rho=0.5, lr=0.1, momentum=0.9, backend=backend)
+    write = SEEN.get(way) or NOT_SEEN[way]
+
+    def radius() -> float:
+        """By which it climbs, along v."""
+        w = [p.detach().clone() for p in params]
+        opt.first_step()
+        moved = torch.cat([(p.detach() - x).flatten() for p, x in zip(params, w, strict=True)])
+        v = torch.cat([opt.state[p]["momentum_buffer"].flatten() for p in params])
+        assert torch.cosine_similarity(moved, -v, dim=0) > 1 - 1e-5
+        assert opt.last_radius == pytest.approx(float(moved.norm()), rel=1e-4)
+        return opt.last_radius
+
+    def a_step_and_a_write() -> list:
+        opt.first_step()
+        give(params, normals(1)[:3])
+        opt.second_step()
+        vs = [opt.state[p]["momentum_buffer"] for p in params]
+        for v in vs:
+            write(v)
+        return vs
+
+    a_step_and_a_write()
+    assert radius() == pytest.approx(0.5 if way in SEEN else 1.5, rel=1e-4)
+    opt.second_step()
+    assert radius() == pytest.approx(0.5, rel=1e-4), "the step left the norm of its own v"
+    opt.restore()
+    torch.autograd.graph.increment_version(a_step_and_a_write())
+    assert radius() == pytest.approx(0.5, rel=1e-4)
+
+
 # ---- every event beside a twin that takes the norm at every climb
 
 
@@ -174,7 +248,15 @@ def regroup(opt, rng) -> None:
     opt.param_groups[0]["params"].reverse()
 
 
-EVENTS = [set_values, perturb_others, edit_in_place, replace, clear, load, climb_in_vain,
+def freeze(opt, rng) -> None:
+    """A frozen parameter has no gradient any more."""
+    some = rng.choice(opt.param_groups[rng.choice((0, 2))]["params"])
+    some.requires_grad_(not some.requires_grad)
+    if not some.requires_grad:
+        some.grad = None
+
+
+EVENTS = [freeze, set_values, perturb_others, edit_in_place, replace, clear, load, climb_in_vain,
           plain_step, plain_skip, skip, edit_while_moved, half_a_step_of_each, regroup]
 
 
@@ -238,6 +320,8 @@ def test_what_makes_a_climb_take_the_norm_itself():
             (lambda: opt.state_dict(), True), (lambda: climb_in_vain(opt, None), True),
             (lambda: buffer().add_(1), False), (lambda: buffer().detach()[:2].zero_(), False),
             (lambda: opt.param_groups[2].update(perturb=True), False),
+            (lambda: params[1].requires_grad_(False), False),
+            (lambda: params[1].requires_grad_(True), False),
             (lambda: opt.state[params[1]].update(momentum_buffer=torch.ones_like(params[1])),
              False),
             (lambda: opt.load_state_dict(copy.deepcopy(opt.state_dict())), False),

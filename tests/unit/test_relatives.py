@@ -3,6 +3,7 @@ alone. What they share with SAM is in the tests of the contract (`contract.RELAT
 
 import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -120,6 +121,58 @@ def test_looksam_is_the_authors(exact, base):
             opt.step()
             theirs.step_between(first)
         assert_close(w, theirs.base.w, f"after step {t}: ")
+
+
+# ---- groups that differ, by hand
+
+
+@pytest.mark.parametrize("exact", EXACT)
+@pytest.mark.parametrize("name", ["msam", "gsam", "looksam"])
+def test_groups_climb_by_their_own_rho_and_mix_by_their_own_alpha(name, exact):
+    """Norms and inner products are over both that climb; the third steps as by the base."""
+    rhos, alphas, lrs, decays = [0.3, 0.7], [0.4, -0.2, 9.0], [0.1, 0.05, 0.2], [0.02, 0.0, 0.1]
+    w = parameters()
+    parts = [w[:2], w[2:4], w[4:]]
+    groups = [dict(params=ps, lr=lr, weight_decay=decay, rho=rho, perturb=i < 2)
+              | ({} if name == "msam" else dict(alpha=alpha))
+              for i, (ps, lr, decay, rho, alpha) in enumerate(
+                  zip(parts, lrs, decays, [*rhos, 5.0], alphas, strict=True))]
+    cls = {"msam": MomentumSAM, "gsam": GSAM, "looksam": LookSAM}[name]
+    own = dict(k=3) if name == "looksam" else {}
+    opt = cls(groups, torch.optim.SGD, momentum=0.8, lr=1.0, backend=exact, **own)
+    of = [0, 0, 1, 1, 2, 2]  # each parameter's group
+    x, v = [p.detach().clone() for p in w], [torch.zeros_like(p) for p in w]
+    g_v = v
+    for t in range(7):
+        first, second = normals(10 + t), normals(50 + t)
+        d = [-u for u in v] if name == "msam" else first
+        climbs = opt.climbs_next
+        if name != "msam":
+            give(w, first)
+        if climbs:
+            opt.first_step(zero_grad=True)
+            norm = published.length(d[:4]) + published.TINY
+            assert_close(w, [y + [*rhos, 0][i] * a / norm
+                             for y, i, a in zip(x, of, d, strict=True)], f"moved at {t}: ")
+            give(w, second)
+        g = second if climbs else first
+        add = [torch.zeros_like(y) for y in x]
+        if name == "gsam":
+            c = published.product(first[:4], second[:4]) / published.length(second[:4]) ** 2
+            add = [c * b - a for a, b in zip(first, second, strict=True)]
+        elif name == "looksam" and climbs:
+            c = published.product(first[:4], second[:4]) / published.length(first[:4]) ** 2
+            g_v = [b - c * a for a, b in zip(first, second, strict=True)]
+        elif name == "looksam":
+            c = published.length(first[:4]) / published.length(g_v[:4])
+            add = [c * u for u in g_v]
+        for i, j in enumerate(of):
+            mixed = g[i] + (alphas[j] * add[i] if j < 2 else 0) + decays[j] * x[i]
+            v[i] = 0.8 * v[i] + mixed
+            x[i] = x[i] - lrs[j] * v[i]
+        opt.step()
+        opt.zero_grad()
+        assert_close(w, x, f"after step {t}: ")
 
 
 # ---- every backend and dtype, one step from the same state
@@ -302,6 +355,26 @@ def test_a_momentum_that_others_change_is_the_one_climbed_along(backend):
     torch.testing.assert_close(w[1].detach(), torch.tensor([-3.0, 4.0]))
 
 
+def test_a_frozen_parameter_does_not_climb_along_its_old_momentum(backend, device):
+    net = network(device)
+    opt = MomentumSAM(net.parameters(), torch.optim.SGD, rho=0.3, lr=0.05, momentum=0.9,
+                      backend=backend)
+    opt.step(lambda: backward(net, 0, device))
+    opt.zero_grad()
+    net.conv.weight.requires_grad_(False)
+    w = bits(net)
+    rest = [opt.state[p]["momentum_buffer"] for p in net.parameters() if p.requires_grad]
+    norm = math.sqrt(sum(float((v * v).sum()) for v in rest))
+    opt.first_step()
+    assert torch.equal(net.conv.weight, w[0]) and opt.last_radius == pytest.approx(0.3, rel=1e-4)
+    torch.testing.assert_close(
+        net.head.bias.detach(), w[-1] - 0.3 * opt.state[net.head.bias]["momentum_buffer"] / norm)
+    opt.restore()
+    net.conv.weight.requires_grad_(True)
+    opt.first_step()
+    assert not torch.equal(net.conv.weight, w[0])
+
+
 def test_momentum_sam_refuses_what_it_cannot_climb_along():
     w = parameters()
     with pytest.raises(ValueError, match="momentum=0 leaves nothing"):
@@ -357,16 +430,20 @@ def test_looksam_calls_the_closure_twice_at_every_kth_step(backend, device):
     assert calls == [2, 1, 1, 2, 1, 1, 2]
 
 
-def test_looksam_goes_on_between_its_climbs_where_it_was(backend, device):
+@pytest.mark.parametrize("way", ["load", "pickle"])
+def test_looksam_goes_on_between_its_climbs_where_it_was(way, backend, device):
     net = network(device)
     make = lambda n: LookSAM(n.parameters(), torch.optim.SGD, rho=0.2, k=4, lr=0.05,  # noqa: E731
                              momentum=0.9, backend=backend)
     opt = make(net)
     for i in range(6):
         opt.step(lambda i=i: backward(net, i, device))
-    twin = copy.deepcopy(net)
-    other = make(twin)
-    other.load_state_dict(copy.deepcopy(opt.state_dict()))
+    if way == "load":
+        twin = copy.deepcopy(net)
+        other = make(twin)
+        other.load_state_dict(copy.deepcopy(opt.state_dict()))
+    else:
+        twin, other = pickle.loads(pickle.dumps((net, opt)))
     for i in range(6, 11):
         opt.step(lambda i=i: backward(net, i, device))
         other.step(lambda i=i: backward(twin, i, device))
@@ -429,6 +506,40 @@ def test_a_gradient_of_one_pass_only_is_not_mixed(backend):
     # h = (3, 0) - 3/2 (1, 1) = (1.5, -1.5)
     torch.testing.assert_close(w[0].detach(), torch.tensor([1.0 - 0.25, 2.0 - 1.75]))
     torch.testing.assert_close(w[1].detach(), torch.tensor([-95.0]))
+
+
+@pytest.mark.parametrize("share", [1.1, -0.3])
+def test_looksam_adds_nothing_where_both_gradients_are_parallel(share, backend):
+    """g' - <g', g> / ||g||^2 g is what rounding leaves of 0 then, in no direction."""
+    params, twins = parameters(0, torch.float32), parameters(0, torch.float32)
+    opt = LookSAM(params, torch.optim.SGD, rho=0.1, k=3, backend=backend, **HYPER)
+    sam = SAM(twins, torch.optim.SGD, rho=0.1, interval=3, backend=backend, **HYPER)
+    for t in range(5):
+        for ps, o in ((params, opt), (twins, sam)):
+            grads = normals(10 + t, torch.float32)
+            give(ps, grads)
+            if o.climbs_next:
+                o.first_step(zero_grad=True)
+                give(ps, [share * g for g in grads])
+            o.step()
+    for p, q in zip(params, twins, strict=True):
+        assert torch.equal(p, q)
+
+
+def test_looksam_uses_a_g_v_that_is_small_but_no_noise(backend):
+    params = parameters(0, torch.float32)
+    opt = LookSAM(params, torch.optim.SGD, rho=0.1, alpha=1.0, k=2, lr=1.0, backend=backend)
+    g, other = normals(1, torch.float32), normals(2, torch.float32)
+    give(params, g)
+    opt.first_step(zero_grad=True)
+    give(params, [x + 1e-3 * y for x, y in zip(g, other, strict=True)])
+    opt.step()
+    w = [p.detach().clone() for p in params]
+    give(params, g)
+    opt.step()
+    added = torch.cat([(x - p.detach() - y).flatten()
+                       for x, p, y in zip(w, params, g, strict=True)])
+    assert float(added.norm()) == pytest.approx(float(published.length(g)), rel=1e-3)
 
 
 @pytest.mark.parametrize("cls", [GSAM, LookSAM])

@@ -1,6 +1,6 @@
 """Our attacks beside torchattacks', foolbox's, ART's and AutoAttack's, at equal budgets.
 
-python -m bench.evaluation.peer_attacks [--rows FILE], with `pip install -e ".[bench,peers]"`: a
+python -m bench.experiments.peer_attacks [--rows FILE], with `pip install -e ".[bench,peers]"`: a
 small network on scikit-learn's digits, its logits as they are, times 6 (a network that is surer)
 and times 1/20 (one that is less). Every tool gets the same images, radius, step size and number of
 steps, one random start, and its own random numbers; the network itself judges what comes out.
@@ -221,7 +221,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m bench.evaluation.peer_attacks", description=__doc__
+        prog="python -m bench.experiments.peer_attacks", description=__doc__
     )
     parser.add_argument("--rows", type=Path, help="append a row an attack to this JSONL file")
     rows_path, git = parser.parse_args().rows, git_hash()
