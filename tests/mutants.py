@@ -136,6 +136,8 @@ MUTANTS = [Mutant(*fields) for fields in [
     ("bench/data/images.py", "for p in around for place in (p.resolve(), *p.resolve().parents)}",
      "for p in around[:1] for place in (p.resolve(), *p.resolve().parents)}",
      "tests/bench/test_images.py -k circle"),
+    ("bench/data/images.py", "            refuse_lost_end(image, data)\n", "",
+     "tests/bench/test_images.py -k every_reader"),
     ("bench/data/datasets.py", "        warn_of_shared(name, pixels_of(train), pixels_of(test))\n",
      "", "tests/bench/test_images.py -k among"),
     # the optimizer: the mathematics, which every other backend is held to

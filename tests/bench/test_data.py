@@ -162,3 +162,15 @@ def test_every_data_set_with_a_name_has_a_reader_and_its_size():
     train, test, classes = READERS["digits"]("", False)
     assert train.images.shape[2:] == test.images.shape[2:] == (KNOWN["digits"],) * 2
     assert len(classes) == 10
+
+
+def test_a_channel_that_never_changes_is_normalised_to_numbers(tmp_path):
+    make_images(tmp_path, ["x", "y"], 6)
+    for path in tmp_path.glob("*/*.png"):
+        pixels = np.array(Image.open(path))
+        pixels[..., 2] = 0
+        Image.fromarray(pixels).save(path)
+    data = load_data(str(tmp_path), 0, 0)
+    x, _ = data.train.batch(slice(None))
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (data.mean, data.std))
+    assert data.std[2] == pytest.approx(1e-3) and ((x - mean) / std).isfinite().all()

@@ -252,9 +252,10 @@ def bomb(path):
 
 
 def lost_tail(path):
-    RGB.save(path, format="JPEG", quality=95)
-    data = path.read_bytes()
-    path.write_bytes(data[:-400] + bytes(400))
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path, format="JPEG", quality=95)
+    path.write_bytes(path.read_bytes()[:-1000] + bytes(1000))
+    assert Image.open(path).convert("RGB").size == (64, 64), "Pillow reads it"
 
 
 @pytest.mark.parametrize("make", [text_chunk, checksum, bomb, lost_tail,

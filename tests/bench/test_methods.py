@@ -462,6 +462,20 @@ def test_catastrophic_overfitting_is_seen_and_warned_of():
     assert row["single_step_acc"] > 0.9 and row["pgd_acc"] < 0.1
 
 
+@pytest.mark.parametrize("right, kept, told", [(60, 25, True), (60, 35, False), (30, 12, False)])
+def test_from_where_on_overfitting_is_catastrophic(right, kept, told, monkeypatch, recwarn):
+    """Half of what one step leaves, and a fifth of all, must be lost."""
+    run = set_up(tiny("fgsm-rs"))
+    run.data.val = run.data.train.take(torch.arange(100))
+    first = torch.arange(100)
+    answers = torch.where(first < right, run.data.val.labels, -1)
+    monkeypatch.setattr(adversarial, "judged", lambda *a: answers)
+    monkeypatch.setattr(adversarial, "robust", lambda *a, **k: first < kept)
+    row = watch_single_step(run)
+    assert (row["single_step_acc"], row["pgd_acc"]) == (right / 100, kept / 100)
+    assert any("catastrophic" in str(w.message) for w in recwarn.list) == told
+
+
 @pytest.mark.parametrize("method, val", [("fgsm-rs", 0.1), ("n-fgsm", 0.0)])
 def test_single_step_runs_log_both_accuracies(method, val, tmp_path):
     with warnings.catch_warnings():

@@ -219,7 +219,7 @@ def test_a_legend_of_many_lines_is_inside_its_figure_and_their_looks_differ(tmp_
         box, page = legend.get_window_extent(), figure.bbox
         assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= page.x1 and box.y1 <= page.y1, name
         assert all(panel.bbox.width > 150 and panel.bbox.x1 < box.x0 for panel in figure.axes), name
-    looks = [[(line.get_color(), line.get_linestyle()) for line, *_ in panel.containers]
+    looks = [[(line.get_color(), str(line._unscaled_dash_pattern)) for line, *_ in panel.containers]
              for panel in figures["x-accuracy-eps.png"].axes]  # fmt: skip
     looks += [[(line.get_color(), line.get_marker()) for line, *_ in panel.containers]
               for panel in figures["x-trade-off.png"].axes]  # fmt: skip
