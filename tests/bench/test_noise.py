@@ -30,7 +30,8 @@ def test_published_noise_hits_the_right_class_one_time_in_ten(rate):
     assert abs(wrong - 0.9 * rate * N) < 5 * sigma
 
 
-@pytest.mark.parametrize("rate, wrong", [(0.8, 40_000), (0.33333, 16_666), (0.333336, 16_667), (1.0, N)])
+@pytest.mark.parametrize("rate, wrong", [
+    (0.8, 40_000), (0.33333, 16_666), (0.333336, 16_667), (1.0, N)])
 def test_true_noise_is_exact_and_uniform_over_the_other_classes(rate, wrong):
     given = noisy(LABELS, K, rate, "true", 0)
     assert (given != LABELS).sum() == wrong
