@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .layout import Layout
+from .memory import has_storage
 from .passes import Climb, Pass
 from .reference import projection, share
 from .space import Space, local
@@ -79,7 +80,7 @@ def step(layout: Layout, passes: Sequence[Pass], climbs: Sequence[Climb | None],
     layout.keep_norm(None)
     for i, (p, moved) in enumerate(zip(passes, climbs, strict=True)):
         layout.set_cell(i, "found_inf", found_inf, 0)
-        layout.backend.step(p._replace(along_v=along_v), moved)
+        layout.backend.step(p._replace(along_v=True) if along_v else p, moved)
     if along_v:
         layout.keep_norm([moved.moved for moved in climbs if moved])
 
@@ -120,18 +121,21 @@ def go_back(climbs: Sequence[Climb]) -> None:
     """Bring what climbed back to its saved weights; a master is rounded as it was rounded.
 
     Raises:
-        RuntimeError: a parameter has another shape by now; the others are back.
+        RuntimeError: a parameter has another shape, or no memory, by now; the others are back.
     """
     lost = []
     for climb in climbs:
         for slot, moved in zip(climb.space.slots, climb.moved, strict=True):
-            if moved and local(slot.param).shape != slot.shape:
-                lost.append(f"{tuple(slot.shape)} -> {tuple(local(slot.param).shape)}")
+            w = local(slot.param)
+            if moved and (w.shape != slot.shape or not has_storage(w)):
+                memory = "" if has_storage(w) else ", freed"
+                lost.append(f"{tuple(slot.shape)} -> {tuple(w.shape)}{memory}")
             elif moved:
-                local(slot.param).copy_(slot.saved)
+                w.copy_(slot.saved)
     if lost:
-        raise RuntimeError("parameters changed their shape while the weights were perturbed and "
-                           f"cannot go back ({', '.join(lost)}); all others are at w")
+        raise RuntimeError("parameters changed their shape or lost their memory while the weights "
+                           f"were perturbed and cannot go back ({', '.join(lost)}); all others "
+                           "are at w")
 
 
 def announce(changed: Collection[Tensor]) -> None:

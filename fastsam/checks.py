@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .distributed import is_sharded
+from .memory import stretch
 from .space import is_dense, local
 
 INF = float("inf")
@@ -79,7 +80,8 @@ def check_number(group: dict[str, Any], name: str, low: float, high: float, want
 
 
 def check_containers(groups: Sequence[dict[str, Any]]) -> None:
-    """Refuse groups that are no dicts, and parameters that can be walked once only."""
+    """Refuse groups that are no dicts, parameters that can be walked once only, and numbers of
+    steps that are none."""
     for group in groups:
         if not isinstance(group, dict):
             raise ValueError(f"a parameter group is a {type(group).__name__}: use a dict, or "
@@ -87,6 +89,17 @@ def check_containers(groups: Sequence[dict[str, Any]]) -> None:
         if not isinstance(group.get("params"), (list, tuple)):
             raise ValueError(f"a group's 'params' is a {type(group.get('params')).__name__}: use "
                              "a list of parameters")
+        steps = group.get("sam_steps", 0)
+        if type(steps) is not int and not isinstance(steps, Integral) and not (
+                isinstance(steps, Tensor) and steps.numel() == 1):
+            raise ValueError(f"sam_steps={steps!r} is no number of steps: use an integer, such "
+                             "as 0")
+
+
+def steps_of(groups: Sequence[dict[str, Any]]) -> int:
+    """How many steps were taken; a group that someone else made may not know."""
+    check_containers(groups)
+    return int(max((group.get("sam_steps", 0) for group in groups), default=0))
 
 
 def names_of(group: dict[str, Any]) -> Sequence[str | None]:
@@ -221,17 +234,16 @@ def neighbours(memory: list[Tensor]) -> Iterator[list[Tensor]]:
             yield near
             near, reached = [], 0
         near.append(p)
-        span = sum(s * (n - 1) for s, n in zip(p.stride(), p.shape, strict=True)) + 1
-        device, reached = p.device, max(reached, p.data_ptr() + span * p.element_size())
+        device, reached = p.device, max(reached, p.data_ptr() + stretch(p) * p.element_size())
     if near:
         yield near
 
 
 def places(p: Tensor) -> Tensor:
     """The addresses of p's bytes."""
-    where = torch.arange(p.element_size())
+    where = torch.arange(p.element_size(), device="cpu")
     for s, n in zip(p.stride(), p.shape, strict=True):
-        where = (where[:, None] + s * p.element_size() * torch.arange(n)).flatten()
+        where = (where[:, None] + s * p.element_size() * torch.arange(n, device="cpu")).flatten()
     return where + p.data_ptr()
 
 

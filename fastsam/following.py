@@ -6,6 +6,7 @@ Whatever has changed is taken over, or refused by name before a weight changes.
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from . import state_dict
@@ -29,15 +30,16 @@ def follow(phase: Phase, traits: Traits, groups: Sequence[Group], state: State) 
     if layout is None or not layout.has(groups):
         phase.need(False, "changing the groups' parameters")
         layout = lay_out(phase, traits, groups, state)
-    while not (layout.follow_values(groups) and (phase.perturbed or layout.has_its_memory())):
-        layout = lay_out(phase, traits, groups, state)
-    if phase.perturbed and traits.masters and layout.is_edited(state):
+    if phase.perturbed and traits.masters and not layout.is_untouched(state):
         phase.need(False, "changing the state of float32 masters")
+    while not (layout.follow_values(groups) and layout.has_its_memory()):
+        layout = lay_out(phase, traits, groups, state)
     layout.follow_state(state)
     layout.containers = groups, state
     return layout
 
 
+@torch.inference_mode(False)  # whose tensors nobody else could write
 def lay_out(phase: Phase, traits: Traits, groups: Sequence[Group], state: State,
             hidden: State | None = None) -> Layout:
     """Make a new layout, in which everything goes on where it was.

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from . import distributed
+from .memory import has_storage, stretch
 from .space import Slot, local, same_layout
 
 PLAIN = {Tensor, torch.nn.Parameter}
@@ -33,6 +34,9 @@ def readable(slot: Slot, g: Tensor) -> Tensor:
     if g.shape != slot.shape or not g.is_floating_point():
         raise ValueError(f"a gradient of shape {tuple(g.shape)} and {g.dtype} is no gradient of a "
                          f"parameter of shape {tuple(slot.shape)}: clear it (zero_grad)")
+    if g.device.type == "cpu" and not has_storage(g):
+        raise ValueError(f"a gradient of shape {tuple(g.shape)} has lost its memory, whose "
+                         "storage was freed: clear it (zero_grad)")
     if g.dtype == torch.float64 != slot.dtype:
         raise ValueError(f"a gradient of float64 for a parameter of {slot.dtype}, whose step is "
                          "computed in float32: use float64 parameters, or p.grad.float()")
@@ -54,3 +58,18 @@ def in_one_dtype(grads: list[Tensor | None], acc: torch.dtype,
     if len(dtypes) == 1 and (acc in dtypes or (acc == torch.float32 and dtypes <= SIXTEEN_BITS)):
         return grads, dtypes.pop()
     return [None if g is None else g.to(acc) for g in grads], acc
+
+
+def out_of(params: Sequence[Tensor], grads: list[Tensor | None]) -> list[Tensor | None]:
+    """The gradients, with copies of those that lie in the memory of parameters, which a pass
+    writes while it reads them."""
+    memory = [local(p) for p in params]
+    storages = {w.untyped_storage().data_ptr() for w in memory if w.numel()}
+    return [g.clone() if g is not None and g.untyped_storage().data_ptr() in storages
+            and any(overlap(g, w) for w in memory) else g for g in grads]
+
+
+def overlap(t: Tensor, u: Tensor) -> bool:
+    """Whether their stretches of memory have a byte in common."""
+    ends = [x.data_ptr() + stretch(x) * x.element_size() for x in (t, u)]
+    return max(t.data_ptr(), u.data_ptr()) < min(ends)

@@ -16,9 +16,9 @@ from torch import Tensor
 from . import distributed, state_dict
 from .checks import check_groups, names_of, refuse_shared, refuse_twice, refuse_unusable
 from .choose import choose
-from .gradients import PLAIN, in_one_dtype, only, readable
+from .gradients import PLAIN, in_one_dtype, only, out_of, readable
 from .hyper import Hyper, hyper_row, scaling_of
-from .memory import Memory, addresses, lies_as, present, table_of
+from .memory import Memory, addresses, is_part, lies_as, table_of
 from .passes import Climb, Pass
 from .space import NOWHERE, Kind, Space, Tables, local, upload
 
@@ -137,10 +137,13 @@ class Layout:
         self._state: tuple = (None, [])
         self.containers: tuple = (groups, None)  # of groups and state, as they were last seen
         self._normed: list | None = None  # the v and the slots whose norm is in the partials
-        self._buffers = [t for space in self.spaces for slot in space.slots
-                         for t in (slot.m, slot.v, slot.u, slot.saved if space.kind.masters
-                                   else None) if t is not None]
-        self._addresses = [t.data_ptr() for t in self._buffers]
+        self._buffers = [
+            (view, flat, slot.offset) for space in self.spaces for slot in space.slots
+            for view, flat in ((slot.m, space.m), (slot.v, space.v), (slot.u, space.u),
+                               (slot.saved, space.saved if space.kind.masters else None))
+            if flat is not None]
+        self._views = [view for view, _, _ in self._buffers]
+        self._addresses = addresses(self._views)
         self._plain = [PLAIN.issuperset(map(type, space.params))
                        for space in self.spaces]
 
@@ -236,14 +239,21 @@ class Layout:
                 state_dict.adopt(self.shown, changed, state)
             self.show(state)
 
-    def is_edited(self, state: dict[Tensor, Any]) -> bool:
-        """Whether the state has something else than what is shown there."""
-        return not self._is_as_seen(state) and bool(self.shown.missing(state))
+    def is_untouched(self, state: dict[Tensor, Any]) -> bool:
+        """Whether the state has what is shown there, where it was."""
+        return self.has_its_memory() and (
+            self._is_as_seen(state) or not self.shown.missing(state))
 
     def has_its_memory(self) -> bool:
-        """Whether averages, momenta and masters are still in the buffers: `.data = ...` moves
-        them."""
-        return [t.data_ptr() for t in self._buffers] == self._addresses
+        """Whether averages, momenta and masters are still in the buffers: `.data = ...` takes one
+        out. A whole buffer may move, as by `share_memory_()`."""
+        now = addresses(self._views)
+        if now == self._addresses:
+            return True
+        if not all(is_part(*place) for place in self._buffers):
+            return False
+        self._addresses = now
+        return True
 
     def show(self, state: dict[Tensor, Any], stepped: Collection[Tensor] = ()) -> None:
         """Put the slots' tensors into the state (see `Shown.put`), and remember it."""
@@ -341,10 +351,12 @@ class Layout:
         takes_part = values.perturb[i] if first else None
         column = "g1" if first else "g2"
         last = self._last.get((i, first))
+        now = None
         if last is not None and last.values is values and last.tables is tables and (
-                last.w is tables.held("w") and last.memory.has_forms_of(space.params, grads)
-                and addresses(space.params) == last.memory.w):
-            taken, now = only(takes_part, grads), addresses(present(grads))
+                last.w is tables.held("w")):
+            now = last.memory.gradients_now(space.params, grads)
+        if last is not None and now is not None:
+            taken = only(takes_part, grads)
             if now != last.memory.g:
                 tables.bring(column, table_of(taken))
                 last.memory.g = now
@@ -356,8 +368,9 @@ class Layout:
             places = table_of(w)
             if tables.held("w") != places or not space.dense:
                 refuse_shared(self.params)
-            read = grads if along_v else [None if g is None else readable(slot, g)
-                                          for slot, g in zip(space.slots, grads, strict=True)]
+            read = grads if along_v else out_of(
+                self.params, [None if g is None else readable(slot, g)
+                              for slot, g in zip(space.slots, grads, strict=True)])
             read, dtype = in_one_dtype(read, space.kind.acc)
         self._last.pop((i, first), None)
         taken = only(takes_part, read)

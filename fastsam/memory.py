@@ -23,15 +23,44 @@ class Memory:
         there = present(grads)
         self.absent = absent(grads, there)
         self.w, self.g = addresses(params), addresses(there)
+        self.owned = {address for address in self.w if address}
         self.have_same_forms = forms([*params, *there])
 
-    def has_forms_of(self, params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> bool:
+    def gradients_now(self, params: Sequence[Tensor], grads: Sequence[Tensor | None],
+                      ) -> list[int] | None:
+        """The gradients' addresses now; None where it takes a closer look: something has another
+        form, a parameter has moved, or a gradient lies where a parameter does, or nowhere."""
         there = present(grads)
-        return absent(grads, there) == self.absent and self.have_same_forms(*params, *there)
+        if (absent(grads, there) != self.absent or not self.have_same_forms(*params, *there)
+                or addresses(params) != self.w):
+            return None
+        now = addresses(there)
+        if now == self.g or (self.owned.isdisjoint(now) and now.count(0) == self.g.count(0)):
+            return now
+        return None
 
 
 def addresses(tensors: Sequence[Tensor]) -> list[int]:
     return [*map(Tensor.data_ptr, tensors)]
+
+
+def is_part(view: Tensor, flat: Tensor, offset: int) -> bool:
+    """Whether a view begins at this element of a flat tensor."""
+    same = view.untyped_storage().data_ptr() == flat.untyped_storage().data_ptr()
+    return (same and has_storage(flat) and view.dtype == flat.dtype
+            and int(view.storage_offset()) == offset)
+
+
+def stretch(t: Tensor) -> int:
+    """How many elements of memory t reaches over, gaps included."""
+    ends = (s * (n - 1) for s, n in zip(t.stride(), t.shape, strict=True))
+    return 1 + sum(ends) if t.numel() else 0
+
+
+def has_storage(t: Tensor) -> bool:
+    """Whether all elements lie in the storage, which may be freed by `resize_`."""
+    end = (t.storage_offset() + stretch(t)) * t.element_size()
+    return not t.numel() or bool(end <= t.untyped_storage().nbytes())
 
 
 def present(grads: Sequence[Tensor | None]) -> list[Tensor]:
@@ -73,8 +102,8 @@ def lies_as(w: Tensor, slot: Slot) -> bool:
     """Whether a parameter's memory has the order that its slot was made for.
 
     Raises:
-        RuntimeError: it has another device, dtype or shape, or its elements no longer fill one
-            stretch of memory.
+        RuntimeError: it has another device, dtype or shape, its elements no longer fill one
+            stretch of memory, or its storage was freed.
     """
     was = (slot.shape, slot.dtype, slot.saved.device)
     if (w.shape, w.dtype, w.device) != was or (slot.dense and not is_dense(w)):
@@ -82,4 +111,8 @@ def lies_as(w: Tensor, slot: Slot) -> bool:
             f"a parameter of shape {tuple(slot.shape)}, {slot.dtype} on {slot.saved.device}, is "
             f"now {tuple(w.shape)} of strides {w.stride()}, {w.dtype} on {w.device}: build the "
             "optimizer after the model has its final form")
+    if not has_storage(w):
+        raise RuntimeError(f"a parameter of shape {tuple(w.shape)} has lost its memory, whose "
+                           f"storage has {w.untyped_storage().nbytes()} bytes: bring the weights "
+                           "back first")
     return same_layout(w, slot.saved) if slot.dense else not is_dense(w)

@@ -19,6 +19,7 @@ from .checks import (
     check_groups,
     check_options,
     refuse_hooks,
+    steps_of,
 )
 from .grad_scaler import inverse_scale, report_overflow
 from .layout import Layout, Traits
@@ -143,7 +144,7 @@ class SAM(Optimizer):
             check_group(self.param_groups[-1], self._traits.own)
             return
         self._phase.need(False, "add_param_group")
-        merged = {**self.defaults, **param_group, "sam_steps": self._steps()}
+        merged = {**self.defaults, **param_group, "sam_steps": steps_of(self.param_groups)}
         self._check([merged])
         with foreign.as_base_sees(self.base_optimizer, self._shared):
             self.base_optimizer.add_param_group(foreign.exchanged(merged, self._shared))
@@ -208,7 +209,7 @@ class SAM(Optimizer):
         if zero_grad:
             self.zero_grad()
         else:
-            phase.keep_witness(self._parameters())
+            phase.keep_witness()
 
     def second_step(self, zero_grad: bool = False) -> None:
         """Return to w and let the base optimizer update it with the gradients in `.grad`.
@@ -223,7 +224,7 @@ class SAM(Optimizer):
         """
         self._phase.need(True, "second_step")
         check_call(zero_grad)
-        self._phase.look_for_second_pass(self._parameters())
+        self._phase.look_for_second_pass()
         self.step()
         if zero_grad:
             self.zero_grad()
@@ -326,11 +327,11 @@ class SAM(Optimizer):
                             phase.layout.spaces[0].cells.ok if ok is None else ok)
         if ok is not None:
             found_inf = (1 - ok) if found_inf is None else found_inf.to(ok) + (1 - ok)
+        steps = steps_of(self.param_groups) + 1
         if self._traits.base:
             self._fused_step(grad_scale, found_inf)
         else:
             self._foreign_step(grad_scale, found_inf)
-        steps = self._steps() + 1
         for group in self.param_groups:
             group["sam_steps"] = steps
 
@@ -461,11 +462,6 @@ class SAM(Optimizer):
         check_containers(self.param_groups)
         return [p for group in self.param_groups for p in group["params"]]
 
-    def _steps(self) -> int:
-        """How many steps were taken; a group that someone else made may not know."""
-        check_containers(self.param_groups)
-        return max((group.get("sam_steps", 0) for group in self.param_groups), default=0)
-
     @property
     def spaces(self) -> tuple[Space, ...]:
         """Where fastsam's own buffers lie, by device, dtype and sharding of the parameters. Brings
@@ -481,7 +477,7 @@ class SAM(Optimizer):
     def climbs_next(self) -> bool:
         """Whether the coming step climbs, by `interval` and `start`. A loop of its own calls
         first_step, and computes the gradients again, only then; else `step()` alone."""
-        past = self._steps() - self._start
+        past = steps_of(self.param_groups) - self._start
         return past >= 0 and past % self._interval == 0
 
     @property

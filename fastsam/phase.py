@@ -94,19 +94,20 @@ class Phase:
                           "base optimizer: call first_step, compute the gradients after it, "
                           "then second_step; or step(closure)")
 
-    def keep_witness(self, params: Sequence[Tensor]) -> None:
+    def keep_witness(self) -> None:
         """Remember a first gradient that stays in `.grad`."""
-        p, g = params[-1], params[-1].grad
+        p = self.climbs[-1].space.slots[-1].param
+        g = p.grad
         self.witness = None if g is None or g.is_inference() else (p, g, g._version)
 
-    def look_for_second_pass(self, params: Sequence[Tensor]) -> None:
+    def look_for_second_pass(self) -> None:
         """Say so where no gradients were computed after the climb."""
         if self.witness is not None:
             p, g, version = self.witness
             if p.grad is g and g._version == version:
                 self.warn("second pass", "second_step with the gradients of the first pass: "
                           "compute the loss and call backward again after first_step")
-        elif all(p.grad is None for p in params):
+        elif all(p.grad is None for climb in self.climbs for p in climb.space.params):
             self.warn("second pass", "second_step with no gradients only returns to the weights: "
                       "compute the loss and call backward again after first_step")
 

@@ -17,6 +17,7 @@ from torch.optim import AdamW, Optimizer
 from .checks import is_number
 from .distributed import is_sharded, like
 from .hyper import FRIENDLY, KEEPING
+from .memory import has_storage
 from .space import Slot, Space, local
 
 State = dict[str, Any]  # of one parameter
@@ -164,6 +165,9 @@ def check_tensor(p: Tensor, name: str, value: object, base: str | None) -> None:
     if value.layout is not torch.strided or value.is_complex() or value.device.type == "meta":
         raise ValueError(f"{name} in a state has {value.dtype}, {value.layout}, on {value.device}: "
                          "use a real, dense tensor")
+    if not has_storage(local(value)):
+        raise ValueError(f"{name} in a state has lost its memory, whose storage was freed: delete "
+                         "it from the state to begin it anew")
     if value.shape != p.shape:
         raise ValueError(f"a saved state of shape {tuple(value.shape)} does not fit the "
                          f"parameter of shape {tuple(p.shape)}: load the state of this model")

@@ -267,7 +267,8 @@ def page_rows(*head: str) -> list[list[str]]:
 
 def moved(kernel: str, kind: str, **constants) -> int:
     """The bytes per parameter that test_aot.py finds in a kernel's compiled loads and stores."""
-    row = dict(kernel=kernel, type=kind, elements=1, partials=0, constants=constants)
+    row = dict(kernel=kernel, type=kind, elements=1, partials=0, constants=constants,
+               target="sm_90")
     return sum(budget(row))
 
 

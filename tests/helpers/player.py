@@ -18,6 +18,7 @@ from torch import nn
 
 from fastsam import SAM, PhaseError
 
+from .gradients import give
 from .oracle import Oracle
 from .rounding import Rounded, units
 from .variants import VARIANTS
@@ -327,9 +328,7 @@ class Player:
 
     def set(self, grads: list) -> None:
         for p, g in zip(self.params, grads, strict=True):
-            if g is not None and g.dtype != p.dtype:
-                p.grad_dtype = None
-            p.grad = g
+            give(p, g)
 
     def numbers(self, grads: list, scale: float, dtype) -> list:
         """The gradients without the loss scale, whose inverse a GradScaler has in float32."""

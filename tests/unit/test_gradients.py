@@ -9,6 +9,7 @@ from fastsam import SAM, FriendlySAM
 from fastsam.choose import BACKENDS
 
 from ..helpers.beside import RHO, Beside, close
+from ..helpers.gradients import give
 
 pytestmark = pytest.mark.filterwarnings("ignore:second_step with the gradients of the first pass")
 
@@ -93,13 +94,13 @@ def assert_step(opt, params, first, second, rho=RHO, lr=0.1, rtol=2e-5):
     exact = [[g.detach().as_subclass(torch.Tensor).double() for g in grads]
              for grads in (first, second)]
     for p, g in zip(params, first, strict=True):
-        p.grad = g
+        give(p, g)
     opt.first_step()
     norm = torch.stack([g.norm() for g in exact[0]]).norm()
     for p, v, g in zip(params, w, exact[0], strict=True):
         torch.testing.assert_close(p.detach().double(), v + rho * g / norm, rtol=rtol, atol=2e-6)
     for p, g in zip(params, second, strict=True):
-        p.grad = g
+        give(p, g)
     opt.second_step()
     for p, v, g in zip(params, w, exact[1], strict=True):
         torch.testing.assert_close(p.detach().double(), v - lr * g, rtol=rtol, atol=2e-6)
@@ -146,13 +147,13 @@ def forms_in_turn():
 def test_gradients_may_change_their_form_from_step_to_step(backend):
     p = nn.Parameter(normal(3, 4, seed=1), requires_grad=False)
     q = nn.Parameter(p.detach().clone())
-    p.grad_dtype = q.grad_dtype = None
     opt = SAM([p], torch.optim.SGD, rho=RHO, lr=0.1, momentum=0.9, backend=backend)
     plain = torch.optim.SGD([q], lr=0.1, momentum=0.9)
     for first, second in forms_in_turn():
-        p.grad = first
+        give(p, first)
         opt.first_step()
-        p.grad, q.grad = second, None if second is None else second.float().clone()
+        give(p, second)
+        q.grad = None if second is None else second.float().clone()
         opt.second_step()
         plain.step()
         close(p, q, "p")
@@ -162,8 +163,6 @@ def test_gradients_may_change_their_form_from_step_to_step(backend):
 @pytest.mark.parametrize("mixed", [False, True])
 def test_a_gradient_of_another_dtype_is_read_in_its_own(dtype, mixed, backend):
     params = parameters()
-    for p in params:
-        p.grad_dtype = None
     opt = SAM(params, torch.optim.SGD, rho=RHO, lr=0.1, backend=backend)
     other = torch.float32 if mixed else dtype
     for t in range(2):
@@ -180,12 +179,10 @@ def test_float64_gradients_of_narrower_weights_are_refused(dtype, masters, base,
     1e-300. All of them, or one among others."""
     params = [nn.Parameter(torch.ones(3, dtype=dtype)) for _ in range(2)]
     opt = SAM(params, base, rho=RHO, lr=0.1, master_weights=masters, backend=backend)
-    for p in params:
-        p.grad_dtype = None
 
     def grads(*dtypes):
         for p, d in zip(params, dtypes, strict=True):
-            p.grad = torch.ones(3, dtype=d)
+            give(p, torch.ones(3, dtype=d))
 
     for wide in ((torch.float64, torch.float64), (dtype, torch.float64)):
         grads(*wide)
@@ -206,13 +203,12 @@ def test_float64_gradients_of_narrower_weights_are_refused(dtype, masters, base,
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_float32_gradients_of_16_bit_weights_keep_range_and_bits(size, dtype, backend):
     p = nn.Parameter(torch.ones(4, dtype=dtype))
-    p.grad_dtype = torch.float32
     opt = SAM([p], torch.optim.SGD, rho=0.5, lr=0.01 / size, backend=backend)
-    p.grad = torch.full((4,), size)
+    give(p, torch.full((4,), size))
     opt.first_step()
     assert opt.last_grad_norm == pytest.approx(2 * size, rel=1e-6)
     close(p, torch.full((4,), 1.25, dtype=dtype), "moved")
-    p.grad = torch.full((4,), 10 * size)
+    give(p, torch.full((4,), 10 * size))
     opt.second_step()
     assert opt.skipped_steps == 0
     close(p, torch.tensor(0.9).to(dtype).expand(4), "p")
@@ -220,9 +216,8 @@ def test_float32_gradients_of_16_bit_weights_keep_range_and_bits(size, dtype, ba
 
 def test_masters_keep_the_bits_of_a_float32_gradient(backend):
     p = nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
-    p.grad_dtype = torch.float32
     opt = SAM([p], torch.optim.SGD, rho=0.0, lr=0.1, master_weights=True, backend=backend)
-    p.grad = torch.full((4,), 1.001)
+    give(p, torch.full((4,), 1.001))
     opt.first_step()
     opt.second_step()
     close(opt.state[p]["master"], torch.full((4,), 0.8999), "master")
@@ -230,9 +225,8 @@ def test_masters_keep_the_bits_of_a_float32_gradient(backend):
 
 def test_the_average_reads_a_gradient_in_its_own_dtype(backend):
     p = nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
-    p.grad_dtype = torch.float32
     opt = FriendlySAM([p], torch.optim.SGD, rho=0.1, lmbda=0.5, lr=0.1, backend=backend)
-    p.grad = torch.full((4,), 1.001)
+    give(p, torch.full((4,), 1.001))
     opt.first_step()
     opt.restore()
     assert torch.equal(opt.state[p]["ema"], torch.full((4,), 0.5 * 1.001))
@@ -270,13 +264,11 @@ def sparse(p):
 
 
 def complex_numbers(p):
-    p.grad_dtype = None
-    p.grad = torch.ones(3, 4, dtype=torch.complex64)
+    give(p, torch.ones(3, 4, dtype=torch.complex64))
 
 
 def integers(p):
-    p.grad_dtype = None
-    p.grad = torch.ones(3, 4, dtype=torch.int32)
+    give(p, torch.ones(3, 4, dtype=torch.int32))
 
 
 def shorter(p):
@@ -295,7 +287,11 @@ def of_other_numbers_of_rows_and_columns(p):
     p.grad.data = torch.ones(40).as_strided((6, 2), (4, 1))
 
 
-BAD = [sparse, complex_numbers, integers, shorter, reshaped, longer,
+def freed(p):
+    p.grad.untyped_storage().resize_(0)
+
+
+BAD = [sparse, complex_numbers, integers, shorter, reshaped, longer, freed,
        of_other_numbers_of_rows_and_columns]
 
 
@@ -409,6 +405,30 @@ def test_a_parameter_of_another_form_is_refused_and_the_others_come_back(change,
     opt.restore()
 
 
+@pytest.mark.parametrize("size", [0, 20])
+@pytest.mark.parametrize("perturbed", [False, True])
+def test_a_parameter_whose_storage_was_freed_is_refused(perturbed, size, backend):
+    """As some do to save memory between steps."""
+    params = parameters()
+    opt = SAM(params, torch.optim.SGD, rho=RHO, lr=0.1, backend=backend)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    opt.first_step()
+    opt.second_step()
+    w = params[1].detach().clone()
+    if perturbed:
+        opt.first_step()
+    params[0].untyped_storage().resize_(size)
+    moved = params[1].detach().clone()
+    with pytest.raises(RuntimeError, match="lost its memory"):
+        (opt.step if perturbed else opt.first_step)()
+    assert torch.equal(params[1], moved)
+    if perturbed:
+        with pytest.raises(RuntimeError, match=r"\(3, 4\), freed\); all others are at w"):
+            opt.restore()
+    assert torch.equal(params[1], w)
+
+
 def test_memory_that_comes_to_overlap_is_refused():
     whole = torch.zeros(12)
     a, b = nn.Parameter(whole[0:8:2]), nn.Parameter(whole[1:9:2])
@@ -447,6 +467,65 @@ def test_parameters_without_gradient_without_elements_and_without_dimensions(bac
     assert torch.equal(params[0], torch.ones(3))
     close(params[2], torch.tensor(1.8), "0-dim")
     close(params[3], torch.full((1, 1), 0.8), "1 x 1")
+
+
+LARGE = 300_000  # more than one thread's
+
+
+def itself(params):
+    params[0].grad = params[0].data
+
+
+def the_other(params):
+    params[0].grad = params[1].data
+
+
+def a_part_of_the_other(params):
+    params[0].grad = params[1].data.flatten()[7:7 + LARGE]
+
+
+@pytest.mark.parametrize("second", [False, True])
+@pytest.mark.parametrize("alias, known", [(itself, False), (itself, True), (the_other, False),
+                                          (the_other, True), (a_part_of_the_other, False)])
+def test_a_gradient_in_the_memory_of_weights_is_read_before_they_move(known, alias, second):
+    """Whichever block a thread takes first. known: other gradients have been read before."""
+    wide = alias is a_part_of_the_other
+    params = [nn.Parameter(normal(LARGE, seed=s) if not wide or s == 0 else
+                           normal(LARGE + 9, seed=s)) for s in range(2)]
+    opt = SAM(params, torch.optim.SGD, rho=50.0, lr=0.1, backend="numba")
+    for p in params:
+        p.grad = normal(*p.shape, seed=7)
+    if known:
+        opt.first_step()
+        opt.second_step()
+    w = [p.detach().clone() for p in params]
+    if second:
+        opt.first_step()
+    alias(params)
+    g = [p.grad.clone() for p in params]
+    if second:
+        opt.second_step()
+        expected = [x - 0.1 * y for x, y in zip(w, g, strict=True)]
+    else:
+        opt.first_step()
+        norm = torch.stack([y.norm() for y in g]).norm()
+        expected = [x + 50 * y / norm for x, y in zip(w, g, strict=True)]
+    for p, x in zip(params, expected, strict=True):
+        torch.testing.assert_close(p.detach(), x, rtol=1e-5, atol=1e-5)
+
+
+def test_a_users_default_device_is_not_where_overlaps_are_looked_for():
+    whole = torch.zeros(12)
+    with torch.device("meta"):
+        SAM([nn.Parameter(whole[0:8:2]), nn.Parameter(whole[1:9:2])], torch.optim.SGD, lr=0.1)
+
+
+def test_an_optimizer_made_in_inference_mode_steps_outside(backend):
+    params = parameters()
+    with torch.inference_mode():
+        opt = SAM(params, torch.optim.SGD, rho=RHO, lr=0.1, momentum=0.9, backend=backend)
+    assert_step(opt, params, [normal(3, 4, seed=3), normal(5, seed=4)],
+                [normal(3, 4, seed=5), normal(5, seed=6)])
 
 
 def test_parameters_of_inference_mode_are_refused():

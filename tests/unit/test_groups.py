@@ -308,6 +308,14 @@ def a_group_with_a_bad_rho(opt, params):
     opt.param_groups.append({**opt.param_groups[0], "params": [params[4]], "rho": -1.0})
 
 
+def steps_that_are_none(opt, params):
+    opt.param_groups[0]["sam_steps"] = None
+
+
+def half_a_step(opt, params):
+    opt.param_groups[1]["sam_steps"] = 2.5
+
+
 def a_group_that_is_none(opt, params):
     opt.param_groups.append([params[4]])
 
@@ -330,6 +338,7 @@ REFUSED = {
     uninitialized: "lazy", no_params: "'params'",
     a_group_without_rho: "'rho'", a_group_without_anything: "lacks",
     a_group_with_a_bad_rho: "rho=-1.0", a_group_that_is_none: "list",
+    steps_that_are_none: "sam_steps=None", half_a_step: "sam_steps=2.5",
     no_groups: "no parameters", groups_without_parameters: "no parameters",
 }
 

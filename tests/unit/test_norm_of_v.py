@@ -142,11 +142,12 @@ NOT_SEEN = {
 
 
 @pytest.mark.parametrize("way", [*SEEN, *NOT_SEEN])
+@pytest.mark.parametrize("name", ["numba", "reference"])  # the host sees to it
 def test_a_write_that_torch_does_not_count_is_climbed_along_by_the_old_length_once(
-        way, backend, alone):
+        name, way, alone):
     """As the class says; `increment_version` tells of it."""
     params = [nn.Parameter(t) for t in normals(0)[:3]]
-    opt = MomentumSAM(params, torch.optim.SGD, rho=0.5, lr=0.1, momentum=0.9, backend=backend)
+    opt = MomentumSAM(params, torch.optim.SGD, rho=0.5, lr=0.1, momentum=0.9, backend=name)
     write = SEEN.get(way) or NOT_SEEN[way]
 
     def radius() -> float:

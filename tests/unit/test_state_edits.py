@@ -259,8 +259,9 @@ def test_the_average_may_be_replaced_in_another_form(backend):
     torch.testing.assert_close(opt.state[p]["ema"], 1 + 0.5 * g[0])
 
 
+@pytest.mark.parametrize("perturbed", [False, True])
 @pytest.mark.parametrize("what", ["momentum_buffer", "exp_avg", "exp_avg_sq"])
-def test_a_buffer_whose_memory_was_moved_is_followed(what, backend):
+def test_a_buffer_whose_memory_was_moved_is_followed(what, perturbed, backend):
     """As offloading to the host does with `.data`."""
     base = "sgd" if what == "momentum_buffer" else "adamw"
     pair = Beside(base, backend)
@@ -270,8 +271,24 @@ def test_a_buffer_whose_memory_was_moved_is_followed(what, backend):
         for entry in opt.state.values():
             entry[what].data = entry[what].data * 3
 
-    pair.both(move)
+    if perturbed:
+        pair.climb()
+        pair.both(move)
+        pair.descend()
+    else:
+        pair.both(move)
     pair.step(2)
+
+
+@pytest.mark.parametrize("base", ["sgd", "adamw"])
+def test_a_buffer_that_is_shared_with_processes_stays_shared(base, backend):
+    """As asynchronous training does once, before it forks."""
+    pair = Beside(base, backend)
+    pair.step(2)
+    shared = [entry[BUFFER[base]].share_memory_() for entry in pair.ours.opt.state.values()]
+    pair.step(2)
+    assert all(entry[BUFFER[base]] is t and t.is_shared() for entry, t in zip(
+        pair.ours.opt.state.values(), shared, strict=True))
 
 
 # ---- refused
@@ -309,6 +326,8 @@ REFUSED = {  # name: base, edit, message
     "step is negative": ("adamw", set_in_first("step", -1), "step=-1"),
     "step is nan": ("adamw", set_in_first("step", float("nan")), "step=nan"),
     "step has two elements": ("adamw", set_in_first("step", torch.ones(2)), "step.*shape"),
+    "freed": ("sgd", lambda opt, ps: opt.state[ps[0]]["momentum_buffer"].untyped_storage(
+        ).resize_(0), "momentum_buffer.*lost its memory"),
     "exp_avg_sq of another shape": ("adamw", set_in_first("exp_avg_sq", torch.ones(3)),
                                     "does not fit"),
 }
@@ -339,7 +358,17 @@ def test_a_state_that_is_refused_changes_nothing(name, perturbed, backend):
     pair.step(2)
 
 
-def test_the_state_of_masters_may_change_between_steps_only(backend):
+def cleared(state):
+    state.clear()
+
+
+def moved(state):
+    for entry in state.values():
+        entry["momentum_buffer"].data = torch.zeros(4)
+
+
+@pytest.mark.parametrize("edit", [cleared, moved])
+def test_the_state_of_masters_may_change_between_steps_only(edit, backend):
     p = torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
     opt = SAM([p], torch.optim.SGD, rho=0.1, lr=0.1, momentum=0.9, master_weights=True,
               backend=backend)
@@ -353,7 +382,7 @@ def test_the_state_of_masters_may_change_between_steps_only(backend):
     torch.testing.assert_close(opt.state[p]["master"], torch.full((4,), 2 - 0.1 * 1.9))
     w = p.detach().clone()
     opt.first_step()
-    opt.state.clear()
+    edit(opt.state)
     with pytest.raises(PhaseError, match="masters"):
         opt.second_step()
     opt.restore()
