@@ -41,7 +41,16 @@ def unstash(phase: Phase, params: Sequence[Tensor]) -> None:
         raise PhaseError("unstash_grad with nothing set aside: call stash_grad after each "
                          "micro-batch's second backward")
     for p in params:
-        p.grad = phase.stash.pop(p, None)
+        put(p, phase.stash.pop(p, None))
+
+
+def put(p: Tensor, g: Tensor | None) -> None:
+    """p.grad = g. One of another dtype torch 2.9 takes only in the place of one that is there."""
+    if g is None or g.dtype == p.dtype or hasattr(torch.Tensor, "grad_dtype"):
+        p.grad = g
+    else:
+        p.grad = torch.empty_like(p)
+        p.grad.data = g
 
 
 def agreed_ok(phase: Phase) -> Tensor | None:
