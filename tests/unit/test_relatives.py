@@ -1,5 +1,5 @@
 """Momentum-SAM, GSAM and LookSAM: against their authors' code, across backends, and what is theirs
-alone. What they share with SAM is in the tests of the contract (`contract.RELATIVES`)."""
+alone. What they share with SAM is in the tests of the contract (`variants.RELATIVES`)."""
 
 import copy
 import math
@@ -14,6 +14,7 @@ from fastsam.choose import BACKENDS
 
 from ..helpers import published
 from ..helpers.contract import assert_bits, backward, bits, network
+from ..helpers.variants import RELATIVES
 
 SHAPES = [(7,), (4, 3), (1,), (2, 3, 2, 2), (33, 40), ()]
 HYPER = dict(lr=0.07, momentum=0.8, weight_decay=0.02)
@@ -178,9 +179,9 @@ def test_groups_climb_by_their_own_rho_and_mix_by_their_own_alpha(name, exact):
 # ---- every backend and dtype, one step from the same state
 
 
-RELATIVES = {"msam": (MomentumSAM, dict(rho=0.3)), "gsam": (GSAM, dict(rho=0.3, alpha=0.7)),
-             "gsam-adaptive": (GSAM, dict(rho=0.9, alpha=-0.3, adaptive=True)),
-             "looksam": (LookSAM, dict(rho=0.3, alpha=0.7, k=3))}
+TRIALS = {"msam": dict(rho=0.3), "gsam": dict(rho=0.3, alpha=0.7),
+          "gsam-adaptive": dict(rho=0.9, alpha=-0.3, adaptive=True),
+          "looksam": dict(rho=0.3, alpha=0.7, k=3)}
 BASES = {"sgd": (torch.optim.SGD, dict(lr=0.07, momentum=0.8, weight_decay=0.02, nesterov=True)),
          "adam": (torch.optim.Adam, dict(**ADAM, weight_decay=0.1))}
 FP32, BF16, FP64 = torch.float32, torch.bfloat16, torch.float64
@@ -190,7 +191,8 @@ class Trial:
     """One optimizer of three groups, one of which does not climb."""
 
     def __init__(self, name: str, base: str, backend: str, dtype, masters: bool = False):
-        (cls, own), (kind, hyper) = RELATIVES[name], BASES[base]
+        cls, own = RELATIVES[name.removesuffix("-adaptive")].cls, TRIALS[name]
+        kind, hyper = BASES[base]
         self.w = parameters(0, dtype)
         groups = [dict(params=self.w[:2]), dict(params=self.w[2:5], rho=0.2),
                   dict(params=self.w[5:], perturb=False)]
