@@ -11,7 +11,8 @@ import pytest
 import torch
 from PIL import Image, PngImagePlugin
 
-from bench.data.datasets import load_data, test_images_of
+from bench.data import datasets
+from bench.data.datasets import load_data
 from bench.data.images import listing, read_image
 
 RNG = np.random.default_rng(0)
@@ -394,11 +395,11 @@ def test_training_images_among_the_test_images_are_told(lazily, tmp_path, recwar
 def test_other_test_images_that_were_trained_on_are_told(tmp_path, recwarn):
     root = folder_of(tmp_path / "images", number=10)
     data = load_data(str(root), 0.2, 0)
-    test_images_of(str(root), data, None)
+    datasets.test_images_of(str(root), data, None)
     assert not recwarn.list
     (root / "x" / "00.png").write_bytes((root / "x" / "0.png").read_bytes())
     with pytest.warns(UserWarning, match="of .* test images .* training images too"):
-        test_images_of(str(root), data, None)
+        datasets.test_images_of(str(root), data, None)
 
 
 @pytest.mark.parametrize("parts", [("Train", "Test"), ("training", "validation")])
