@@ -50,6 +50,7 @@ def budget(row: dict) -> tuple[int, int]:
     c, fp32 = row["constants"], 4 * row["elements"]
     kinds = row["type"].split("/")
     w, g = (ITEM[kind] * row["elements"] for kind in (kinds[0], kinds[-1]))
+    w, g = (stream if stream > 4 else 0 for stream in (w, g))  # one word a thread is no vector
     if row["kernel"] == "dots":
         return g + fp32, 0
     if row["kernel"] == "step":
