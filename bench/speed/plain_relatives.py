@@ -29,11 +29,8 @@ class PerParameterMomentumSAM(PerParameterSAM):
                 for p, v in zip(self.params, vs, strict=True)]  # fmt: skip
 
 
-class PerParameterGSAM(PerParameterSAM):
-    """GSAM (Zhuang et al. 2022): steps with g' - alpha h, h = g - <g, g'> / ||g'||^2 g'.
-
-    Args: as PerParameterSAM's, and alpha.
-    """
+class Keeping(PerParameterSAM):
+    """Keeps the first pass's gradient for the second. Args: as PerParameterSAM's, and alpha."""
 
     def __init__(self, params: Iterable[Tensor], base_optimizer: type[Optimizer], rho: float,
                  alpha: float, **kwargs: Any) -> None:  # fmt: skip
@@ -45,6 +42,10 @@ class PerParameterGSAM(PerParameterSAM):
         self.first = [g.clone() for g in self.directions()]
         super().first_step()
 
+
+class PerParameterGSAM(Keeping):
+    """GSAM (Zhuang et al. 2022): steps with g' - alpha h, h = g - <g, g'> / ||g'||^2 g'."""
+
     @torch.no_grad()
     def second_step(self) -> None:
         second = self.directions()
@@ -54,23 +55,15 @@ class PerParameterGSAM(PerParameterSAM):
         super().second_step()
 
 
-class PerParameterLookSAM(PerParameterSAM):
+class PerParameterLookSAM(Keeping):
     """LookSAM (Liu et al. 2022): every k-th step is SAM's and keeps g_v = g' - <g', g> / ||g||^2 g;
-    the others take g + alpha ||g|| / ||g_v|| g_v.
-
-    Args: as PerParameterSAM's, and alpha and k.
-    """
+    the others take g + alpha ||g|| / ||g_v|| g_v. Args: as Keeping's, and k."""
 
     def __init__(self, params: Iterable[Tensor], base_optimizer: type[Optimizer], rho: float,
                  alpha: float, k: int, **kwargs: Any) -> None:  # fmt: skip
-        self.alpha, self.k, self.steps = alpha, k, 0
-        super().__init__(params, base_optimizer, rho, **kwargs)
-        self.first: list[Tensor] = []
+        self.k, self.steps = k, 0
+        super().__init__(params, base_optimizer, rho, alpha, **kwargs)
         self.g_v: list[Tensor] = []
-
-    def first_step(self) -> None:
-        self.first = [g.clone() for g in self.directions()]
-        super().first_step()
 
     @torch.no_grad()
     def second_step(self) -> None:
