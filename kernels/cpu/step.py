@@ -5,7 +5,7 @@ from collections.abc import Callable
 from functools import lru_cache
 
 import numpy as np
-from numba import float64, int64
+from numba import float64, int64, njit
 
 from .memory import SIZES, accumulates_in, load, rounded, store, take
 from .norm import squares
@@ -31,6 +31,18 @@ from .tables import (
     compiled,
     tables,
 )
+
+
+@njit(inline="always")
+def mixed(g, i, m, kept, c, alpha, returns, gsam, renews, reuses, dtype):
+    """What the base steps with; stores m where it is renewed. In fastsam.reference: `mixed`."""
+    if gsam and returns:
+        g = g - alpha * (load(kept, i, "kept", dtype) - c * g)
+    if renews and returns:
+        store(m, i, g - c * load(kept, i, "kept", dtype), "m", dtype)
+    if reuses:
+        g = g + alpha * (c * load(m, i, "m", dtype))
+    return g
 
 
 @lru_cache
@@ -82,12 +94,8 @@ def sgd(base: str, mix: str | None, along_v: bool, masters: bool, dtype: str, g_
                     stored = load(w_at, i, "w", W)
                     w = w if returns or rounded(w, W) == stored else stored
                 g = load(g_at, i, "g", G) * inv_scale
-                if gsam and returns:
-                    g = g - alpha * (load(kept_at, i, "kept", A) - c * g)
-                if renews and returns:
-                    store(m_at, i, g - c * load(kept_at, i, "kept", A), "m", A)
-                if reuses:
-                    g = g + alpha * (c * load(m_at, i, "m", A))
+                if mix is not None:
+                    g = mixed(g, i, m_at, kept_at, c, alpha, returns, gsam, renews, reuses, A)
                 g = g + weight_decay * w if weight_decay != 0 else g
                 if has_v:
                     old = load(v_at, i, "v", A)
@@ -153,12 +161,8 @@ def adam(base: str, mix: str | None, along_v: bool, masters: bool, dtype: str, g
                     stored = load(w_at, i, "w", W)
                     w = w if returns or rounded(w, W) == stored else stored
                 g = load(g_at, i, "g", G) * inv_scale
-                if gsam and returns:
-                    g = g - alpha * (load(kept_at, i, "kept", A) - c * g)
-                if renews and returns:
-                    store(m_at, i, g - c * load(kept_at, i, "kept", A), "m", A)
-                if reuses:
-                    g = g + alpha * (c * load(m_at, i, "m", A))
+                if mix is not None:
+                    g = mixed(g, i, m_at, kept_at, c, alpha, returns, gsam, renews, reuses, A)
                 g = g + weight_decay * w if adds else g
                 w = w * shrink
                 first = beta1 * load(v_at, i, "v", A) + share1 * g
