@@ -65,7 +65,8 @@ class Phase:
             return
         if perturbed:
             raise PhaseError(f"{call} without a first_step before it: the weights are not "
-                             "perturbed; call first_step, then compute the gradients again")
+                             "perturbed; call first_step, then compute the gradients again (where "
+                             "a step does not climb, as `climbs_next` tells, call step() alone)")
         raise PhaseError(f"{call} while the weights are perturbed: call second_step (or restore "
                          "to give the step up) first")
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastsam import ASAM, SAM, FisherSAM, FriendlySAM, FullGradientSAM
+from fastsam import ASAM, SAM, FisherSAM, FriendlySAM, FullGradientSAM, PhaseError
 
 SGD = torch.optim.SGD
 
@@ -134,3 +134,9 @@ def test_repr_of_what_is_broken_or_perturbed_still_says_something():
     opt.restore()
     opt.param_groups[0]["rho"] = float("nan")
     assert "rho: nan" in repr(opt)
+
+
+def test_a_second_step_where_none_climbed_says_what_a_plain_step_is():
+    opt = SAM(p(), SGD, interval=2, start=1, lr=0.1)
+    with pytest.raises(PhaseError, match=r"climbs_next.*step\(\) alone"):
+        opt.second_step()
