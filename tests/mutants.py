@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 WORKERS = 2
 STRENGTH, APGD = "tests/bench/test_strength.py", "tests/bench/test_apgd.py"
 NOT_FINITE, EVALUATE = "tests/bench/test_not_finite.py", "tests/bench/test_evaluate.py"
+ROBUSTBENCH, UNSOUND = "tests/bench/test_robustbench.py", "tests/bench/test_unsound_models.py"
 METHODS, REFERENCE = "tests/bench/test_methods.py", "tests/unit/test_reference.py"
 
 
@@ -91,7 +92,7 @@ MUTANTS = [Mutant(*fields) for fields in [
      "torch.where(x.isfinite().flatten(1).all(1), answers(model(x)), -1)",
      "answers(model(x))", f"{NOT_FINITE} -k gradient"),
     ("bench/evaluation/evaluate.py", "stands &= kept", "stands = kept",
-     f"{EVALUATE} -k 'worst_case or autoattack_gets'"),
+     f"{EVALUATE} {ROBUSTBENCH} -k 'worst_case or autoattack_gets'"),
     ("bench/evaluation/evaluate.py", "own[a.name] = kept.sum().item() / len(split)",
      "own[a.name] = kept.sum().item() / len(right)", f"{EVALUATE} -k worst_case"),
     ("bench/evaluation/evaluate.py", "SeedSequence([seed, image])", "SeedSequence([seed])",
@@ -103,15 +104,15 @@ MUTANTS = [Mutant(*fields) for fields in [
     ("bench/evaluation/evaluate.py", "    model.eval()\n    cudnn", "    cudnn",
      f"{EVALUATE} -k training_mode_is"),
     ("bench/evaluation/evaluate.py", "if x.min() < 0 or x.max() > 1:", "if False:",
-     f"{EVALUATE} -k outside_0"),
+     f"{UNSOUND} -k outside_0"),
     ("bench/evaluation/masked_gradients.py",
      "(of_randomness(z, again) or of_company(z, others))", "of_randomness(z, again)",
-     f"{EVALUATE} -k depend_on_the_batch"),
+     f"{UNSOUND} -k depend_on_the_batch"),
     ("bench/evaluation/masked_gradients.py", "faint = (plain < GUARD)", "faint = (plain == 0)",
-     f"{EVALUATE} -k hides"),
+     f"{UNSOUND} -k hides"),
     ("bench/evaluation/masked_gradients.py",
      "still = (g < torch.finfo(g.dtype).tiny)", "still = (g == 0)",
-     f"{EVALUATE} -k hides"),
+     f"{UNSOUND} -k hides"),
     # training and checkpoints
     ("bench/training/train.py", "    refuse_divergence(run, row, loss, out)\n", "",
      f"{NOT_FINITE} -k 'training or diverged'"),

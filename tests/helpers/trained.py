@@ -1,11 +1,13 @@
 """A network of seconds that has learnt scikit-learn's digits, for what attacks trained ones."""
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bench.experiments import peer_attacks
+from bench.settings.evaluation import Evaluation, resolve_evaluation
 
 
 @lru_cache(maxsize=1)
@@ -24,7 +26,18 @@ def model() -> nn.Module:
 def held_out(n: int) -> tuple[Tensor, Tensor]:
     """n of the last 297 images that the model gets right, and labels."""
     x, y = (part[1500:] for part in digits())
-    net = model()
+    found = right(model(), x, y).nonzero().squeeze(1)
+    return x[found[:n]], y[found[:n]]
+
+EPS = 16 / 255
+
+
+def evaluation(**options: Any) -> Evaluation:
+    """On the digits, at l_inf EPS, where the options say nothing else."""
+    return resolve_evaluation("digits", {"linf": (EPS,), "l2": (), **options})
+
+
+def right(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """Whether each image is recognised."""
     with torch.no_grad():
-        right = (net(x).argmax(1) == y).nonzero().squeeze(1)
-    return x[right[:n]], y[right[:n]]
+        return net(x).argmax(1) == y

@@ -1,0 +1,23 @@
+"""The digits that the small network has not seen, and a file of it."""
+
+import pytest
+import torch
+
+from bench.data.datasets import Split, load_data
+from bench.settings.config import resolve
+from bench.training.checkpoint import save_checkpoint
+
+from ..helpers.trained import digits, model
+
+
+@pytest.fixture
+def split():
+    x, y = digits()
+    return Split((x[1500:] * 16).to(torch.uint8), y[1500:], 16)
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    config = resolve("sgd", "digits", {"width": 8})
+    save_checkpoint(tmp_path / "last.pt", config, load_data("digits", 0.1, 0), model())
+    return tmp_path / "last.pt"

@@ -1,0 +1,184 @@
+"""Networks whose numbers would be too good, and what cannot be evaluated at all."""
+
+import pytest
+import torch
+from torch import nn
+
+from bench.attacks.by_name import attempt
+from bench.data.datasets import Split
+from bench.evaluation import masked_gradients
+from bench.evaluation.evaluate import correct, evaluate, report, withstand
+
+from ..helpers.trained import EPS, evaluation, model
+
+# ---- warnings
+
+
+class Behind(nn.Module):
+    """The trained model, and what happens to its logits."""
+
+    def __init__(self, change):
+        super().__init__()
+        self.net, self.change = model(), change
+
+    def forward(self, x):
+        return self.change(self.net(x))
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (lambda z: 1e4 * z, "the gradient is exactly 0 for"),
+        (lambda z: 6 * z, "cross-entropy's gradient is below 1e-10 for"),
+        (lambda z: z + 0.01 * torch.randn_like(z), "the model is random"),
+        (lambda z: z.softmax(1), "look like probabilities"),
+        (lambda z: 10 * (6 * z).softmax(1) - 3, "look like scaled or shifted probabilities"),
+        (lambda z: z.sigmoid(), "all lie in [0, 1], as sigmoids do"),
+        (lambda z: 5 * (3 * z).tanh(), "as if it had a bound"),
+        (lambda z: z.clamp(max=2), "as if it had a bound"),
+        (lambda z: z.log_softmax(1) + 5, "log-probabilities that were shifted or cut off"),
+        (lambda z: (z.softmax(1) + 1e-3).log(), "log-probabilities that were shifted or cut off"),
+        (lambda z: (3 * z).softmax(1).clamp(1e-6).log(), "that were shifted or cut off"),
+        (lambda z: z.round() + 0 * z, "the gradient is exactly 0 for 128 of 128 images"),
+        (lambda z: z.detach() + 1e-41 * z, "the gradient is 0 or too small for float32 for 128"),
+    ],
+    ids=["saturated", "sure", "random", "softmax", "affine", "sigmoid", "tanh", "clamped",
+         "shifted", "raised", "floored", "rounded", "denormal"],
+)  # fmt: skip
+def test_a_model_that_hides_its_gradients_is_noticed(split, change, said):
+    torch.manual_seed(0)
+    x, y = split.batch(slice(0, 128))
+    assert any(said in text for text in masked_gradients.of_model(Behind(change), x, y))
+    found = evaluate(Behind(change), split, evaluation(samples=128))
+    assert any(line.startswith("warning: ") and said in line for line in report(found).split("\n"))
+
+
+def test_a_gradient_that_vanishes_on_the_way_is_noticed(split):
+    """The network is itself at the images, and flat wherever an attack goes."""
+    x, _ = split.batch(slice(0, 60))
+
+    class Flat(nn.Module):
+        def forward(self, z):
+            clean = (z.detach()[:, None] == x).flatten(2).all(2).any(1, keepdim=True)
+            logits = model()(z)
+            return torch.where(clean, logits, logits.detach() + 0 * logits)
+
+    part = split.take(torch.arange(60))
+    found = evaluate(Flat(), part, evaluation(attacks=("pgd-4", "apgd-ce-4")))
+    for name in ("pgd-4", "apgd-ce-4"):
+        said = f"l_inf 16/255 {name}: where it ended, the gradient is exactly 0 for "
+        assert any(text.startswith(said) for text in found["warnings"]), name
+    assert not any("cannot move" in text for text in found["warnings"])
+    assert evaluate(model(), part, evaluation(attacks=("pgd-4", "apgd-ce-4")))["warnings"] == []
+
+
+def test_a_sound_model_is_not_warned_of(split):
+    assert masked_gradients.of_model(model(), *split.batch(slice(None))) == []
+    for fine in (lambda z: z.log_softmax(1), lambda z: z - z.mean(1, keepdim=True),
+                 lambda z: z / 50, lambda z: z + 7, lambda z: z[:, :3], lambda z: z - 1e3):
+        x, y = split.batch(slice(None))
+        assert masked_gradients.of_model(Behind(fine), x, y.clamp(max=2)) == [], fine
+
+
+@pytest.mark.parametrize("fine", [
+    lambda z: 1e-3 * z, lambda z: 1e-30 * z, lambda z: 1e-3 * (z - z.mean(1, keepdim=True)),
+    lambda z: (1e-3 * z).half(), lambda z: z.bfloat16(),
+])  # fmt: skip
+def test_logits_that_are_small_or_coarse_are_still_logits(split, fine):
+    said = masked_gradients.of_model(Behind(fine), *split.batch(slice(None)))
+    assert not any("look like" in text or "batch" in text for text in said), said
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_a_few_images_are_no_sign(split, number):
+    for start in range(10):
+        x, y = split.batch(slice(start, start + number))
+        assert masked_gradients.of_model(model(), x, y) == []
+
+
+class OfBatches(nn.Module):
+    """Normalises by the batch's own statistics, whatever mode it is in."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.net, self.norm = model(), norm
+
+    def train(self, mode=True):
+        return self
+
+    def forward(self, x):
+        return self.net(0.4 * self.norm(x) + 0.3)
+
+
+@pytest.mark.parametrize("norm", [lambda: nn.BatchNorm2d(1),
+                                  lambda: nn.BatchNorm2d(1, track_running_stats=False)])
+@pytest.mark.parametrize("batch_size", [1, 2, 50, 500])
+def test_answers_that_depend_on_the_batch_are_noticed(split, norm, batch_size):
+    part = split.take(torch.arange(60))
+    found = evaluate(OfBatches(norm()), part, evaluation(attacks=("clean",), batch_size=batch_size))
+    assert any("batch that it comes in" in text for text in found["warnings"])
+    assert evaluate(model(), part, evaluation(attacks=("clean",), batch_size=batch_size))[
+        "warnings"] == []  # fmt: skip
+
+
+# ---- networks and images that cannot be evaluated
+
+
+@pytest.mark.parametrize("change", [
+    lambda x: model()(x).detach(), lambda x: model()(x.detach()),
+    lambda x: model()((x * 255).to(torch.uint8) / 255), lambda x: torch.eye(10)[[0] * len(x)],
+], ids=["detached", "images detached", "bytes", "constant"])  # fmt: skip
+@pytest.mark.parametrize("name", ["fgsm", "pgd-2", "apgd-ce-2", "apgd-t-2"])
+def test_a_network_without_a_gradient_is_refused(split, change, name):
+    class Cut(nn.Module):
+        def forward(self, x):
+            return change(x)
+
+    part = split.take(torch.arange(20))
+    for precision in ("fp32", "bf16"):
+        with pytest.raises(ValueError, match="no gradient .* images"):
+            evaluate(Cut(), part, evaluation(attacks=(name,), precision=precision))
+    a = attempt(name, "linf", EPS, 10, 10)
+    with pytest.raises(ValueError, match="no gradient .* images"):
+        withstand(Cut(), part, a.perturb, 1, 20)
+    assert evaluate(Cut(), part, evaluation(attacks=("clean",)))["images"] == 20
+
+
+@pytest.mark.parametrize("levels", [4, 15])
+def test_images_outside_0_and_1_are_refused(split, levels):
+    """An attack that starts by clamping them is an attack on other images."""
+    part = Split(split.images, split.labels, levels)
+    normalised = Split((split.images.float() / 16 - 0.3) / 0.38, split.labels, 1)
+    for images in (part, normalised):
+        with pytest.raises(ValueError, match=r"\[0, 1\]"):
+            evaluate(model(), images, evaluation())
+        with pytest.raises(ValueError, match=r"\[0, 1\]"):
+            correct(model(), images, 100)
+
+
+@pytest.mark.parametrize("change, said", [
+    (lambda z: (z, z), "tuple"), (lambda z: {"logits": z}, "dict"),
+    (lambda z: z[:, :, None, None], r"\(100, 10, 1, 1\)"), (lambda z: z[:, 0], r"\(100,\)"),
+    (lambda z: z[:, :1], r"\(100, 1\)"), (lambda z: z[:1], r"\(1, 10\)"),
+    (lambda z: z.long(), "int64"),
+])  # fmt: skip
+def test_outputs_that_are_no_logits_of_every_image_are_refused(split, change, said):
+    with pytest.raises(ValueError, match=said):
+        correct(Behind(change), split, 100)
+
+
+def numbers(each=(), by_eps=(), images=1000):
+    return {"images": images, "each": {"linf": {"8/255": dict(each)}},
+            "robust": {"linf": dict(by_eps)}}  # fmt: skip
+
+
+def test_numbers_that_contradict_each_other_are_noticed():
+    said = masked_gradients.of_numbers(numbers({"fgsm": 0.3, "pgd-20": 0.4, "pgd": 0.5}))
+    assert len(said) == 1 and "FGSM (30.00%) fools more images than PGD (40.00%)" in said[0]
+    said = masked_gradients.of_numbers(numbers(by_eps={"16/255": 0.4, "8/255": 0.3, "2/255": 0.6}))
+    assert len(said) == 1 and "40.00% at 16/255 and 30.00% at the smaller 8/255" in said[0]
+    fine = {"fgsm": 0.396, "pgd-20": 0.4}
+    assert masked_gradients.of_numbers(numbers(fine, {"8/255": 0.4, "16/255": 0.404})) == []
+    one_image = numbers({"fgsm": 0.37, "pgd": 0.4}, images=30)
+    assert masked_gradients.of_numbers(one_image) == []
+    assert len(masked_gradients.of_numbers(numbers({"fgsm": 0.33, "pgd": 0.4}, images=30))) == 1
