@@ -83,7 +83,7 @@ def forms(tensors: Sequence[Tensor]) -> Callable[..., bool]:
         strides: list = [[*t.stride()] for t in tensors]
         return TensorGuards(*tensors, dynamic_dims_sizes=sizes,
                             dynamic_dims_strides=strides).check
-    except Exception:  # internal to torch, it may change
+    except (ImportError, AttributeError, TypeError):  # torch's own: elsewhere, or called otherwise
         seen = [form(t) for t in tensors]
         return lambda *now: [form(t) for t in now] == seen
 

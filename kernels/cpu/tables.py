@@ -45,8 +45,10 @@ def compiled(*arguments) -> Callable:
         how = dict(nogil=True, error_model="numpy")
         try:
             return njit(void(*arguments), cache=True, **how)(function)
-        except Exception:  # no folder, no room, a broken file: what is wrong with the code itself
-            return njit(void(*arguments), **how)(function)  # is said here
+        except Exception:
+            # A cache without a folder (RuntimeError), without room or rights (OSError), or with a
+            # broken file, whose unpickling raises anything. An error of the code itself comes again.
+            return njit(void(*arguments), **how)(function)
 
     return compile_now
 

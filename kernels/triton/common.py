@@ -188,5 +188,7 @@ def takes(device: torch.device) -> bool:
         return True
     try:
         return device.type == driver.active.get_active_torch_device().type
-    except Exception:  # there is no driver, or it cannot start
+    except Exception:
+        # There is no driver (RuntimeError), or it cannot start, for which each vendor's raises what
+        # it likes: a C compiler's CalledProcessError, a library's OSError, an AssertionError.
         return False
