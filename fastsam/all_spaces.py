@@ -30,20 +30,22 @@ def climb(layout: Layout, passes: Sequence[Pass]) -> list[Climb]:
 
 
 def norm(backend: ModuleType, passes: Sequence[Pass]) -> None:
+    """Leave each space's parts of ||T d||^2 in its `partials`, over all its shards."""
     for p in passes:
         backend.norm(p)
         p.space.sum_over_shards(p.space.partials)
 
 
 def global_sums(passes: Sequence[Pass], space: Space) -> Tensor:
-    """The partial sums of every space, where and as one of them has its own: the norm is global."""
+    """The partial sums of every space, side by side, (2, k), on the device and in the dtype of this
+    one: the norm is global."""
     if len(passes) == 1:
         return space.partials
     return torch.cat([to(p.space.partials, space) for p in passes], 1)
 
 
 def dots(backend: ModuleType, passes: Sequence[Pass]) -> Tensor:
-    """<g, m>, <g, g> and <m, m> over all parameters."""
+    """<g, m>, <g, g> and <m, m> over all parameters, shape (3,) (see `reference.dots`)."""
     for p in passes:
         backend.dots(p)
     first = passes[0].space
@@ -52,7 +54,8 @@ def dots(backend: ModuleType, passes: Sequence[Pass]) -> Tensor:
 
 
 def projected(layout: Layout, passes: Sequence[Pass]) -> Sequence[Pass]:
-    """The passes with sigma multiplied with the projection's share, a function of g and m."""
+    """The passes with sigma multiplied by `reference.projection`, where the projection is no
+    constant."""
     kind = layout.traits.projection
     if kind is None:
         return passes
@@ -78,11 +81,11 @@ def step(layout: Layout, passes: Sequence[Pass], climbs: Sequence[Climb | None],
         found_inf = bad if found_inf is None else bad + found_inf.to(bad)
     along_v = perturbed and leaves_norm(layout)
     layout.keep_norm(None)
-    for i, (p, moved) in enumerate(zip(passes, climbs, strict=True)):
+    for i, (p, climb) in enumerate(zip(passes, climbs, strict=True)):
         layout.set_cell(i, "found_inf", found_inf, 0)
-        layout.backend.step(p._replace(along_v=True) if along_v else p, moved)
+        layout.backend.step(p._replace(along_v=True) if along_v else p, climb)
     if along_v:
-        layout.keep_norm([moved.moved for moved in climbs if moved])
+        layout.keep_norm([climb.moved for climb in climbs if climb])
 
 
 def leaves_norm(layout: Layout) -> bool:
@@ -100,19 +103,19 @@ def mix_of(mode: str | None, perturbed: bool) -> str | None:
 
 def mixed(layout: Layout, passes: Sequence[Pass], climbs: Sequence[Climb | None], mix: str,
           ) -> tuple[list[Pass], Tensor]:
-    """The passes as the base is to step with them; and 0, or NaN where a sum over all gradients,
-    with which one bad one would spread to all weights, is not finite."""
+    """The passes as the base is to step with them; and what makes that step a skip: 0, or NaN where
+    c is not finite, through which one bad gradient would spread to all weights."""
     passes = [p._replace(mix=mix) for p in passes]
     c = share(dots(layout.backend, [
         layout.part(i, p, climb.moved if climb else layout.values.perturb[i])
         for i, (p, climb) in enumerate(zip(passes, climbs, strict=True))]), mix)
     for p in passes:
         p.space.cells.share.copy_(to(c, p.space))
-    return passes, c - c
+    return passes, c - c  # NaN for inf and NaN
 
 
 def to(t: Tensor, space: Space) -> Tensor:
-    """A device value where and as a space has its own."""
+    """A device value on a space's device, in the dtype of its arithmetic."""
     return t.to(space.kind.device, space.kind.acc, non_blocking=True)
 
 
@@ -145,6 +148,7 @@ def announce(changed: Collection[Tensor]) -> None:
 
 
 def moved(climbs: Sequence[Climb]) -> list[Tensor]:
+    """The weights that climbed."""
     return [local(slot.param) for climb in climbs
             for slot, moved in zip(climb.space.slots, climb.moved, strict=True) if moved]
 

@@ -71,12 +71,12 @@ def read(phase: Phase, traits: Traits, groups: Sequence[Group], state: State, fi
     while len(passes) < len(layout.spaces):
         i = len(passes)
         p = layout.read(i, first, layout.tables[i])
-        if p is None:
+        if p is None:  # begin again, with a new layout
             layout, passes = lay_out(phase, traits, groups, state), []
             continue
         passes.append(p if inverse is None else p._replace(
             inv_scale=inverse.to(p.space.kind.device, p.space.kind.acc)))
-    if not (first and traits.along_v):
+    if not (first and traits.along_v):  # whose inv_scale1 is -1 for good
         for i, p in enumerate(passes):
             layout.set_cell(i, "inv_scale1" if first else "inv_scale2", p.inv_scale, 1)
     return passes

@@ -82,7 +82,7 @@ def hyper_row(group: dict[str, Any], mode: str | None, base: str | None) -> Hype
     """One group's row: only what this optimizer and its fused base use.
 
     Args:
-        mode: `Space.mode`.
+        mode: as `Kind.mode`.
         base: "sgd", "adam", or None for a base that takes its own step.
     """
     g = group if base else {}

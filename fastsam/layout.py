@@ -28,7 +28,7 @@ BASE_KEYS = {None: (),
                      "differentiable"),
              "adam": ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize",
                       "differentiable", "decoupled_weight_decay")}
-NUMBERS = (int, float, bool, str, type(None))
+CONSTANTS = (int, float, bool, str, type(None))
 
 
 class Traits(NamedTuple):
@@ -80,8 +80,14 @@ class Values(NamedTuple):
 
 
 class Last(NamedTuple):
-    """A pass that was read, without its gradients, and what it was read from; w: the column of
-    weights' addresses then, the very list."""
+    """A pass that was read, and what it was read from: while that is as it was, so is the pass.
+
+    Attributes:
+        memory: where parameters and gradients lay.
+        values, tables: the very objects.
+        w: the column of the weights' addresses, the very list.
+        read: the pass, without its gradients.
+    """
 
     memory: Memory
     values: Values
@@ -129,15 +135,15 @@ class Layout:
         self.tables = [Tables(space) for space in self.spaces]
         if traits.along_v:
             for space in self.spaces:
-                space.cells.inv_scale1.fill_(-1)
+                space.cells.inv_scale1.fill_(-1)  # a first pass reads v: this makes it -v
         self.values: Values = cast(Values, None)  # until they are read
-        self._brought: list[list | None] = [None] * len(self.spaces)
+        self._brought: list[list | None] = [None] * len(self.spaces)  # see Space.bring_hyper
         self._set = set[tuple[int, str]]()  # cells that are not at their neutral value
-        self._last: dict[tuple[int, bool], Last] = {}
-        self._state: tuple = (None, [])
+        self._last: dict[tuple[int, bool], Last] = {}  # by space, and whether a first pass
+        self._state: tuple = (None, [])  # the state, and all keys and values in it, as last shown
         self.containers: tuple = (groups, None)  # of groups and state, as they were last seen
         self._normed: list | None = None  # the v and the slots whose norm is in the partials
-        self._buffers = [
+        self._buffers = [  # the views that are in the state, and where in which buffer each begins
             (view, flat, slot.offset) for space in self.spaces for slot in space.slots
             for view, flat in ((slot.m, space.m), (slot.v, space.v), (slot.u, space.u),
                                (slot.saved, space.saved if space.kind.masters else None))
@@ -163,7 +169,8 @@ class Layout:
         """Bring the groups' current values (a scheduler may have changed them) to the device.
 
         Returns:
-            Whether this layout has room for them: False where there is a first momentum.
+            Whether this layout has room for them: False where a group of an SGD that had no
+            momentum, and so no v, has one now. Nothing is brought then.
 
         Raises:
             ValueError: a value that is refused; nothing has changed then.
@@ -173,14 +180,14 @@ class Layout:
         same = old is not None and len(seen) == len(old.seen) and all(map(is_, seen, old.seen))
         if same and not old.volatile:
             return True
-        self._look_at(groups)
+        check_groups(groups, self.traits.own, self.traits.base, self.traits.along_v)
         if self.traits.base == "sgd" and self.spaces[0].kind.base == "sgd" and any(
                 group["momentum"] for group in groups):
             return False
         values = self._read_values(groups, seen)
         self._bring(values.rows)
-        if same and values.numbers() == old.numbers():  # tensors are read from the table
-            return True
+        if same and values.numbers() == old.numbers():
+            return True  # at most tensors changed, in place: what was read (`Last`) stays true
         self.values = values
         for i, space in enumerate(self.spaces):
             if old is None or self.values.ab[i] != old.ab[i]:
@@ -188,14 +195,12 @@ class Layout:
         return True
 
     def _seen(self, groups: Sequence[Group]) -> list[Any]:
+        """The values of every group's keys. ValueError: a group lacks one."""
         try:
             return [*chain.from_iterable(map(self.keys, groups))]
         except KeyError as error:
             raise ValueError(f"a parameter group lacks {error}: add groups with "
                              "add_param_group, which fills the defaults in") from None
-
-    def _look_at(self, groups: Sequence[Group]) -> None:
-        check_groups(groups, self.traits.own, self.traits.base, self.traits.along_v)
 
     def _read_values(self, groups: Sequence[Group], seen: list) -> Values:
         traits = self.traits
@@ -203,7 +208,7 @@ class Layout:
         ab = [[scaling_of(own[s.group], traits.scales_with, s.name, len(s.shape))
                for s in space.slots] for space in self.spaces]
         return Values(
-            seen, any(type(x) not in NUMBERS and not is_constant(x) for x in seen),
+            seen, not all(map(is_constant, seen)),
             [hyper_row(group, traits.mode, traits.base) for group in groups],
             [[bool(groups[s.group]["perturb"]) for s in space.slots] for space in self.spaces],
             ab, [traits.scales_with if any(a for a, _ in pairs) else None for pairs in ab])
@@ -293,15 +298,17 @@ class Layout:
         for space in self.spaces:
             space.cells.norm.copy_(was.cells.norm)
             space.cells.ok.copy_(was.cells.ok)
-        was_at = {id(slot.param): slot for climb in climbs
-                 for slot, moved in zip(climb.space.slots, climb.moved, strict=True) if moved}
+        climbed = {id(slot.param): slot for climb in climbs
+                   for slot, moved in zip(climb.space.slots, climb.moved, strict=True) if moved}
         for space in self.spaces:
             for slot in space.slots:
-                if id(slot.param) in was_at:
-                    slot.saved.copy_(was_at[id(slot.param)].saved)
+                old_slot = climbed.get(id(slot.param))
+                if old_slot is not None:
+                    slot.saved.copy_(old_slot.saved)
                     if slot.kept is not None:
-                        slot.kept.copy_(was_at[id(slot.param)].kept)
-        moved = [[id(slot.param) in was_at for slot in space.slots] for space in self.spaces]
+                        slot.kept.copy_(old_slot.kept)
+        moved = [[id(slot.param) in climbed for slot in space.slots] for space in self.spaces]
+        # their gradients are gone: any address tells that they climbed (see Climb.table)
         return [Climb(space, m, tables.bring("g1", [NOWHERE * x for x in m])) for space, m, tables
                 in zip(self.spaces, moved, self.tables, strict=True)] if climbs else []
 
@@ -330,14 +337,16 @@ class Layout:
     # ---- the memory
 
     def read(self, i: int, first: bool, tables: Tables) -> Pass | None:
-        """What a pass reads of space i.
+        """What a pass reads of space i. Where all but the gradients' addresses is as it was at the
+        last such pass, that one is used again; else memory and gradients are looked at closely.
 
         Args:
             first: it is a first pass, in which groups with perturb=False take no part.
             tables: where the addresses go.
 
         Returns:
-            None where a parameter's memory is laid out in another order: make a new layout.
+            The pass; None where a parameter's memory is laid out in another order: make a new
+            layout.
 
         Raises:
             ValueError: a gradient that is refused, or parameters that share memory.
@@ -368,17 +377,17 @@ class Layout:
             places = table_of(w)
             if tables.held("w") != places or not space.dense:
                 refuse_shared(self.params)
-            read = grads if along_v else out_of(
+            usable = grads if along_v else out_of(
                 self.params, [None if g is None else readable(slot, g)
                               for slot, g in zip(space.slots, grads, strict=True)])
-            read, dtype = in_one_dtype(read, space.kind.acc)
+            usable, dtype = in_one_dtype(usable, space.kind.acc)
         self._last.pop((i, first), None)
-        taken = only(takes_part, read)
+        taken = only(takes_part, usable)
         p = Pass(space, w, taken, dtype, values.rows, values.scaling[i], values.ab[i],
                  space.cells.inv_scale1 if along_v else None,
                  tables.bring("w", places), tables.bring(column, table_of(taken)),
                  along_v=along_v)
-        if self._plain[i] and all(map(is_, read, grads)):
+        if self._plain[i] and all(map(is_, usable, grads)):
             self._last[i, first] = Last(Memory(space.params, grads), values, tables,
                                         tables.held("w"), p._replace(g=[]))
         return p
@@ -397,5 +406,5 @@ def version(t: Tensor | None) -> object:
 
 
 def is_constant(x: Any) -> bool:
-    """Whether x is a pair of numbers that cannot change in place, as Adam's betas."""
-    return type(x) is tuple and all(type(y) in NUMBERS for y in x)
+    """Whether x cannot change in place: a number, say, or a pair of them, as Adam's betas."""
+    return type(x) in CONSTANTS or type(x) is tuple and all(type(y) in CONSTANTS for y in x)

@@ -72,7 +72,7 @@ class SAM(Optimizer):
     """
 
     _step_supports_amp_scaling = True
-    climbs_first = False  # before the forward pass, without a gradient
+    climbs_first = False  # whether it climbs before the forward pass, without a gradient
     base_optimizer: Optimizer
 
     def __init__(self, params: Iterable[Any], base_optimizer: type[Optimizer], rho: float = 0.05,
@@ -155,6 +155,7 @@ class SAM(Optimizer):
             raise
 
     def _check(self, groups: Sequence[dict[str, Any]]) -> None:
+        """Refuse groups with a value that this class or its base cannot take."""
         check_groups(groups, self._traits.own, self._traits.base, self._traits.along_v)
 
     # ---- what others may have changed
@@ -276,11 +277,11 @@ class SAM(Optimizer):
                        ) -> Loss:
         loss = self._call(ascent_closure)
         self.first_step(zero_grad=True)
-        self._call_and_return(closure)
+        self._second_pass(closure)
         return loss
 
-    def _call_and_return(self, closure: Callable[[], Loss]) -> Loss:
-        """The second pass and its step; back at w if it fails."""
+    def _second_pass(self, closure: Callable[[], Loss]) -> Loss:
+        """The pass at w + e and the step after it; back at w if either fails."""
         try:
             loss = self._call(closure)
             self._base_step()
@@ -297,7 +298,7 @@ class SAM(Optimizer):
                                 "function that computes the loss and calls backward")
 
     def _call(self, closure: Callable[[], Loss]) -> Loss:
-        """Call a closure with cleared gradients."""
+        """Call a closure with cleared gradients; say so where it leaves none."""
         with torch.enable_grad():
             self.zero_grad()
             loss = closure()
@@ -411,6 +412,7 @@ class SAM(Optimizer):
             self._phase.give_up()
 
     def _go_back(self) -> None:
+        """Bring moved weights back to w."""
         climbs = self._phase.climbs
         if self._phase.perturbed:
             self._phase.leave()

@@ -1,8 +1,9 @@
 """A step's values: what a pass reads, and what a climb leaves for the return.
 
-    pass = read(groups, gradients);  climb = backend.climb(pass, sums);  backend.step(pass, climb)
+    first = read(groups, gradients);   climb = backend.climb(first, sums)
+    second = read(groups, gradients);  backend.step(second, climb)
 
-Neither changes once it is made.
+Neither a `Pass` nor a `Climb` changes once it is made.
 """
 
 from collections.abc import Sequence
@@ -20,10 +21,10 @@ class Pass(NamedTuple):
 
     Attributes:
         space: its layout and buffers.
-        w: each slot's memory.
+        w: each slot's weights, where their owner has them.
         g: each slot's gradient, laid out like w; None: the slot takes no part. A first pass's
             are read for the climb, a second's for the base optimizer.
-        g_dtype: the dtype of all gradients that there are.
+        g_dtype: the one dtype of these gradients.
         rows: each group's hyper-parameters, as in `space.hyper`; after a projection sigma is a
             tensor.
         scaling: T of the space: None (1 everywhere), "weights" (a |w| + b) or "gradient"
@@ -35,8 +36,9 @@ class Pass(NamedTuple):
             m, alpha and the control cell `share`, c:
             None: g. "gsam": g - alpha (kept - c g), where the slot climbed.
             "renew": g, and m becomes g - c kept, where the slot climbed. "reuse": g + alpha c m.
-        along_v: the climb is along -v. A first pass's g are the v; a second leaves ||v||^2, over
-            what climbed, in `space.partials`, as `norm` would for the climb to come, bit for bit.
+        along_v: the climb is along -v. A first pass has the v for g, and -1 for inv_scale; a
+            second leaves ||v||^2, over what climbed, in `space.partials`, as `norm` would for the
+            climb to come, bit for bit.
     """
 
     space: Space

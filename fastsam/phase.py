@@ -22,22 +22,24 @@ class PhaseError(RuntimeError):
 
 @dataclass(eq=False)
 class Phase:
-    """Where in a step an optimizer is, and the layout it works with. The one object of an
-    optimizer that changes: wrappers such as Lightning's share an optimizer's attributes by copying
-    them.
+    """Where in a step an optimizer is, and the layout it works with. What changes in a step hangs
+    on this one object, which stays: wrappers such as Lightning's share an optimizer's attributes
+    by copying them.
 
     Attributes:
         layout: of the parameters as they were last seen; None before there is one.
         climbs: one per space while the weights are moved, else empty.
         perturbed: whether the weights are moved.
         scaler, group: the GradScaler and the process group of the first pass, if any.
-        stash, stash_ok: what `stash_grad` has set aside, and whether its climbs were finite.
+        stash, stash_ok: what `stash_grad` has set aside, and whether its climbs were finite: 1 or
+            0, a 0-dim tensor.
         watch: of rounding.
         skipped: the skips that a copied or unpickled optimizer had before.
-        plain: how many steps went by without a climb that was due, before the first climb.
+        plain: how many steps went by without a climb that was due, before the first climb; None
+            after it.
         witness: a parameter, its first-pass gradient and that one's version, to notice that no
             second one came.
-        warned: what has been warned of.
+        warned: what has been warned of (see `warn`).
     """
 
     layout: Layout = cast(Layout, None)
@@ -56,6 +58,10 @@ class Phase:
     def need(self, perturbed: bool, call: str) -> None:
         """Refuse a call that does not fit.
 
+        Args:
+            perturbed: whether the call needs moved weights, or weights that are not.
+            call: its name.
+
         Raises:
             PhaseError: the weights are not moved, or are, or gradients are set aside.
         """
@@ -71,7 +77,7 @@ class Phase:
                          "to give the step up) first")
 
     def warn(self, what: str, message: str) -> None:
-        """Say something once."""
+        """Warn once of each `what`, in the line of the user's that called."""
         if what not in self.warned:
             self.warned.add(what)
             warnings.warn(message, stacklevel=frames_to_the_caller())

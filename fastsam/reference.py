@@ -9,6 +9,10 @@ projection constant sigma, averaging factor lmbda, scaling T. One step on a mini
                                                         FisherSAM: 1 / sqrt(1 + a g^2)
     w  = base(w, g(w'))                                 SGD, Adam or AdamW, at the saved w
 
+The papers: SAM (Foret et al. 2021), ASAM (Kwon et al. 2021), FisherSAM (Kim et al. 2022), GSAM
+(Zhuang et al. 2022), LookSAM (Liu et al. 2022), F-SAM (Li et al. 2024), Momentum-SAM (Becker et al.
+2024).
+
 Momentum-SAM climbs before its only pass, along -v, the base's momentum, in g(w)'s place. GSAM and
 LookSAM keep g(w), and the base gets, with c taken over all parameters,
 
@@ -31,7 +35,7 @@ from torch import Tensor
 
 from .hyper import FRIENDLY, KEEPING, WITH_M, Hyper
 from .passes import Climb, Pass
-from .space import GUARD, Kept, Slot
+from .space import GUARD, MaybeTensor, Slot, noise_share
 
 
 def ema(m: Tensor, g: Tensor, h: Hyper) -> Tensor:
@@ -55,8 +59,8 @@ def projection(dots: Tensor, kind: str) -> Tensor:
 
 def share(dots: Tensor, mix: str) -> Tensor:
     """c of `Pass.mix`, from (<g, x>, <g, g>, <x, x>), shape (3,), where x is the kept gradient or
-    m; 0 where what it is divided by is, not finite where g is not. An m that rounding has left of
-    parallel gradients would be a step in no direction: it is 0, too."""
+    m. c is 0 where its divisor is 0, and not finite where g is not. It is 0, too, for an m that is
+    what rounding left of parallel gradients: that would be a step in no direction."""
     gx, gg, xx = dots
     if mix == "reuse":
         return torch.where(is_noise(torch.stack([xx, gg])), 0 * gg, gg.sqrt() / xx.sqrt())
@@ -83,12 +87,12 @@ def is_noise(sums: Tensor) -> Tensor:
     """Whether d is what rounding leaves of a difference that is 0: ||T d|| is at most 64 unit
     roundoffs of ||T g||, from the squares of both. Scaled up to rho it would be a step in no
     direction."""
-    return sums[0] <= (32 * torch.finfo(sums.dtype).eps) ** 2 * sums[1]
+    return sums[0] <= noise_share(sums.dtype) * sums[1]
 
 
-def sgd(w: Tensor, g: Tensor, v: Kept, first: Any, h: Hyper) -> tuple[Tensor, Kept]:
-    """torch.optim.SGD's update: the new w and v. At the first step v becomes g, which needs to be
-    said only where there is dampening: before it v is 0."""
+def sgd(w: Tensor, g: Tensor, v: MaybeTensor, first: Any, h: Hyper) -> tuple[Tensor, MaybeTensor]:
+    """torch.optim.SGD's update: the new w and v. At the first step (`first`, a bool tensor) the new
+    v is g; without dampening the formula gives that by itself, from a v of 0."""
     if is_on(h.weight_decay):
         g = g + h.weight_decay * w
     if h.momentum != 0:
@@ -118,9 +122,9 @@ def is_on(x: float | Tensor) -> bool:
     return isinstance(x, Tensor) or x != 0
 
 
-def read(p: Pass, i: int) -> Tensor:
-    """A gradient in the precision of the arithmetic, with the loss scale (if any) divided out."""
-    g: Any = p.g[i]  # of a slot that takes part
+def gradient(p: Pass, i: int) -> Tensor:
+    """g in the precision of the arithmetic, with the loss scale (if any) divided out."""
+    g: Any = p.g[i]  # not None: the slot takes part
     g = g.to(p.space.kind.acc)
     return g if p.inv_scale is None else g * p.inv_scale
 
@@ -135,21 +139,22 @@ def weights(p: Pass, i: int) -> Tensor:
     return torch.where(master.to(p.w[i].dtype) == p.w[i], master, w)
 
 
-def members(p: Pass) -> Iterator[tuple[int, Slot, Hyper]]:
-    """The slots that have a gradient, with their numbers and their groups' hyper-parameters."""
+def taking_part(p: Pass) -> Iterator[tuple[int, Slot, Hyper]]:
+    """The slots that have a gradient in this pass, with their numbers and their groups'
+    hyper-parameters."""
     for i, slot in enumerate(p.space.slots):
         if p.g[i] is not None:
             yield i, slot, p.rows[slot.group]
 
 
-def ascent(p: Pass, i: int, slot: Slot, h: Hyper) -> tuple[Tensor, Tensor, Kept]:
+def ascent(p: Pass, i: int, slot: Slot, h: Hyper) -> tuple[Tensor, Tensor, MaybeTensor]:
     """g, d and the new m (None: m stays) of one slot, before T.
 
     Algorithm 1 updates m first and starts from m = 0; the official code projects with the m of
     the step before and starts from m = g. With a given full gradient m, d is the batch gradient's
     part along it ("full") or the rest ("noise").
     """
-    g, mode = read(p, i), p.space.kind.mode
+    g, mode = gradient(p, i), p.space.kind.mode
     if mode is None or mode in KEEPING:
         return g, g, None
     if mode == "algorithm1":
@@ -162,16 +167,17 @@ def ascent(p: Pass, i: int, slot: Slot, h: Hyper) -> tuple[Tensor, Tensor, Kept]
 
 
 def dots(p: Pass) -> None:
-    """space.dots = the parts of <g, m>, <g, g> and <m, m>, with the m that is projected with,
-    over the slots that climb. In a pass that is mixed with: with the kept gradient, or m."""
+    """space.dots = the parts of <g, m>, <g, g> and <m, m>, over the slots that take part. m is
+    that of the projection; in a second pass with a `mix`, the x of `share`."""
     p.space.dots.zero_()
-    for i, slot, h in members(p):
+    for i, slot, h in taking_part(p):
         g, _, new_m = ascent(p, i, slot, h)
-        m: Kept = new_m if p.space.kind.mode == "algorithm1" else other(p, slot)
+        m: MaybeTensor = new_m if p.space.kind.mode == "algorithm1" else other(p, slot)
         p.space.dots[:, 0] += torch.stack([(x * y).sum() for x, y in ((g, m), (g, g), (m, m))])
 
 
-def other(p: Pass, slot: Slot) -> Kept:
+def other(p: Pass, slot: Slot) -> MaybeTensor:
+    """The x of `share` and `mixed`: the kept gradient, or m."""
     return slot.kept if p.mix in ("gsam", "renew") else slot.m
 
 
@@ -179,7 +185,7 @@ def norm(p: Pass) -> None:
     """space.partials = the parts of ||T d||^2 and, where d is made with m, of ||T g||^2, over
     the slots that climb."""
     p.space.partials.zero_()
-    for i, slot, h in members(p):
+    for i, slot, h in taking_part(p):
         g, d, _ = ascent(p, i, slot, h)
         T = scaling(weights(p, i), g, *p.ab[i], p.scaling)
         p.space.partials[0, 0] += (T * d).square().sum()
@@ -192,8 +198,8 @@ def climb(p: Pass, sums: Tensor) -> Climb:
 
     A zero norm, or a d that is rounding noise beside g, moves nothing. A norm that is not finite
     moves nothing, leaves m as it was and clears the cell `ok`, which makes the next `step` a
-    counted skip. `space.radii` gets the parts of the squared radii: as stored, and as wanted,
-    where rounding to 16 bits can part them.
+    counted skip. The norm goes into the cell `norm`, and the parts of the squared radii into
+    `space.radii`: as stored, and as wanted, where rounding to 16 bits can part them.
 
     Args:
         sums: (2, k), what `norm` left of every space of the optimizer, so the norm is global.
@@ -204,13 +210,13 @@ def climb(p: Pass, sums: Tensor) -> Climb:
     ok = total.isfinite()
     moves = ok & ~is_noise(sums) if kind.mode in WITH_M else ok
     p.space.radii.zero_()
-    for i, slot, _ in members(p):
+    for i, slot, _ in taking_part(p):
         slot.saved.copy_(weights(p, i))
     try:
-        for i, slot, h in members(p):
+        for i, slot, h in taking_part(p):
             p.space.radii[:, 0] += move(p, i, slot, h, total, moves, ok)
     except BaseException:
-        for i, slot, _ in members(p):
+        for i, slot, _ in taking_part(p):
             p.w[i].copy_(slot.saved)
         raise
     cells.norm.copy_(total)
@@ -220,7 +226,8 @@ def climb(p: Pass, sums: Tensor) -> Climb:
 
 def move(p: Pass, i: int, slot: Slot, h: Hyper, total: Tensor, moves: Tensor, ok: Tensor,
          ) -> Tensor:
-    """One slot's part of `climb`, after w is saved. Returns its squared radii."""
+    """One slot's part of `climb`, after w is saved. Returns its squared radii, as stored and as
+    wanted, shape (2,)."""
     kind, w = p.space.kind, slot.saved.to(p.space.kind.acc)
     g, d, m = ascent(p, i, slot, h)
     T = scaling(w, g, *p.ab[i], p.scaling)
@@ -241,7 +248,11 @@ def step(p: Pass, climb: Climb | None) -> None:
     second-pass gradient.
 
     A slot with no second-pass gradient only returns. After a climb that was not ok, or with the
-    cell `found_inf` set, every slot only returns, and the skip is counted.
+    cell `found_inf` set, every slot only returns, and the skip is counted. With `along_v`,
+    ||v||^2 is left for the next climb.
+
+    Args:
+        climb: what `climb` returned; None: a plain step, from w itself.
     """
     kind, cells = p.space.kind, p.space.cells
     ok = cells.found_inf == 0
@@ -266,7 +277,7 @@ def step(p: Pass, climb: Climb | None) -> None:
 
 def update(p: Pass, i: int, slot: Slot, old: Tensor, ok: Tensor, mix: str | None) -> Tensor:
     """The new w of one slot, from the old one; stores v and u, and m. The old w where not ok."""
-    h, g = p.rows[slot.group], read(p, i)
+    h, g = p.rows[slot.group], gradient(p, i)
     if mix is not None:
         c = p.space.cells.share
         if mix == "renew":

@@ -1,10 +1,11 @@
 """The flat parameter space: where fastsam's own buffers lie, and the tables that kernels read.
 
 All parameters of one device, dtype and sharding make one `Space`. Each has a `Slot`, which starts
-at a multiple of PAD elements of flat buffers: the saved weights, the moving average m and the base
-optimizer's v and u. Weights and gradients stay where their owners have them, and are reached
-through columns of addresses (`Tables`). Spaces and slots do not change: what moves a parameter to
-another place makes new ones, and the state follows (`fastsam.state_dict.adopt`).
+at a multiple of PAD elements of flat buffers: the saved weights, the moving average m, the base
+optimizer's v and u, and the gradient that GSAM and LookSAM keep. Weights and gradients stay where
+their owners have them, and are reached through columns of addresses (`Tables`). Spaces and slots do
+not change: what moves a parameter to another place makes new ones, and the state follows
+(`fastsam.state_dict.adopt`).
 """
 
 from collections.abc import Sequence
@@ -24,12 +25,19 @@ PARTIALS = 1024  # room for the partial sums of one norm
 NOWHERE = 16  # stands for the address of a tensor without elements
 GUARD = 1e-12  # keeps rho / norm finite at norm 0, as in the public SAM classes
 
-# ||T d|| and whether it was finite; 1 / the loss scale of either pass; GradScaler's overflow;
-# the share c of `Pass.mix`
+# ||T d|| and whether it was finite (1 or 0); 1 / the loss scale of either pass; GradScaler's
+# overflow; the share c of `Pass.mix`
 CONTROL = ("norm", "ok", "inv_scale1", "inv_scale2", "found_inf", "share")
+# steps that were skipped; how many programs of a Triton kernel have come to its end
 COUNTERS = ("skipped", "climb_ticket", "step_ticket")
 
-Kept = Any  # a Tensor, or None where `Kind` keeps none: who reads it knows the kind
+MaybeTensor = Any  # a Tensor, or None where `Kind` keeps none: who reads it knows the kind
+
+
+def noise_share(dtype: torch.dtype) -> float:
+    """The most that ||T d||^2 / ||T g||^2 is where d is only what rounding leaves of a difference
+    that is 0: (64 unit roundoffs)^2."""
+    return (32 * torch.finfo(dtype).eps) ** 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,12 +68,12 @@ class Slot:
     dtype: torch.dtype
     dense: bool
     saved: Tensor
-    m: Kept
-    v: Kept
-    u: Kept
+    m: MaybeTensor
+    v: MaybeTensor
+    u: MaybeTensor
     m_steps: Tensor
     v_steps: Tensor
-    kept: Kept
+    kept: MaybeTensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,14 +113,15 @@ class Space:
         m, v, u: (size,) or None.
         steps: (2, slots) int32, the slots' m_steps and v_steps.
         partials: (2, PARTIALS), parts of ||T d||^2 and, where d is made with m, of ||T g||^2.
-        dots: (3, PARTIALS), parts of <g, m>, <g, g>, <m, m>, where there is a projection.
+        dots: (3, PARTIALS), parts of <g, m>, <g, g>, <m, m>, for a projection or a `Pass.mix`
+            (of which some have the kept gradient in m's place).
         radii: (2, PARTIALS), parts of the climb's squared length: as stored, and as wanted.
         control: (6,), the cells of CONTROL.
         counters: (3,) int32, the cells of COUNTERS.
         hyper: (groups, COLUMNS), the hyper-parameters.
         scalings: (slots, 2), a and b of each slot's T.
         layout: (slots, 3) int64, each slot's offset, numel and group.
-        kept: (size,) or None.
+        kept: (size,) or None, the first pass's gradient.
     Elements between the slots belong to nobody and are neither read nor written.
     """
 
@@ -120,9 +129,9 @@ class Space:
     slots: tuple[Slot, ...]
     size: int
     saved: Tensor
-    m: Kept
-    v: Kept
-    u: Kept
+    m: MaybeTensor
+    v: MaybeTensor
+    u: MaybeTensor
     steps: Tensor
     partials: Tensor
     dots: Tensor
@@ -132,7 +141,7 @@ class Space:
     hyper: Tensor
     scalings: Tensor
     layout: Tensor
-    kept: Kept
+    kept: MaybeTensor
     _blocks: dict[int, Tensor] = field(default_factory=dict)
 
     @staticmethod
@@ -169,7 +178,7 @@ class Space:
             if kind.masters:
                 own["saved"].copy_(w)
         control = zeros(len(CONTROL))
-        control[CONTROL.index("ok"):CONTROL.index("found_inf")] = 1
+        control[CONTROL.index("ok"):CONTROL.index("found_inf")] = 1  # ok, and no loss scale
         layout = torch.tensor([[s.offset, s.numel, s.group] for s in slots], dtype=torch.int64,
                               device="cpu").to(kind.device)
         return Space(kind, tuple(slots), size, saved, m, v, u, steps, zeros(2, PARTIALS),
@@ -272,6 +281,7 @@ class Tables:
 
 
 def upload(values: list, target: Tensor) -> None:
+    """target = values, without waiting for the device."""
     if target.device.type == "cpu":
         target.numpy()[...] = values
         return
@@ -285,7 +295,7 @@ def local(t: Tensor) -> Tensor:
     return t.to_local() if hasattr(t, "to_local") else t
 
 
-def view(flat: Kept, w: Tensor, offset: int) -> Kept:
+def view(flat: MaybeTensor, w: Tensor, offset: int) -> MaybeTensor:
     """The part of a flat buffer that belongs to w, in the order of w's memory."""
     if flat is None:
         return None

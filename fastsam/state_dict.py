@@ -22,8 +22,9 @@ from .space import Slot, Space, local
 
 State = dict[str, Any]  # of one parameter
 M = ("ema", "full_gradient", "g_v")  # m's names: each is another thing
-OWN = (*M, "ema_steps")  # SAM's own names; beside a base that is not fused
-FOREIGN = "sam_"  # they begin with this, since such a base may use any name
+OWN = (*M, "ema_steps")  # SAM's own names
+FOREIGN = "sam_"  # begins them beside a base that is not fused, which may use any name itself
+# averages and momenta, and the counts of their updates
 COUNTED = (("ema", "ema_steps"), ("sam_ema", "sam_ema_steps"),
            ("momentum_buffer", "momentum_steps"))
 ADAMS = ("step", "exp_avg", "exp_avg_sq")
@@ -31,8 +32,8 @@ PUBLISHED = ("old_p", "momentum")  # what the public SAM and F-SAM classes save,
 
 
 def shown(space: Space, slot: Slot) -> dict[str, Tensor]:
-    """The slot's own tensors under the names that torch's optimizers use: m, v, u, the float32
-    master, and how often each was updated."""
+    """The slot's own tensors as `optimizer.state` has them: v and u under the names that torch's
+    optimizers use, m, the float32 master, and how often m and v were updated."""
     kind, state = space.kind, dict[str, Tensor]()
     prefix = "" if kind.base else FOREIGN
     if slot.m is not None:
@@ -233,12 +234,12 @@ class Shown:
         self.places = {slot.param: (space, slot) for space in spaces for slot in space.slots}
         self.tensors = {p: shown(*place) for p, place in self.places.items()}
         self.fused = all(space.kind.base for space in spaces)
-        self.visible = set[Tensor]()  # those that are there; a base that is not fused comes first
+        self.visible = set[Tensor]()  # the parameters whose tensors are in the state (see `put`)
 
     def put(self, state: dict[Tensor, State], stepped: Collection[Tensor] = ()) -> None:
-        """Show every slot's tensors. A base that is not fused sets a parameter's state up at a
-        step where it finds none, so beside its they are shown only where it has done so, or has
-        just `stepped` without any need of one."""
+        """Put every slot's tensors into the state. A base that is not fused takes a parameter's
+        state for set up where there is any, so beside such a base they wait until it has set its
+        own up, or has `stepped` that parameter without one."""
         for p, tensors in self.tensors.items():
             if self.fused or state.get(p) or p in stepped:
                 state.setdefault(p, {}).update(tensors)
@@ -256,11 +257,12 @@ class Shown:
 
 
 def is_shown(tensors: dict[str, Tensor], entry: object) -> bool:
+    """Whether a parameter's state has these very tensors."""
     return isinstance(entry, dict) and all(entry.get(name) is t for name, t in tensors.items())
 
 
 def merged(state: dict[Tensor, State], hidden: dict[Tensor, State]) -> dict[Tensor, State]:
-    """The state with what is not shown there."""
+    """The state with what is `hidden`, too; where both have something, the state's."""
     return {**state, **{p: {**own, **(state.get(p) or {})} for p, own in hidden.items()}}
 
 
@@ -293,11 +295,13 @@ def without_stale_counts(entry: State, own: dict[str, Tensor]) -> State:
 
 
 def buffers(space: Space) -> list[Tensor]:
+    """The flat buffers of which parts are in the state."""
     return [t for t in (space.saved, space.m, space.v, space.u, space.steps) if t is not None]
 
 
 def apart(entry: State, flats: set[int]) -> State:
-    """The same state, with copies of what lies in these buffers: two may have changed places."""
+    """The same state, with copies of what lies in these buffers, which loading writes: two entries
+    may have changed places."""
     return {name: x.clone() if isinstance(x, Tensor) and not is_sharded(x)
             and x.untyped_storage().data_ptr() in flats else x for name, x in entry.items()}
 

@@ -177,7 +177,7 @@ class MomentumSAM(SAM):
 
     def _climbing_step(self, closure: Callable, ascent_closure: Callable) -> Any:
         self.first_step()
-        return self._call_and_return(closure)
+        return self._second_pass(closure)
 
     def local_first_pass(self, model: Any) -> NoReturn:
         """Momentum-SAM has no first pass. Raises PhaseError."""
