@@ -7,7 +7,7 @@ from functools import lru_cache
 import numpy as np
 from numba import boolean, float64, int64
 
-from fastsam.hyper import KEEPING, WITH_M
+from fastsam.hyper import FRIENDLY, KEEPING, WITH_M
 from fastsam.space import GUARD
 
 from .memory import (
@@ -22,21 +22,21 @@ from .memory import (
     take,
     total,
 )
-from .tables import BLOCK, INV_SCALE1, LMBDA, RHO, SHARE, SIGMA, compiled, tables
+from .tables import BLOCK, EMA_SHARE, INV_SCALE1, LMBDA, RHO, SIGMA, compiled, tables
 
 
 @lru_cache
 def climb_loop(mode: str | None, scaling: str | None, masters: bool, dtype: str, g_dtype: str,
           ) -> Callable:
     """w -> w + e with w saved and m updated, e = rho / (norm + GUARD) T^2 d, or 0 unless `moves`.
-    Where the gradient is kept, m is where. sums[0, b], sums[1, b] = the squared length of e in
-    block b, as stored, and as wanted (where rounding to 16 bits can part them)."""
+    Where the mode keeps the gradient, `m` is the buffer for it. sums[0, b], sums[1, b] = the
+    squared length of e in block b, as stored, and as wanted (where rounding to 16 bits can part
+    them)."""
     W, G, A = dtype, g_dtype, accumulates_in(dtype)
     S = A if masters else W
     size, w_size, g_size, s_size = SIZES[A], SIZES[W], SIZES[G], SIZES[S]
-    has_m, new, along = mode in WITH_M, mode == "algorithm1", mode == "full"
-    averages, official = mode in ("algorithm1", "official"), mode == "official"
-    keeps = mode in KEEPING
+    has_m, keeps, averages = mode in WITH_M, mode in KEEPING, mode in FRIENDLY
+    algorithm1, official, full = (mode == x for x in ("algorithm1", "official", "full"))
     by_w, by_g = scaling == "weights", scaling == "gradient"
     rounds = W in ("bf16", "f16")
     one, zero, guard = (np.dtype(A).type(x) for x in (1, 0, GUARD))
@@ -57,7 +57,7 @@ def climb_loop(mode: str | None, scaling: str | None, masters: bool, dtype: str,
                 continue
             offset, end, group = layout[slot, 0], layout[slot, 1], layout[slot, 2]
             a, b, sigma = scalings[slot, 0], scalings[slot, 1], hyper[group, SIGMA]
-            lmbda, share = hyper[group, LMBDA], hyper[group, SHARE]
+            lmbda, ema_share = hyper[group, LMBDA], hyper[group, EMA_SHARE]
             scale = one / (norm + guard) * hyper[group, RHO] if moves else zero
             begins = m_steps[slot] == 0
             for start in range(first, min(end, first + BLOCK), CHUNK):
@@ -76,10 +76,10 @@ def climb_loop(mode: str | None, scaling: str | None, masters: bool, dtype: str,
                         store(m_at, i, g, "m", A)
                     if has_m:
                         mean = load(m_at, i, "m", A)
-                        average = lmbda * mean + share * g
-                        if new:
+                        average = lmbda * mean + ema_share * g
+                        if algorithm1:
                             mean = average
-                        d = sigma * mean if along else g - sigma * mean
+                        d = sigma * mean if full else g - sigma * mean
                         if averages:
                             if official:
                                 average = g if begins else average

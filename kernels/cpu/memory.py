@@ -15,6 +15,7 @@ LANES = 16  # partial sums, so that adding up in a fixed order is done in vector
 # may be done in vectors without a look at where they are.
 STREAMS = ("w", "g", "old", "saved", "m", "v", "u", "kept", "x", "y", "z")
 
+# a stored number in LLVM's words, and one of the arithmetic in numba's
 TYPES = {"f4": ir.FloatType(), "f8": ir.DoubleType(), "bf16": ir.IntType(16),
          "f16": ir.IntType(16)}
 NUMBERS = {"f4": float32, "f8": float64}
@@ -97,6 +98,8 @@ def load(context, address, i, stream, dtype):
 
 @intrinsic(prefer_literal=True)
 def store(context, address, i, value, stream, dtype):
+    """Element i of the stream at this address = value, rounded. Returns i, as it has to return
+    something."""
     kind = dtype.literal_value
 
     def generate(_, builder, signature, args):

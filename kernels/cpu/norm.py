@@ -10,16 +10,16 @@ from numba import float64, int64, njit
 from fastsam.hyper import KEEPING, WITH_M
 
 from .memory import CHUNK, SIZES, accumulates_in, load, rounded, scratch, store, take, total
-from .tables import BLOCK, INV_SCALE1, INV_SCALE2, LMBDA, SHARE, SIGMA, compiled, tables
+from .tables import BLOCK, EMA_SHARE, INV_SCALE1, INV_SCALE2, LMBDA, SIGMA, compiled, tables
 
 
 @lru_cache
 def dots_loop(mode: str, dtype: str, g_dtype: str) -> Callable:
-    """sums[:, b] = <g, m>, <g, g> and <m, m> of block b, with the m that is projected with. Of a
-    second pass, where the mode has one."""
+    """sums[:, b] = <g, m>, <g, g> and <m, m> of block b. m is that of the projection; where the
+    mode keeps a gradient, this is of a second pass, and `m` the x of fastsam.reference.share."""
     G, A = g_dtype, accumulates_in(dtype)
     size, g_size = SIZES[A], SIZES[G]
-    new = mode == "algorithm1"
+    algorithm1 = mode == "algorithm1"
     cell = INV_SCALE2 if mode in KEEPING else INV_SCALE1
 
     @compiled(*tables(dtype), int64, float64[:, ::1])
@@ -35,14 +35,14 @@ def dots_loop(mode: str, dtype: str, g_dtype: str) -> Callable:
             if g_table[slot] == 0:
                 continue
             offset, end, group = layout[slot, 0], layout[slot, 1], layout[slot, 2]
-            lmbda, share = hyper[group, LMBDA], hyper[group, SHARE]
+            lmbda, ema_share = hyper[group, LMBDA], hyper[group, EMA_SHARE]
             for start in range(first, min(end, first + BLOCK), CHUNK):
                 n = min(CHUNK, end - start)
                 g_at, m_at = g_table[slot] + start * g_size, m + (offset + start) * size
                 for i in range(n):
                     g = load(g_at, i, "g", G) * inv_scale
                     old = load(m_at, i, "m", A)
-                    mean = lmbda * old + share * g if new else old
+                    mean = lmbda * old + ema_share * g if algorithm1 else old
                     store(x, i, g * mean, "x", A)
                     store(y, i, g * g, "y", A)
                     store(z, i, mean * mean, "z", A)
@@ -72,7 +72,7 @@ def norm_loop(mode: str | None, scaling: str | None, masters: bool, dtype: str, 
     """sums[0, b] = ||T d||^2 of block b; where d is made with m also sums[1, b] = ||T g||^2."""
     W, G, A = dtype, g_dtype, accumulates_in(dtype)
     size, w_size, g_size = SIZES[A], SIZES[W], SIZES[G]
-    has_m, new, along = mode in WITH_M, mode == "algorithm1", mode == "full"
+    has_m, algorithm1, full = mode in WITH_M, mode == "algorithm1", mode == "full"
     by_w, by_g = scaling == "weights", scaling == "gradient"
     one = np.dtype(A).type(1)
 
@@ -92,7 +92,7 @@ def norm_loop(mode: str | None, scaling: str | None, masters: bool, dtype: str, 
                 continue
             offset, end, group = layout[slot, 0], layout[slot, 1], layout[slot, 2]
             a, b, sigma = scalings[slot, 0], scalings[slot, 1], hyper[group, SIGMA]
-            lmbda, share = hyper[group, LMBDA], hyper[group, SHARE]
+            lmbda, ema_share = hyper[group, LMBDA], hyper[group, EMA_SHARE]
             for start in range(first, min(end, first + BLOCK), CHUNK):
                 n = min(CHUNK, end - start)
                 w_at, g_at = w_table[slot] + start * w_size, g_table[slot] + start * g_size
@@ -102,9 +102,9 @@ def norm_loop(mode: str | None, scaling: str | None, masters: bool, dtype: str, 
                     d = g
                     if has_m:
                         mean = load(m_at, i, "m", A)
-                        if new:
-                            mean = lmbda * mean + share * g
-                        d = sigma * mean if along else g - sigma * mean
+                        if algorithm1:
+                            mean = lmbda * mean + ema_share * g
+                        d = sigma * mean if full else g - sigma * mean
                     if by_w or by_g:
                         T = one
                         if by_w:

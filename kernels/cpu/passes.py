@@ -13,14 +13,14 @@ from torch import Tensor
 
 from fastsam.hyper import COLUMN, FRIENDLY, WITH_M
 from fastsam.passes import Climb, Pass
-from fastsam.space import CONTROL, COUNTERS, Space
+from fastsam.space import CONTROL, COUNTERS, Space, noise_share
 
 from .climb import climb_loop
 from .norm import dots_loop, norm_loop
 from .step import step_loop
 from .tables import BLOCK
 
-INLINE = 2**17  # elements: from there on waking another thread pays
+INLINE = 2**17  # elements: from there on a second thread pays; for each half of it more, another
 NORM, OK, FOUND_INF = (CONTROL.index(c) for c in ("norm", "ok", "found_inf"))
 SKIPPED, MOMENTUM = COUNTERS.index("skipped"), COLUMN["momentum"]
 DTYPES = {torch.float32: "f4", torch.float64: "f8", torch.bfloat16: "bf16", torch.float16: "f16"}
@@ -107,7 +107,8 @@ def put(target: Tensor, sums: np.ndarray) -> None:
 
 
 def dots(p: Pass) -> None:
-    """space.dots = the parts of <g, m>, <g, g> and <m, m>, with the m that is projected with."""
+    """space.dots = the parts of <g, m>, <g, g> and <m, m>. m is that of the projection; in a second
+    pass with a `mix`, the kept gradient, or m."""
     s, f = p.space, frame_of(p.space)
     loop = dots_loop(s.kind.mode, *dtypes(p))
     m = s.kept if p.mix in ("gsam", "renew") else s.m
@@ -131,13 +132,12 @@ def climb(p: Pass, sums: Tensor) -> Climb:
     """
     s, kind, f = p.space, p.space.kind, frame_of(p.space)
     sums = sums.sum(1)
-    d, g = sums.numpy()
+    of_d, of_g = sums.numpy()
     f.control[NORM] = total = sums[0].sqrt().numpy()  # torch's last bit, as the reference has it
     f.control[OK] = math.isfinite(total)
     if not math.isfinite(total):
         return stay(p)
-    moves = bool(kind.mode not in WITH_M
-                 or d > (32 * torch.finfo(sums.dtype).eps) ** 2 * g)
+    moves = bool(kind.mode not in WITH_M or of_d > noise_share(sums.dtype) * of_g)
     loop = climb_loop(kind.mode, p.scaling, kind.masters, *dtypes(p))
     steps = s.steps.numpy()[0]
     try:
@@ -175,11 +175,12 @@ def step(p: Pass, climb: Climb | None) -> None:
     second-pass gradient.
 
     A slot with no second-pass gradient only returns. After a climb that was not ok, or with the
-    cell `found_inf` set, every slot only returns, and the skip is counted.
+    cell `found_inf` set, every slot only returns, and the skip is counted. With `along_v`,
+    ||v||^2 is left for the next climb.
     """
     s, kind, f = p.space, p.space.kind, frame_of(p.space)
     moved = f.layout[:, 0] * 0 if climb is None else climb.table.numpy()
-    if f.control[FOUND_INF] != 0 or climb is not None and f.control[OK] == 0:
+    if f.control[FOUND_INF] != 0 or (climb is not None and f.control[OK] == 0):
         f.counters[SKIPPED] += 1
         go_back(p, moved != 0)
         if p.along_v:

@@ -26,8 +26,8 @@ from .tables import (
     MOMENTUM,
     MOMENTUM_SHARE,
     NESTEROV,
+    SHARE,
     WEIGHT_DECAY,
-    C,
     compiled,
     tables,
 )
@@ -55,6 +55,7 @@ def step_loop(base: str, mix: str | None, along_v: bool, masters: bool, dtype: s
 
 def sgd(base: str, mix: str | None, along_v: bool, masters: bool, dtype: str, g_dtype: str,
         ) -> Callable:
+    """In fastsam.reference: `sgd`."""
     W, G, A = dtype, g_dtype, accumulates_in(dtype)
     S = A if masters else W
     size, w_size, g_size, s_size = SIZES[A], SIZES[W], SIZES[G], SIZES[S]
@@ -64,7 +65,7 @@ def sgd(base: str, mix: str | None, along_v: bool, masters: bool, dtype: str, g_
     @compiled(*tables(dtype), int64[::1], int64, int64, int64, int64, int64, float64[:, ::1])
     def loop(ticket, blocks, layout, hyper, scalings, control, v_steps, w_table, g_table, moved,
              saved, v, u, m, kept, sums):
-        inv_scale, c = control[INV_SCALE2], control[C]
+        inv_scale, c = control[INV_SCALE2], control[SHARE]
         while True:
             block = take(ticket)
             if block >= len(blocks):
@@ -79,7 +80,7 @@ def sgd(base: str, mix: str | None, along_v: bool, masters: bool, dtype: str, g_
                     sums[0, block] = squares(v_at, n, size, A)
                 continue
             lr, weight_decay = hyper[group, LR], hyper[group, WEIGHT_DECAY]
-            momentum, share = hyper[group, MOMENTUM], hyper[group, MOMENTUM_SHARE]
+            momentum, momentum_share = hyper[group, MOMENTUM], hyper[group, MOMENTUM_SHARE]
             begins = v_steps[slot] == 0 and hyper[group, DAMPENING] != 0
             nesterov = hyper[group, NESTEROV] != 0
             w_at, g_at = w_table[slot] + start * w_size, g_table[slot] + start * g_size
@@ -98,10 +99,10 @@ def sgd(base: str, mix: str | None, along_v: bool, masters: bool, dtype: str, g_
                     g = mixed(g, i, m_at, kept_at, c, alpha, returns, gsam, renews, reuses, A)
                 g = g + weight_decay * w if weight_decay != 0 else g
                 if has_v:
-                    old = load(v_at, i, "v", A)
-                    new = g if begins else momentum * old + share * g
-                    store(v_at, i, new if momentum != 0 else old, "v", A)
-                    ahead = g + momentum * new if nesterov else new
+                    old_v = load(v_at, i, "v", A)
+                    new_v = g if begins else momentum * old_v + momentum_share * g
+                    store(v_at, i, new_v if momentum != 0 else old_v, "v", A)
+                    ahead = g + momentum * new_v if nesterov else new_v
                     g = ahead if momentum != 0 else g
                 w = w - lr * g
                 store(w_at, i, w, "w", W)
@@ -115,6 +116,7 @@ def sgd(base: str, mix: str | None, along_v: bool, masters: bool, dtype: str, g_
 
 def adam(base: str, mix: str | None, along_v: bool, masters: bool, dtype: str, g_dtype: str,
          ) -> Callable:
+    """In fastsam.reference: `adam`."""
     W, G, A = dtype, g_dtype, accumulates_in(dtype)
     S = A if masters else W
     size, w_size, g_size, s_size = SIZES[A], SIZES[W], SIZES[G], SIZES[S]
@@ -124,7 +126,7 @@ def adam(base: str, mix: str | None, along_v: bool, masters: bool, dtype: str, g
     @compiled(*tables(dtype), int64[::1], int64, int64, int64, int64, int64, float64[:, ::1])
     def loop(ticket, blocks, layout, hyper, scalings, control, v_steps, w_table, g_table, moved,
              saved, v, u, m, kept, sums):
-        inv_scale, c = control[INV_SCALE2], control[C]
+        inv_scale, c = control[INV_SCALE2], control[SHARE]
         while True:
             block = take(ticket)
             if block >= len(blocks):
@@ -165,11 +167,11 @@ def adam(base: str, mix: str | None, along_v: bool, masters: bool, dtype: str, g
                     g = mixed(g, i, m_at, kept_at, c, alpha, returns, gsam, renews, reuses, A)
                 g = g + weight_decay * w if adds else g
                 w = w * shrink
-                first = beta1 * load(v_at, i, "v", A) + share1 * g
-                second = beta2 * load(u_at, i, "u", A) + share2 * g * g
-                store(v_at, i, first, "v", A)
-                store(u_at, i, second, "u", A)
-                w = w - rate * first / (math.sqrt(second / c2) + eps)
+                new_v = beta1 * load(v_at, i, "v", A) + share1 * g
+                new_u = beta2 * load(u_at, i, "u", A) + share2 * g * g
+                store(v_at, i, new_v, "v", A)
+                store(u_at, i, new_u, "u", A)
+                w = w - rate * new_v / (math.sqrt(new_u / c2) + eps)
                 store(w_at, i, w, "w", W)
                 if masters:
                     store(saved_at, i, w, "old", A)

@@ -14,8 +14,9 @@ from .memory import NUMBERS, accumulates_in
 
 BLOCK = 16384
 
-ALPHA, C = COLUMN["alpha"], CONTROL.index("share")
-RHO, SIGMA, LMBDA, SHARE = (COLUMN[c] for c in ("rho", "sigma", "lmbda", "ema_share"))
+# columns of a group's row in `hyper`, and cells of `control`
+ALPHA, SHARE = COLUMN["alpha"], CONTROL.index("share")
+RHO, SIGMA, LMBDA, EMA_SHARE = (COLUMN[c] for c in ("rho", "sigma", "lmbda", "ema_share"))
 LR, WEIGHT_DECAY = COLUMN["lr"], COLUMN["weight_decay"]
 MOMENTUM, DAMPENING, NESTEROV, MOMENTUM_SHARE = (
     COLUMN[c] for c in ("momentum", "dampening", "nesterov", "momentum_share"))
@@ -47,14 +48,15 @@ def compiled(*arguments) -> Callable:
             return njit(void(*arguments), cache=True, **how)(function)
         except Exception:
             # A cache without a folder (RuntimeError), without room or rights (OSError), or with a
-            # broken file, whose unpickling raises anything. An error of the code itself comes again.
+            # broken file, whose unpickling raises anything. An error in the loop comes again.
             return njit(void(*arguments), **how)(function)
 
     return compile_now
 
 
 def tables(dtype: str) -> tuple:
-    """The types of ticket, blocks, layout, hyper, scalings, control, steps and w_table, g_table."""
+    """The types of every loop's first arguments: ticket, blocks, layout, hyper, scalings, control,
+    m_steps or v_steps, w_table and g_table."""
     F = NUMBERS[accumulates_in(dtype)]
     return (int64[::1], int32[:, ::1], int64[:, ::1], F[:, ::1], F[:, ::1], F[::1], int32[::1],
             int64[::1], int64[::1])
