@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...passes import Climb, Pass
-from ...space import GUARD, PARTIALS
+from ...space import GUARD, PARTIALS, noise_share
 from .common import (
     BLOCK,
     CLIMB_TICKET,
@@ -39,24 +39,21 @@ from .common import (
     wide_pointer,
 )
 from .launch import launch
-from .norm import direction, scaling
-
-# ||T d||^2 / ||T g||^2 of a d that is what rounding leaves of 0: (64 unit roundoffs)^2
-NOISE_SHARE = (32 * torch.finfo(torch.float32).eps) ** 2
+from .norm import ascent, scaling
 
 
 @triton.jit
-def move(w, g, saved, m, flat, offs, mask, a, b, inv_scale, sigma, lmbda, share, scale, ok, moves,
-         MODE: tl.constexpr, SCALING: tl.constexpr, MASTERS: tl.constexpr,
+def move(w, g, saved, m, flat, offs, mask, a, b, inv_scale, sigma, lmbda, ema_share, scale, ok,
+         moves, MODE: tl.constexpr, SCALING: tl.constexpr, MASTERS: tl.constexpr,
          CAN_ROUND_AWAY: tl.constexpr):
     """Save w, store w' = w + e with e = scale T^2 d, and the new m, of one block, which lies at w,
-    g and flat; (w' - w)^2 as stored, and e^2 where rounding can make it another."""
+    g and flat. Returns (w' - w)^2 as stored, and e^2 where rounding can make it another."""
     w_in, w32, taken = weights(w + offs, saved + flat + offs, mask, MASTERS)
     g = read(g + offs, mask).to(tl.float32) * inv_scale
     old_m = g
     if MODE > PLAIN:
         old_m = read(m + flat + offs, mask)
-    d, new_m = direction(g, old_m, sigma, lmbda, share, MODE)
+    d, new_m = ascent(g, old_m, sigma, lmbda, ema_share, MODE)
     if SCALING != UNSCALED:
         T = scaling(w32, g, a, b, SCALING)
         d = T * (T * d)
@@ -114,7 +111,7 @@ def climb_kernel(w_table, g_table, sums, saved, m, radii, blocks, layout, scalin
     few_realised = tl.zeros((SUMS,), tl.float32)
     wanted = tl.zeros((SUMS,), tl.float32)
     few_wanted = tl.zeros((SUMS,), tl.float32)
-    offs, few = tl.arange(0, BLOCK), tl.arange(0, SUMS)
+    offs, few = tl.arange(0, BLOCK), tl.arange(0, SUMS)  # few: folded as it is
     block, last = share_of_blocks(n_blocks)
     while block < last:
         slot, group, begin, flat, size, n = run_of_blocks(block, last, blocks, layout, BLOCK)
@@ -127,23 +124,23 @@ def climb_kernel(w_table, g_table, sums, saved, m, radii, blocks, layout, scalin
             row = hyper + group * HYPER
             scale = tl.div_rn(tl.load(row + RHO), norm + guard)
             sigma = tl.load(row + SIGMA)
-            lmbda, share = tl.load(row + LMBDA), tl.load(row + EMA_SHARE)
+            lmbda, ema_share = tl.load(row + LMBDA), tl.load(row + EMA_SHARE)
             if MODE == OFFICIAL:  # the first m, after one that is 0, is g itself
                 first = tl.load(m_steps + slot) == 0
-                lmbda, share = tl.where(first, 0.0, lmbda), tl.where(first, 1.0, share)
+                lmbda, ema_share = tl.where(first, 0.0, lmbda), tl.where(first, 1.0, ema_share)
             fours = in_fours(size, w | g)
             wide = wide_place(flat)
             for i in range(0, fours, BLOCK):
                 x, y = move(wide_pointer(w, TYPE) + i, wide_pointer(g, G_TYPE) + i, saved, m,
-                            wide + i, offs, offs < fours - i, a, b, inv_scale, sigma, lmbda, share,
-                            scale, ok, moves, MODE, SCALING, MASTERS, CAN_ROUND_AWAY)
+                            wide + i, offs, offs < fours - i, a, b, inv_scale, sigma, lmbda,
+                            ema_share, scale, ok, moves, MODE, SCALING, MASTERS, CAN_ROUND_AWAY)
                 realised += folded(x, SUMS)
                 if CAN_ROUND_AWAY:
                     wanted += folded(y, SUMS)
             for i in range(fours, size, SUMS):
                 x, y = move(pointer(w, TYPE) + i, pointer(g, G_TYPE) + i, saved, m,
-                            flat + i, few, few < size - i, a, b, inv_scale, sigma, lmbda, share,
-                            scale, ok, moves, MODE, SCALING, MASTERS, CAN_ROUND_AWAY)
+                            flat + i, few, few < size - i, a, b, inv_scale, sigma, lmbda,
+                            ema_share, scale, ok, moves, MODE, SCALING, MASTERS, CAN_ROUND_AWAY)
                 few_realised += x
                 if CAN_ROUND_AWAY:
                     few_wanted += y
@@ -163,7 +160,7 @@ def climb(p: Pass, sums: Tensor) -> Climb:
     """w -> w + rho T^2 d / ||T d||, with w saved and m updated; `sums`: (2, k), the partials of
     every space of the optimizer."""
     launch(climb_kernel, p, (p.w_table, p.g_table, sums), climb_arguments,
-           sums.shape[1] // PARTIALS, sums.data_ptr() % 16)  # Triton looks at both
+           sums.shape[1] // PARTIALS, sums.data_ptr() % 16)  # Triton compiles for both
     return Climb.of(p)
 
 
@@ -173,6 +170,6 @@ def climb_arguments(p: Pass, n_spaces: int, _: int) -> dict:
     mode, scaling, masters = MODES[space.kind.mode], SCALINGS[p.scaling], space.kind.masters
     return dict(saved=space.saved, m=m, radii=space.radii, scalings=space.scalings,
                 counters=space.counters, m_steps=space.steps[0], n_slots=len(space.slots),
-                n_spaces=n_spaces, guard=GUARD, noise_share=NOISE_SHARE,
+                n_spaces=n_spaces, guard=GUARD, noise_share=noise_share(torch.float32),
                 MODE=mode, SCALING=scaling, MASTERS=masters, PARTIALS=PARTIALS,
                 BLOCK=block_of(mode, scaling, space.kind.dtype, masters))

@@ -4,7 +4,7 @@ Each runs as at most PROGRAMS programs, so that a launch is one wave on every GP
 with 80 registers six programs fit on a multiprocessor, of which an A100 has 108. The number does
 not follow the GPU, so the sums have the same bits on all. A program walks a contiguous range of
 blocks, slot (fastsam.space.Slot) by slot. A slot's gradient and weight are reached through an int64
-table of addresses (0: none); the flat buffers (saved w, m, v, u) by its offset.
+table of addresses (0: none); the flat buffers (saved w, m, v, u, kept g) by its offset.
 """
 
 import torch
@@ -42,8 +42,8 @@ NORM, OK, INV_SCALE1, INV_SCALE2, FOUND_INF, SHARE = (
 SKIPPED, CLIMB_TICKET, STEP_TICKET = (
     tl.constexpr(COUNTERS.index(name)) for name in ("skipped", "climb_ticket", "step_ticket"))
 
-# the direction: g (SAM), g less the new m, g less the m of the step before, the part of g along a
-# given m, or the rest
+# Kind.mode, the direction: g (SAM), g less the new m, g less the m of the step before, the part of
+# g along a given m, or the rest
 PLAIN, ALGORITHM1, OFFICIAL, FULL, NOISE = (
     tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3), tl.constexpr(4))
 # g too, and it is kept for the second pass
@@ -64,8 +64,8 @@ jit = triton.jit(
 
 
 def options(arch: int | str) -> dict:
-    """How to compile for this GPU, as Triton names it. Of the newer ones each has so many
-    multiprocessors that five programs on each are all."""
+    """How to compile for this GPU, as Triton names it. From compute capability 10.0 on a GPU has so
+    many multiprocessors that five programs on each are all PROGRAMS, with more registers each."""
     newer = "maxnreg" in OPTIONS and isinstance(arch, int) and arch >= 100
     return OPTIONS | {"maxnreg": 96} if newer else OPTIONS
 

@@ -42,29 +42,29 @@ from .launch import launch
 
 
 @triton.jit
-def direction(g, m, sigma, lmbda, share, MODE: tl.constexpr):
+def ascent(g, m, sigma, lmbda, ema_share, MODE: tl.constexpr):
     """The ascent direction d and the new m, from g and m: the average before this step, or the
     given full gradient. In fastsam.reference: `ascent`.
 
-    share is 1 - lmbda, taken before either was rounded.
+    ema_share is 1 - lmbda, taken before either was rounded.
     """
     new_m = m
     d = g
     if MODE == ALGORITHM1:
-        new_m = lmbda * m + share * g
+        new_m = lmbda * m + ema_share * g
         d = g - sigma * new_m
     elif MODE == FULL:
         d = sigma * m
     elif MODE > PLAIN:
         if MODE == OFFICIAL:
-            new_m = lmbda * m + share * g
+            new_m = lmbda * m + ema_share * g
         d = g - sigma * m
     return d, new_m
 
 
 @triton.jit
 def scaling(w, g, a, b, SCALING: tl.constexpr):
-    """T of ASAM or FisherSAM; a = 0 is T = b, which is 1 for the latter."""
+    """T of ASAM or FisherSAM. A slot with a = 0, which is not adaptive, has T = b or T = 1."""
     if SCALING == WEIGHTS:
         T = a * tl.abs(w) + b
     else:
@@ -73,14 +73,14 @@ def scaling(w, g, a, b, SCALING: tl.constexpr):
 
 
 @triton.jit
-def squares(w, g, saved, m, flat, offs, mask, a, b, inv_scale, sigma, lmbda, share,
+def squares(w, g, saved, m, flat, offs, mask, a, b, inv_scale, sigma, lmbda, ema_share,
             MODE: tl.constexpr, SCALING: tl.constexpr, MASTERS: tl.constexpr):
     """(T d)^2 and (T g)^2 of one block, which lies at w, g and flat."""
     g = read(g + offs, mask).to(tl.float32) * inv_scale
     old_m = g
     if MODE > PLAIN:
         old_m = read(m + flat + offs, mask)
-    d, _ = direction(g, old_m, sigma, lmbda, share, MODE)
+    d, _ = ascent(g, old_m, sigma, lmbda, ema_share, MODE)
     if SCALING != UNSCALED:
         w32 = g
         if SCALING != GRADIENT:
@@ -91,8 +91,8 @@ def squares(w, g, saved, m, flat, offs, mask, a, b, inv_scale, sigma, lmbda, sha
 
 
 def block_of(mode: int, scaling: int, narrow: bool, along_v: bool = False) -> int:
-    """Elements of K1's blocks: the less is read of each, the more are on their way at once. Of v,
-    K3's, which leaves the same sums.
+    """Elements of K1's blocks: the less is read of each, the more are on their way at once. Along
+    v they are K3's, which leaves the same sums.
 
     Args:
         narrow: gradients, and weights without masters, have 16 bits.
@@ -111,10 +111,10 @@ def norm_kernel(w_table, g_table, saved, m, partials, blocks, layout, scalings, 
     """partials[0, p] = sum of (T d)^2 over program p's blocks; with a mode, partials[1, p] = that
     of (T g)^2. Reads g, m (and w for ASAM)."""
     inv_scale = tl.load(control + INV_SCALE1)
-    along_d = tl.zeros((SUMS,), tl.float32)
-    few_along_d = tl.zeros((SUMS,), tl.float32)
-    along_g = tl.zeros((SUMS,), tl.float32)
-    few_along_g = tl.zeros((SUMS,), tl.float32)
+    of_d = tl.zeros((SUMS,), tl.float32)
+    few_of_d = tl.zeros((SUMS,), tl.float32)
+    of_g = tl.zeros((SUMS,), tl.float32)
+    few_of_g = tl.zeros((SUMS,), tl.float32)
     offs, few = tl.arange(0, BLOCK), tl.arange(0, BLOCK // 2)
     block, last = share_of_blocks(n_blocks)
     while block < last:
@@ -127,27 +127,27 @@ def norm_kernel(w_table, g_table, saved, m, partials, blocks, layout, scalings, 
             a, b = tl.load(scalings + 2 * slot), tl.load(scalings + 2 * slot + 1)
             row = hyper + group * HYPER
             sigma = tl.load(row + SIGMA)
-            lmbda, share = tl.load(row + LMBDA), tl.load(row + EMA_SHARE)
+            lmbda, ema_share = tl.load(row + LMBDA), tl.load(row + EMA_SHARE)
             fours = in_fours(size, w | g if SCALING == WEIGHTS else g)
             wide = wide_place(flat)
             for i in range(0, fours, BLOCK):
                 x, y = squares(wide_pointer(w, TYPE) + i, wide_pointer(g, G_TYPE) + i, saved, m,
                                wide + i, offs, offs < fours - i, a, b, inv_scale, sigma, lmbda,
-                               share, MODE, SCALING, MASTERS)
-                along_d += folded(x, SUMS)
+                               ema_share, MODE, SCALING, MASTERS)
+                of_d += folded(x, SUMS)
                 if MODE > PLAIN:
-                    along_g += folded(y, SUMS)
+                    of_g += folded(y, SUMS)
             for i in range(fours, size, BLOCK // 2):
                 x, y = squares(pointer(w, TYPE) + i, pointer(g, G_TYPE) + i, saved, m, flat + i,
-                               few, few < size - i, a, b, inv_scale, sigma, lmbda, share, MODE,
+                               few, few < size - i, a, b, inv_scale, sigma, lmbda, ema_share, MODE,
                                SCALING, MASTERS)
-                few_along_d += folded(x, SUMS)
+                few_of_d += folded(x, SUMS)
                 if MODE > PLAIN:
-                    few_along_g += folded(y, SUMS)
-    total = tl.sum(along_d) + tl.sum(few_along_d)
+                    few_of_g += folded(y, SUMS)
+    total = tl.sum(of_d) + tl.sum(few_of_d)
     tl.store(partials + tl.program_id(0), total)
     if MODE > PLAIN:
-        total = tl.sum(along_g) + tl.sum(few_along_g)
+        total = tl.sum(of_g) + tl.sum(few_of_g)
         tl.store(partials + PARTIALS + tl.program_id(0), total)
 
 
@@ -167,12 +167,12 @@ def norm_arguments(p: Pass, along_v: bool) -> dict:
 
 
 @triton.jit
-def products(g, m, offs, mask, inv_scale, lmbda, share, MODE: tl.constexpr):
-    """g m, g^2 and m^2 of one block, with the m that is projected with."""
+def products(g, m, offs, mask, inv_scale, lmbda, ema_share, MODE: tl.constexpr):
+    """g m, g^2 and m^2 of one block, with the m of the projection: ALGORITHM1's is the new one."""
     g = read(g + offs, mask).to(tl.float32) * inv_scale
     m = read(m + offs, mask)
     if MODE == ALGORITHM1:
-        m = lmbda * m + share * g
+        m = lmbda * m + ema_share * g
     return g * m, g * g, m * m
 
 
@@ -182,7 +182,7 @@ def dots_kernel(g_table, m, dots, blocks, layout, hyper, control, n_blocks,
                 BLOCK: tl.constexpr, PARTIALS: tl.constexpr):
     """dots[:, p] = the sums of g m, g^2 and m^2 over program p's blocks. Reads g, m.
 
-    With KEPT, of a second pass, g is its gradient.
+    With KEPT it is of a second pass: g is its gradient, and m LookSAM's m or the kept gradient.
     """
     inv_scale = tl.load(control + (INV_SCALE2 if MODE == KEPT else INV_SCALE1))
     gm = tl.zeros((SUMS,), tl.float32)
@@ -200,18 +200,18 @@ def dots_kernel(g_table, m, dots, blocks, layout, hyper, control, n_blocks,
         if g != 0:
             g = from_element(g, begin, G_TYPE)
             row = hyper + group * HYPER
-            lmbda, share = tl.load(row + LMBDA), tl.load(row + EMA_SHARE)
+            lmbda, ema_share = tl.load(row + LMBDA), tl.load(row + EMA_SHARE)
             fours = in_fours(size, g)
             wide = wide_place(flat)
             for i in range(0, fours, BLOCK):
                 x, y, z = products(wide_pointer(g, G_TYPE) + i, m + wide + i, offs,
-                                   offs < fours - i, inv_scale, lmbda, share, MODE)
+                                   offs < fours - i, inv_scale, lmbda, ema_share, MODE)
                 gm += folded(x, SUMS)
                 gg += folded(y, SUMS)
                 mm += folded(z, SUMS)
             for i in range(fours, size, BLOCK // 2):
                 x, y, z = products(pointer(g, G_TYPE) + i, m + flat + i, few,
-                                   few < size - i, inv_scale, lmbda, share, MODE)
+                                   few < size - i, inv_scale, lmbda, ema_share, MODE)
                 few_gm += folded(x, SUMS)
                 few_gg += folded(y, SUMS)
                 few_mm += folded(z, SUMS)
@@ -222,7 +222,8 @@ def dots_kernel(g_table, m, dots, blocks, layout, hyper, control, n_blocks,
 
 
 def dots(p: Pass) -> None:
-    """space.dots = the parts of <g, m>, <g, g> and <m, m>, with the m that is projected with."""
+    """space.dots = the parts of <g, m>, <g, g> and <m, m>. m is that of the projection; in a second
+    pass with a `mix`, the kept gradient, or m."""
     launch(dots_kernel, p, (p.g_table,), dots_arguments, MIXES[p.mix])
 
 

@@ -56,12 +56,12 @@ SGD, SGD_MOMENTUM, ADAM = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 def sgd(w, g, v, mask, hyper, count, ok, HAS_MOMENTUM: tl.constexpr):
     """torch.optim.SGD's update of w, and the v that it stores. What the reference branches on is
     data here, except whether there is a momentum buffer."""
-    lr, weight_decay, momentum, share, nesterov = hyper
+    lr, weight_decay, momentum, momentum_share, nesterov = hyper
     g = g + weight_decay * w
     stored = g
     if HAS_MOMENTUM:
         old_v = read(v, mask)
-        new_v = tl.where(count == 0, g, momentum * old_v + share * g)
+        new_v = tl.where(count == 0, g, momentum * old_v + momentum_share * g)
         has_momentum = momentum != 0
         stored = tl.where(ok & has_momentum, new_v, old_v)
         tl.store(v, stored, mask)
@@ -72,6 +72,7 @@ def sgd(w, g, v, mask, hyper, count, ok, HAS_MOMENTUM: tl.constexpr):
 
 @triton.jit
 def sgd_hyper(row):
+    """What `sgd` takes of a group: lr, weight decay, momentum, 1 - dampening, and nesterov."""
     return (tl.load(row + LR), tl.load(row + WEIGHT_DECAY), tl.load(row + MOMENTUM),
             tl.load(row + MOMENTUM_SHARE), tl.load(row + NESTEROV))
 
@@ -90,7 +91,7 @@ def one_less_power(log_beta, t):
 def adam(w, g, v, u, mask, hyper, ok):
     """torch.optim.Adam's update of w, AdamW's where decoupled, and the v that it stores; stores u
     too."""
-    decay, shrink, beta1, share1, beta2, share2, size, c2, eps = hyper
+    decay, shrink, beta1, share1, beta2, share2, rate, c2, eps = hyper
     g = g + decay * w
     w = w * shrink
     old_v, old_u = read(v, mask), read(u, mask)
@@ -99,13 +100,13 @@ def adam(w, g, v, u, mask, hyper, ok):
     stored = tl.where(ok, new_v, old_v)
     tl.store(v, stored, mask)
     tl.store(u, tl.where(ok, new_u, old_u), mask)
-    return w - tl.div_rn(size * new_v, tl.sqrt_rn(tl.div_rn(new_u, c2)) + eps), stored
+    return w - tl.div_rn(rate * new_v, tl.sqrt_rn(tl.div_rn(new_u, c2)) + eps), stored
 
 
 @triton.jit
 def adam_hyper(row, count):
-    """The weight decay of g, the factor of w, beta_i and 1 - beta_i, lr / (1 - beta1^t),
-    1 - beta2^t, and eps."""
+    """What `adam` takes of a group: the weight decay of g, the factor of w, beta_i and 1 - beta_i
+    in turn, lr / (1 - beta1^t), 1 - beta2^t, and eps."""
     lr, weight_decay = tl.load(row + LR), tl.load(row + WEIGHT_DECAY)
     decoupled = tl.load(row + DECOUPLED) != 0
     t = (count + 1).to(tl.float32)
@@ -119,22 +120,23 @@ def adam_hyper(row, count):
 
 
 @triton.jit
-def mixed(g, m, kept, flat, offs, mask, share, alpha, climbed, ok, MIX: tl.constexpr):
+def mixed(g, m, kept, flat, offs, mask, c, alpha, climbed, ok, MIX: tl.constexpr):
     """What the base steps with; stores m where it is renewed. In fastsam.reference: `mixed`."""
     if MIX == GSAM:
-        g = tl.where(climbed, g - alpha * (read(kept + flat + offs, mask) - share * g), g)
+        g = tl.where(climbed, g - alpha * (read(kept + flat + offs, mask) - c * g), g)
     elif MIX == REUSE:
-        g = g + alpha * (share * read(m + flat + offs, mask))
+        g = g + alpha * (c * read(m + flat + offs, mask))
     elif MIX == RENEW:
         at = flat + offs  # one address less than by m + flat and kept + flat: 80 registers are full
-        new_m = g - share * read(kept + at, mask)
+        new_m = g - c * read(kept + at, mask)
         tl.store(m + at, new_m, mask & (climbed & ok))
     return g
 
 
 @triton.jit
 def start(w, saved, mask, climbed, MASTERS: tl.constexpr):
-    """The saved w where it climbed, else the one at w, or its master."""
+    """The w that the step starts from: the saved one where it climbed, else the one at w, or its
+    master."""
     if MASTERS:
         _, unmoved, _ = weights(w, saved, mask, MASTERS)
         old = tl.where(climbed, read(saved, mask), unmoved)
@@ -144,7 +146,7 @@ def start(w, saved, mask, climbed, MASTERS: tl.constexpr):
 
 
 @triton.jit
-def update(w, g, saved, v, u, m, kept, flat, offs, mask, inv_scale, share, alpha, hyper, count,
+def update(w, g, saved, v, u, m, kept, flat, offs, mask, inv_scale, c, alpha, hyper, count,
            climbed, ok, BASE: tl.constexpr, MIX: tl.constexpr, MASTERS: tl.constexpr,
            TYPE: tl.constexpr):
     """The base optimizer's update of one block, which lies at w, g and flat. Returns the squares of
@@ -154,7 +156,7 @@ def update(w, g, saved, v, u, m, kept, flat, offs, mask, inv_scale, share, alpha
     w32 = old.to(tl.float32)
     g = read(g + offs, mask).to(tl.float32) * inv_scale
     if MIX != UNMIXED:
-        g = mixed(g, m, kept, flat, offs, mask, share, alpha, climbed, ok, MIX)
+        g = mixed(g, m, kept, flat, offs, mask, c, alpha, climbed, ok, MIX)
     if BASE == ADAM:
         new, v = adam(w32, g, v + flat + offs, u + flat + offs, mask, hyper, ok)
     elif BASE == SGD_MOMENTUM:
@@ -183,12 +185,12 @@ def step_kernel(w_table, g_table, climbed_table, saved, v, u, m, kept, partials,
     With ALONG_V, partials[0, p] = the sum of v^2 over what climbed of program p's blocks, in the
     order and so with the bits of `norm_kernel`, wherever gradients and weights lie.
     """
-    inv_scale, share = tl.load(control + INV_SCALE2), tl.load(control + SHARE)
+    inv_scale, c = tl.load(control + INV_SCALE2), tl.load(control + SHARE)
     ok = tl.load(control + FOUND_INF) == 0
     if PERTURBED:
         ok = ok & (tl.load(control + OK) != 0)
-    along_v = tl.zeros((SUMS,), tl.float32)
-    few_along_v = tl.zeros((SUMS,), tl.float32)
+    of_v = tl.zeros((SUMS,), tl.float32)
+    few_of_v = tl.zeros((SUMS,), tl.float32)
     offs, few = tl.arange(0, BLOCK), tl.arange(0, BLOCK // 2)
     block, last = share_of_blocks(n_blocks)
     while block < last:
@@ -210,13 +212,13 @@ def step_kernel(w_table, g_table, climbed_table, saved, v, u, m, kept, partials,
             wide = wide_place(flat)
             for i in range(0, fours, BLOCK):
                 x = update(wide_pointer(w, TYPE) + i, wide_pointer(g, G_TYPE) + i, saved, v, u, m,
-                           kept, wide + i, offs, offs < fours - i, inv_scale, share, alpha, h,
+                           kept, wide + i, offs, offs < fours - i, inv_scale, c, alpha, h,
                            count, PERTURBED, ok, BASE, MIX, MASTERS, TYPE)
                 if ALONG_V:
-                    along_v += folded(x, SUMS)
+                    of_v += folded(x, SUMS)
             for i in range(fours, size, BLOCK // 2):
                 update(pointer(w, TYPE) + i, pointer(g, G_TYPE) + i, saved, v, u, m, kept,
-                       flat + i, few, few < size - i, inv_scale, share, alpha, h, count,
+                       flat + i, few, few < size - i, inv_scale, c, alpha, h, count,
                        climbed, ok, BASE, MIX, MASTERS, TYPE)
         elif climbed:
             for i in range(0, size, BLOCK // 2):
@@ -230,12 +232,12 @@ def step_kernel(w_table, g_table, climbed_table, saved, v, u, m, kept, partials,
                     tl.debug_barrier()  # another thread has stored that v
                 for i in range(fours, whole, BLOCK):
                     x = read(v + wide + i + offs, offs < whole - i)
-                    along_v += folded(x * x, SUMS)
+                    of_v += folded(x * x, SUMS)
                 for i in range(whole, size, BLOCK // 2):
                     x = read(v + flat + i + few, few < size - i)
-                    few_along_v += folded(x * x, SUMS)
+                    few_of_v += folded(x * x, SUMS)
     if ALONG_V:
-        total = tl.sum(along_v) + tl.sum(few_along_v)
+        total = tl.sum(of_v) + tl.sum(few_of_v)
         tl.store(partials + tl.program_id(0), total)
     skipped = tl.load(counters + SKIPPED)  # every thread reads, one writes: the barrier between
     if is_last_program(counters + STEP_TICKET):
@@ -258,7 +260,8 @@ def block_of(mix: int, masters: bool) -> int:
 
 
 def step(p: Pass, climb: Climb | None) -> None:
-    """The base optimizer from the saved w (from w itself where nothing was saved) with p.g."""
+    """The base optimizer from the saved w (from w itself where nothing was saved) with p.g. In
+    fastsam.reference: `step`."""
     climbed = None if climb is None else climb.table
     launch(step_kernel, p, (p.w_table, p.g_table, climbed), step_arguments, climb is not None,
            MIXES[p.mix], p.along_v)
