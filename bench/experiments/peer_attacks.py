@@ -2,14 +2,17 @@
 
 python -m bench.experiments.peer_attacks [--rows FILE], with `pip install -e ".[bench,peers]"`: a
 small network on scikit-learn's digits, its logits as they are, times 6 (a network that is surer)
-and times 1/20 (one that is less). Every tool gets the same images, radius, step size and number of
-steps, one random start, and its own random numbers; the network itself judges what comes out.
+and times 1/20 (one that is less). Or `--checkpoint last.pt`: a network that `bench train` trained,
+its logits as they are, on its own test images, at l_inf 1/255 and l2 32/255. Every tool gets the
+same images, radius, step size and number of steps, one random start, and its own random numbers;
+the network itself judges what comes out.
 """
 
 import argparse
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +24,21 @@ from torch import Tensor, nn
 from bench.attacks.apgd import apgd, apgd_targeted
 from bench.attacks.objectives import answers
 from bench.attacks.pgd import Attack, evaluation_attack, fgsm, pgd
+from bench.evaluation.evaluate import shuffled
 from bench.files import append_jsonl
 from bench.models import build_model
 from bench.provenance import git_hash, package_version, stamp
 from bench.reports.tables import markdown
+from bench.settings.config import Config
+from bench.training.checkpoint import changed_data, load_checkpoint, rebuild
+from bench.training.train import data_of
 
 FACTORS = (1.0, 6.0, 0.05)
 RADII = {"linf": 16 / 255, "l2": 0.5}
+SMALL = {"linf": 1 / 255, "l2": 32 / 255}  # where SAM's advantage lies
 IMAGES = 1200  # that it learns from; the other 597 are attacked
 NORMS = {"linf": "Linf", "l2": "L2"}
+NAMES = ("fgsm", "pgd-10", "pgd-40", "apgd-ce-50", "apgd-t-20")
 PACKAGES = {"torchattacks": "torchattacks", "foolbox": "foolbox", "autoattack": "pyautoattack",
             "art": "adversarial-robustness-toolbox"}  # fmt: skip
 
@@ -166,28 +175,46 @@ TOOLS = {"fastsam": ours, "torchattacks": torchattacks, "foolbox": foolbox, "art
          "autoattack": autoattack}  # fmt: skip
 
 
-def measure() -> Iterator[dict[str, Any]]:
-    """Yield a row an attack: which images of those that are right clean it leaves right."""
+def on_digits() -> tuple[nn.Module, Tensor, Tensor]:
+    """Return the small network, and images with labels that it has not seen."""
     x, y = digits()
-    net = trained(x[:IMAGES], y[:IMAGES])
-    x, y = x[IMAGES:], y[IMAGES:]
+    return trained(x[:IMAGES], y[:IMAGES]), x[IMAGES:], y[IMAGES:]
+
+
+def of_checkpoint(path: Path, images: int) -> tuple[nn.Module, Tensor, Tensor]:
+    """Return a trained network and the first `images` of its own test images, in the order in which
+    `bench evaluate --n-examples` takes them. Raises ValueError where those are others by now."""
+    checkpoint = load_checkpoint(path)
+    data = data_of(Config(**checkpoint["config"]))
+    if parts := changed_data(checkpoint, data):
+        raise ValueError(f"the {parts} images are not those that {str(path)!r} was trained with")
+    return rebuild(checkpoint, path), *data.test.batch(shuffled(data.test)[:images])
+
+
+def measure(
+    net: nn.Module, x: Tensor, y: Tensor, radii: dict[str, float] = RADII,
+    factors: tuple[float, ...] = FACTORS, names: list[str] | None = None,
+) -> Iterator[dict[str, Any]]:  # fmt: skip
+    """Yield a row an attack: which images of those that are right clean it leaves right.
+
+    names: of the attacks; None: all."""
     with torch.no_grad():
         right = answers(net(x)) == y
-    x, y = x[right], y[right]
-    for factor in FACTORS:
+    of, x, y = len(x), x[right], y[right]
+    for factor, (norm, eps), tool in product(factors, radii.items(), TOOLS):
         scaled = Scaled(net, factor).eval()
-        for norm, eps in RADII.items():
-            for tool, attacks in TOOLS.items():
-                for name, perturb in attacks(norm, eps).items():
-                    torch.manual_seed(0)
-                    np.random.seed(0)  # ART's
-                    with redirect_stdout(sys.stderr):
-                        x_adv = perturb(scaled, x, y).detach()
-                    yield {
-                        "tool": tool, "attack": name, "norm": norm, "eps": eps, "factor": factor,
-                        "images": len(x), "left": left(net, x, x_adv, y, norm, eps),
-                        "release": package_version(PACKAGES.get(tool, tool)),
-                    }  # fmt: skip
+        for name, perturb in TOOLS[tool](norm, eps).items():
+            if names is not None and name not in names:
+                continue
+            torch.manual_seed(0)
+            np.random.seed(0)  # ART's
+            with redirect_stdout(sys.stderr):
+                x_adv = perturb(scaled, x, y).detach()
+            yield {
+                "tool": tool, "attack": name, "norm": norm, "eps": eps, "factor": factor,
+                "images": len(x), "of": of, "left": left(net, x, x_adv, y, norm, eps),
+                "release": package_version(PACKAGES.get(tool, tool)),
+            }  # fmt: skip
 
 
 def left(net: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, norm: str, eps: float) -> int:
@@ -224,11 +251,22 @@ def main() -> None:
         prog="python -m bench.experiments.peer_attacks", description=__doc__
     )
     parser.add_argument("--rows", type=Path, help="append a row an attack to this JSONL file")
-    rows_path, git = parser.parse_args().rows, git_hash()
-    rows = list(measure())
+    parser.add_argument("--checkpoint", type=Path, help="of `bench train`, instead of the digits'")
+    parser.add_argument("--images", type=int, default=500, help="with --checkpoint (default 500)")
+    parser.add_argument("--attacks", nargs="+", choices=NAMES, help="instead of all")
+    options, git = parser.parse_args(), git_hash()
+    if options.checkpoint is None:
+        rows = list(measure(*on_digits(), names=options.attacks))
+    else:
+        network = of_checkpoint(options.checkpoint, options.images)
+        config = load_checkpoint(options.checkpoint)["config"]
+        rows = [row | {"config": config}
+                for row in measure(*network, SMALL, (1.0,), options.attacks)]  # fmt: skip
+        print(f"{config['method']}, seed {config['seed']}, right on {rows[0]['images']} of "
+              f"{rows[0]['of']} test images of {config['data']}\n")  # fmt: skip
     print(table(rows))
-    if rows_path is not None:
-        append_jsonl(rows_path, [row | stamp("cpu", git) for row in rows])
+    if options.rows is not None:
+        append_jsonl(options.rows, [row | stamp("cpu", git) for row in rows])
 
 
 if __name__ == "__main__":
