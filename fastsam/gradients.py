@@ -52,8 +52,8 @@ def readable(slot: Slot, g: Tensor) -> Tensor:
 
 def in_one_dtype(grads: list[Tensor | None], acc: torch.dtype,
                  ) -> tuple[list[Tensor | None], torch.dtype]:
-    """Gradients as kernels read them: all in one dtype, their own where they share one that is
-    no wider than the arithmetic."""
+    """Gradients as kernels read them, and their dtype: all in one, their own where they share one
+    that is no wider than the arithmetic `acc`."""
     dtypes = {g.dtype for g in grads if g is not None}
     if len(dtypes) == 1 and (acc in dtypes or (acc == torch.float32 and dtypes <= SIXTEEN_BITS)):
         return grads, dtypes.pop()

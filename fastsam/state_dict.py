@@ -146,6 +146,7 @@ def check_entry(p: Tensor, state: State, base: str | None, mode: str | None) -> 
 
 
 def check_count(name: str, count: Any) -> None:
+    """Refuse what is no number of steps; a count on a GPU is not read."""
     if isinstance(count, Tensor) and (count.numel() != 1 or count.is_complex()):
         raise ValueError(f"{name} in a state is a tensor of shape {tuple(count.shape)}, "
                          f"{count.dtype}: use a number of steps")
@@ -158,6 +159,7 @@ def check_count(name: str, count: Any) -> None:
 
 
 def check_tensor(p: Tensor, name: str, value: object, base: str | None) -> None:
+    """Refuse what cannot be a state tensor of p."""
     if not isinstance(value, Tensor):
         if base and value is not None:
             raise ValueError(f"{name} in a state is a {type(value).__name__}: use a tensor of "
