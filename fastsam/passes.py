@@ -61,7 +61,8 @@ class Climb(NamedTuple):
     Attributes:
         space: whose `saved` holds the weights.
         moved: for each slot, whether it climbed.
-        table: the same on the device: not 0 where it did, int64 (slots,).
+        table: the same on the device: not 0 where it did, int64 (slots,). No addresses to read at:
+            in a layout that was made after the climb they are none.
     """
 
     space: Space

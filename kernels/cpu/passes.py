@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastsam.hyper import COLUMN, FRIENDLY, WITH_M
+from fastsam.memory import table_of
 from fastsam.passes import Climb, Pass
 from fastsam.space import CONTROL, COUNTERS, Space, noise_share
 
@@ -184,7 +185,9 @@ def step(p: Pass, climb: Climb | None) -> None:
         f.counters[SKIPPED] += 1
         go_back(p, moved != 0)
         if p.along_v:
-            norm(p._replace(g_table=climb.table, g_dtype=kind.acc))
+            v = [slot.v if one else None for slot, one in zip(s.slots, climb.moved, strict=True)]
+            norm(p._replace(g_table=torch.tensor(table_of(v), device="cpu"),
+                            g_dtype=kind.acc))
         return
     stepped, steps = p.g_table.numpy() != 0, s.steps.numpy()[1]
     if not stepped.all():

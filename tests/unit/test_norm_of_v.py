@@ -105,6 +105,24 @@ def test_a_v_that_is_not_finite_is_left_so(backend, device):
     assert opt.skipped_steps == 2
 
 
+@pytest.mark.parametrize("base", BASES)
+def test_a_skip_leaves_it_after_a_new_layout_too(base, backend, device):
+    """What climbed is known there, but not where its v lay."""
+    params = [nn.Parameter(t.to(device)) for t in normals(0)]
+    opt = optimizer(params, base, backend)
+    for t in range(3):
+        opt.first_step()
+        give(params, [g.to(device) for g in normals(10 + t)])
+        if t == 2:
+            v = opt.state[params[0]]["momentum_buffer" if base == "sgd" else "exp_avg"]
+            v.data = v.data.clone()
+            opt.found_inf = torch.ones((), device=device)
+        opt.second_step(zero_grad=True)
+        opt.found_inf = None
+        assert_left_is_taken(opt)
+    assert opt.skipped_steps == 1
+
+
 def test_a_step_without_a_gradient_leaves_it_too(backend, device):
     params = [nn.Parameter(t.to(device)) for t in normals(0)]
     opt = optimizer(params, "sgd", backend)
