@@ -18,6 +18,7 @@ from bench.attacks.notation import eps_key
 from bench.attacks.objectives import answers
 from bench.attacks.pgd import Attack, Forward
 from bench.data.datasets import Split
+from bench.data.photographs import Photographs
 from bench.evaluation import masked_gradients
 from bench.evaluation.progress import Progress
 from bench.settings.evaluation import Evaluation
@@ -222,7 +223,7 @@ def measured(
     return result
 
 
-def shuffled(split: Split) -> Tensor:
+def shuffled(split: Split | Photographs) -> Tensor:
     """Return a fixed order: images lie sorted by class in folders, and a subset is to be mixed."""
     order = torch.randperm(len(split), generator=torch.Generator().manual_seed(0))
     return order.to(split.labels.device)
