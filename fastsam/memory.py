@@ -83,7 +83,8 @@ def forms(tensors: Sequence[Tensor]) -> Callable[..., bool]:
         strides: list = [[*t.stride()] for t in tensors]
         return TensorGuards(*tensors, dynamic_dims_sizes=sizes,
                             dynamic_dims_strides=strides).check
-    except (ImportError, AttributeError, TypeError):  # torch's own: elsewhere, or called otherwise
+    # torch's own: elsewhere, called otherwise, or with a check of its own that fails
+    except (ImportError, AttributeError, TypeError, ValueError, RuntimeError):
         seen = [form(t) for t in tensors]
         return lambda *now: [form(t) for t in now] == seen
 

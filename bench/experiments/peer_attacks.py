@@ -25,7 +25,7 @@ from bench.attacks.apgd import apgd, apgd_targeted
 from bench.attacks.objectives import answers
 from bench.attacks.pgd import Attack, evaluation_attack, fgsm, pgd
 from bench.evaluation.evaluate import shuffled
-from bench.files import append_jsonl
+from bench.files import append_jsonl, refuse_unwritable
 from bench.models import build_model
 from bench.provenance import git_hash, package_version, stamp
 from bench.reports.tables import markdown
@@ -181,14 +181,19 @@ def on_digits() -> tuple[nn.Module, Tensor, Tensor]:
     return trained(x[:IMAGES], y[:IMAGES]), x[IMAGES:], y[IMAGES:]
 
 
-def of_checkpoint(path: Path, images: int) -> tuple[nn.Module, Tensor, Tensor]:
-    """Return a trained network and the first `images` of its own test images, in the order in which
-    `bench evaluate --n-examples` takes them. Raises ValueError where those are others by now."""
+def of_checkpoint(path: Path) -> tuple[dict[str, Any], nn.Module, Tensor, Tensor]:
+    """Return a trained network's settings, itself, and its own test images and labels, in the order
+    in which `bench evaluate --n-examples` takes them. Raises ValueError where those are others by
+    now, or of other than 10 classes, which not every tool takes."""
     checkpoint = load_checkpoint(path)
-    data = data_of(Config(**checkpoint["config"]))
+    config, classes = checkpoint["config"], len(checkpoint["classes"])
+    if classes != 10:
+        raise ValueError(f"{str(path)!r} knows {classes} classes: give a network of 10")
+    data = data_of(Config(**config))
     if parts := changed_data(checkpoint, data):
-        raise ValueError(f"the {parts} images are not those that {str(path)!r} was trained with")
-    return rebuild(checkpoint, path), *data.test.batch(shuffled(data.test)[:images])
+        raise ValueError(f"the {parts} images are not those that {str(path)!r} was trained with; "
+                         "restore them")  # fmt: skip
+    return config, rebuild(checkpoint, path), *data.test.batch(shuffled(data.test))
 
 
 def measure(
@@ -197,10 +202,12 @@ def measure(
 ) -> Iterator[dict[str, Any]]:  # fmt: skip
     """Yield a row an attack: which images of those that are right clean it leaves right.
 
-    names: of the attacks; None: all."""
+    names: of the attacks; None: all. Raises ValueError for a network that is right on none."""
     with torch.no_grad():
         right = answers(net(x)) == y
     of, x, y = len(x), x[right], y[right]
+    if not len(x):
+        raise ValueError(f"the network is right on none of {of} images: nothing to attack")
     for factor, (norm, eps), tool in product(factors, radii.items(), TOOLS):
         scaled = Scaled(net, factor).eval()
         for name, perturb in TOOLS[tool](norm, eps).items():
@@ -252,21 +259,32 @@ def main() -> None:
     )
     parser.add_argument("--rows", type=Path, help="append a row an attack to this JSONL file")
     parser.add_argument("--checkpoint", type=Path, help="of `bench train`, instead of the digits'")
-    parser.add_argument("--images", type=int, default=500, help="with --checkpoint (default 500)")
+    parser.add_argument("--images", type=int, help="only the first so many")
     parser.add_argument("--attacks", nargs="+", choices=NAMES, help="instead of all")
     options, git = parser.parse_args(), git_hash()
-    if options.checkpoint is None:
-        rows = list(measure(*on_digits(), names=options.attacks))
-    else:
-        network = of_checkpoint(options.checkpoint, options.images)
-        config = load_checkpoint(options.checkpoint)["config"]
-        rows = [row | {"config": config}
-                for row in measure(*network, SMALL, (1.0,), options.attacks)]  # fmt: skip
-        print(f"{config['method']}, seed {config['seed']}, right on {rows[0]['images']} of "
-              f"{rows[0]['of']} test images of {config['data']}\n")  # fmt: skip
+    try:
+        rows = rows_of(options.checkpoint, options.images, options.attacks, options.rows)
+    except (ValueError, OSError) as e:
+        parser.error(str(e))
     print(table(rows))
     if options.rows is not None:
         append_jsonl(options.rows, [row | stamp("cpu", git) for row in rows])
+
+
+def rows_of(
+    checkpoint: Path | None, images: int | None, names: list[str] | None, written: Path | None
+) -> list[dict[str, Any]]:
+    refuse_unwritable(written)
+    if images is not None and images < 1:
+        raise ValueError(f"--images must be at least 1, got {images}")
+    if checkpoint is None:
+        net, x, y = on_digits()
+        return list(measure(net, x[:images], y[:images], names=names))
+    config, net, x, y = of_checkpoint(checkpoint)
+    rows = list(measure(net, x[:images], y[:images], SMALL, (1.0,), names))
+    print(f"{config['method']}, seed {config['seed']}, right on {rows[0]['images']} of "
+          f"{rows[0]['of']} test images of {config['data']}\n")  # fmt: skip
+    return [row | {"config": config} for row in rows]
 
 
 if __name__ == "__main__":

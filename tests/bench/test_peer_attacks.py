@@ -14,12 +14,13 @@ from bench.experiments.peer_attacks import (
     RADII,
     TOOLS,
     by_attack,
+    main,
     measure,
     of_checkpoint,
     on_digits,
 )
 
-from ..helpers.trained import evaluation
+from ..helpers.trained import digits, evaluation, model
 
 ROWS = Path(__file__).parents[2] / "bench" / "results" / "attacks.jsonl"
 SLACK = 0.01  # of the images: other random starts
@@ -41,14 +42,34 @@ def test_the_committed_comparison_shows_it():
 
 
 def test_a_checkpoint_is_attacked_on_the_images_that_it_is_evaluated_on(checkpoint):
-    net, x, y = of_checkpoint(checkpoint, 50)
+    _, net, x, y = of_checkpoint(checkpoint)
     split = load_data("digits", 0.1, 0).test
     found = evaluate(net, split, evaluation(attacks=("clean",), samples=50))
-    assert (net(x).argmax(1) == y).float().mean().item() == pytest.approx(found["natural"])
-    saved = torch.load(checkpoint, weights_only=True)
-    torch.save(saved | {"test_fingerprint": "another"}, checkpoint)
-    with pytest.raises(ValueError, match="the test images are not those"):
-        of_checkpoint(checkpoint, 50)
+    right = (net(x[:50]).argmax(1) == y[:50]).float().mean().item()
+    assert right == pytest.approx(found["natural"])
+
+
+@pytest.mark.parametrize("change, options, said", [
+    ({"test_fingerprint": "another"}, [], "the test images are not those"),
+    ({"classes": ["a", "b"]}, [], "2 classes"),
+    ({}, ["--images", "0"], "at least 1, got 0"),
+    ({}, ["--images", "-3"], "at least 1, got -3"),
+    ({}, ["--rows", "/dev/null/rows.jsonl"], "/dev/null/rows.jsonl"),
+])  # fmt: skip
+def test_what_cannot_be_attacked_is_refused_in_a_sentence(
+    change, options, said, checkpoint, monkeypatch, capsys
+):
+    if change:
+        torch.save(torch.load(checkpoint, weights_only=True) | change, checkpoint)
+    monkeypatch.setattr("sys.argv", ["peer_attacks", "--checkpoint", str(checkpoint), *options])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_a_network_that_is_right_on_nothing_is_refused():
+    with pytest.raises(ValueError, match="right on none of 9"):
+        list(measure(model(), digits()[0][:9], torch.full((9,), -5)))
 
 
 @pytest.mark.long

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from bench.experiments import peer_attacks
 from bench.settings.evaluation import Evaluation, resolve_evaluation
 
+EPS = 16 / 255
+
 
 @lru_cache(maxsize=1)
 def digits() -> tuple[Tensor, Tensor]:
@@ -28,8 +30,6 @@ def held_out(n: int) -> tuple[Tensor, Tensor]:
     x, y = (part[1500:] for part in digits())
     found = right(model(), x, y).nonzero().squeeze(1)
     return x[found[:n]], y[found[:n]]
-
-EPS = 16 / 255
 
 
 def evaluation(**options: Any) -> Evaluation:
