@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from bench.attacks.objectives import answers
 from bench.data.augmentation import Augmentation
 from bench.data.datasets import Data, load_data, training_images
-from bench.devices import usable_device
+from bench.devices import usable_device, warn_of_slow_bf16
 from bench.evaluation.evaluate import correct, robust
 from bench.evaluation.progress import bar_of
 from bench.files import remove_unfinished, write_json, write_jsonl
@@ -256,6 +256,8 @@ def train(
         write_json(out / "config.json", asdict(config))
     for row in run.history:
         after_epoch(row)
+    if first and config.amp == "bf16" and len(run.history) < config.epochs:
+        warn_of_slow_bf16(run.device)
     tracker = sitting.track if first else None
     must = sitting.must_track
     with tracked(tracker, config, out, run.history, must) as track, sitting.training():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -125,6 +126,31 @@ def test_training_attack_leaves_gradients_and_statistics_alone(mode):
     assert not torch.equal(x, x_adv) and run.model.training
     assert same(before, dict(run.model.state_dict()))
     assert all(p.grad is None for p in run.model.parameters())
+
+
+@pytest.mark.parametrize(("known", "amp", "slow"), [
+    ({"architecture": "x86_64", "avx512_f": True, "avx512_bf16": False}, "bf16", True),
+    ({"architecture": "x86_64"}, "bf16", True),  # one too old for the word
+    ({"architecture": "x86_64", "avx512_bf16": False}, "off", False),
+    ({"architecture": "x86_64", "avx512_bf16": True}, "bf16", False),
+    ({"architecture": "x86_64", "avx512_bf16": False, "amx_bf16": True}, "bf16", False),
+    ({"architecture": "arm64"}, "bf16", False),
+    (None, "bf16", False),  # a torch that does not say
+])
+def test_bf16_on_a_processor_without_it_is_warned_of(known, amp, slow, monkeypatch, tmp_path):
+    if known is None:
+        monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    else:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known, raising=False)
+    config = tiny("sgd", amp=amp, epochs=1)
+    with warnings.catch_warnings(record=True) as given:
+        warnings.simplefilter("always")
+        train(config, tmp_path)
+    assert any("--amp off" in str(w.message) for w in given) == slow
+    with warnings.catch_warnings(record=True) as given:  # nothing is left to be slow
+        warnings.simplefilter("always")
+        train(config, tmp_path)
+    assert not any("--amp off" in str(w.message) for w in given)
 
 
 def test_rho_zero_trains_as_sgd(tmp_path):
