@@ -9,6 +9,9 @@
 # make docs: the documentation with the API reference, in .site
 .PHONY: demo test prove mutants fuzz newest oldest survive lint bench docs clean
 
+# many tests start a process, and each would compile what it imports anew
+unexport PYTHONDONTWRITEBYTECODE
+
 PYTHON ?= python3
 BIN := .venv/bin
 READY = $(BIN:bin=ready)

@@ -1,6 +1,8 @@
 """The devices that this machine and this torch have."""
 
 import warnings
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -23,12 +25,12 @@ def usable_device(name: str) -> torch.device:
 def warn_of_slow_bf16(device: torch.device) -> None:
     """Warn where each product in bf16 is made from conversions: on an x86 processor that is known
     to have no instructions for it."""
-    known = getattr(torch.cpu, "get_capabilities", dict)()
+    known: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     if device.type != "cpu" or known.get("architecture") != "x86_64":
         return
     if not any(known.get(name) for name in BF16):
         warnings.warn(
-            "this processor has no bf16 instructions: amp 'bf16' is slower here than float32, which "
-            "is --amp off",
+            "this processor has no bf16 instructions: amp 'bf16' is slower here than float32, "
+            "which is --amp off",
             stacklevel=2,
         )

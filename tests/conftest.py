@@ -1,6 +1,8 @@
 """Without a GPU the kernels run in Triton's interpreter, chosen before any decorator runs."""
 
 import os
+from dataclasses import replace
+from types import SimpleNamespace
 
 import torch
 
@@ -11,17 +13,45 @@ import pytest
 
 
 def patch_the_interpreter_once_per_launch() -> None:
-    """A launch patches triton.language for the interpreter; a call from kernel to helper patches
-    all of it again, on top, which takes most of the tests' time and changes nothing."""
-    from triton.runtime.interpreter import InterpretedFunction
+    """A launch patches triton.language for the interpreter; a call from kernel to helper, or to a
+    function of triton.language, patches all of it again, on top. That takes most of the tests' time
+    and changes nothing where a launch patches all that those functions see."""
+    from triton.runtime import interpreter
 
-    patch_and_call = InterpretedFunction.__call__
+    patch = interpreter._patch_lang
+    sees_all = SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
 
     def call(self, *args, **kwargs):
-        ours = self.fn.__module__.startswith("fastsam.")
-        return self.rewrite()(*args, **kwargs) if ours else patch_and_call(self, *args, **kwargs)
+        return self.rewrite()(*args, **kwargs)
 
-    InterpretedFunction.__call__ = call
+    interpreter._patch_lang = lambda fn: patch(sees_all)
+    interpreter.InterpretedFunction.__call__ = call
+
+
+def look_up_types_once() -> None:
+    """The interpreter writes down its table of types anew whenever it looks one up."""
+    from triton.runtime import interpreter
+
+    look_up, known = interpreter._get_np_dtype, {}
+
+    def looked_up(dtype):
+        if isinstance(dtype, tl.block_type):
+            dtype = dtype.element_ty
+        if isinstance(dtype, tl.pointer_type):
+            return np.dtype(np.uint64)
+        if dtype.name not in known:
+            known[dtype.name] = look_up(dtype)
+        return known[dtype.name]
+
+    interpreter._get_np_dtype = looked_up
+
+
+def look_for_no_overflow() -> None:
+    """The interpreter works out whether integers overflow, and asks for `debug` before it looks."""
+    from triton.runtime import interpreter
+
+    options = replace(interpreter.interpreter_builder.options, sanitize_overflow=False)
+    interpreter.interpreter_builder.options = options
 
 
 def round_to_bfloat16_as_gpus_do() -> None:
@@ -48,6 +78,8 @@ if os.environ.get("TRITON_INTERPRET") == "1":
         pass  # the tests that need Triton say so
     else:
         patch_the_interpreter_once_per_launch()
+        look_up_types_once()
+        look_for_no_overflow()
         round_to_bfloat16_as_gpus_do()
 
 

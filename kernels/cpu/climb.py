@@ -1,6 +1,5 @@
 """The loop of the climb: w is saved and moved, and m brought up to date."""
 
-import math
 from collections.abc import Callable
 from functools import lru_cache
 
@@ -22,11 +21,12 @@ from .memory import (
     take,
     total,
 )
+from .norm import ascent, scaling, weights
 from .tables import BLOCK, EMA_SHARE, INV_SCALE1, LMBDA, RHO, SIGMA, compiled, tables
 
 
 @lru_cache
-def climb_loop(mode: str | None, scaling: str | None, masters: bool, dtype: str, g_dtype: str,
+def climb_loop(mode: str | None, kind: str | None, masters: bool, dtype: str, g_dtype: str,
           ) -> Callable:
     """w -> w + e with w saved and m updated, e = rho / (norm + GUARD) T^2 d, or 0 unless `moves`.
     Where the mode keeps the gradient, `m` is the buffer for it. sums[0, b], sums[1, b] = the
@@ -37,7 +37,7 @@ def climb_loop(mode: str | None, scaling: str | None, masters: bool, dtype: str,
     size, w_size, g_size, s_size = SIZES[A], SIZES[W], SIZES[G], SIZES[S]
     has_m, keeps, averages = mode in WITH_M, mode in KEEPING, mode in FRIENDLY
     algorithm1, official, full = (mode == x for x in ("algorithm1", "official", "full"))
-    by_w, by_g = scaling == "weights", scaling == "gradient"
+    by_w, by_g = kind == "weights", kind == "gradient"
     rounds = W in ("bf16", "f16")
     one, zero, guard = (np.dtype(A).type(x) for x in (1, 0, GUARD))
 
@@ -65,30 +65,20 @@ def climb_loop(mode: str | None, scaling: str | None, masters: bool, dtype: str,
                 w_at, g_at = w_table[slot] + start * w_size, g_table[slot] + start * g_size
                 saved_at, m_at = saved + (offset + start) * s_size, m + (offset + start) * size
                 for i in range(n):
-                    stored = load(w_at, i, "w", W)
-                    w = stored
-                    if masters:
-                        master = load(saved_at, i, "saved", A)
-                        w = master if rounded(master, W) == w else w
+                    stored, w = weights(w_at, saved_at, i, masters, W, A)
                     g = load(g_at, i, "g", G) * inv_scale
                     d = g
                     if keeps:
                         store(m_at, i, g, "m", A)
                     if has_m:
-                        mean = load(m_at, i, "m", A)
-                        average = lmbda * mean + ema_share * g
-                        if algorithm1:
-                            mean = average
-                        d = sigma * mean if full else g - sigma * mean
+                        old_m = load(m_at, i, "m", A)
+                        d, new_m = ascent(g, old_m, sigma, lmbda, ema_share, algorithm1, full)
                         if averages:
                             if official:
-                                average = g if begins else average
-                            store(m_at, i, average, "m", A)
-                    if by_w:
-                        T = a * abs(w) + b
-                        d = T * (T * d)
-                    if by_g:
-                        T = one / math.sqrt(one + a * g * g)
+                                new_m = g if begins else new_m
+                            store(m_at, i, new_m, "m", A)
+                    if by_w or by_g:
+                        T = scaling(w, g, a, b, by_w, one)
                         d = T * (T * d)
                     e = scale * d
                     store(saved_at, i, w, "saved", S)

@@ -13,6 +13,32 @@ from .memory import CHUNK, SIZES, accumulates_in, load, rounded, scratch, store,
 from .tables import BLOCK, EMA_SHARE, INV_SCALE1, INV_SCALE2, LMBDA, SIGMA, compiled, tables
 
 
+@njit(inline="always")
+def weights(w, saved, i, masters, W, A):
+    """Element i of w as it is stored, and w: its master where there are masters, unless someone
+    else has written another w since."""
+    stored = load(w, i, "w", W)
+    new = stored
+    if masters:
+        master = load(saved, i, "saved", A)
+        new = master if rounded(master, W) == stored else stored
+    return stored, new
+
+
+@njit(inline="always")
+def ascent(g, m, sigma, lmbda, ema_share, algorithm1, full):
+    """d, before T, and the new m. In fastsam.reference: `ema` and `direction`."""
+    new_m = lmbda * m + ema_share * g
+    mean = new_m if algorithm1 else m
+    return sigma * mean if full else g - sigma * mean, new_m
+
+
+@njit(inline="always")
+def scaling(w, g, a, b, by_w, one):
+    """T. In fastsam.reference: `scaling`."""
+    return a * abs(w) + b if by_w else one / math.sqrt(one + a * g * g)
+
+
 @lru_cache
 def dots_loop(mode: str, dtype: str, g_dtype: str) -> Callable:
     """sums[:, b] = <g, m>, <g, g> and <m, m> of block b. m is that of the projection; where the
@@ -67,13 +93,13 @@ def squares(v, n, size, dtype):
 
 
 @lru_cache
-def norm_loop(mode: str | None, scaling: str | None, masters: bool, dtype: str, g_dtype: str,
+def norm_loop(mode: str | None, kind: str | None, masters: bool, dtype: str, g_dtype: str,
          ) -> Callable:
     """sums[0, b] = ||T d||^2 of block b; where d is made with m also sums[1, b] = ||T g||^2."""
     W, G, A = dtype, g_dtype, accumulates_in(dtype)
     size, w_size, g_size = SIZES[A], SIZES[W], SIZES[G]
     has_m, algorithm1, full = mode in WITH_M, mode == "algorithm1", mode == "full"
-    by_w, by_g = scaling == "weights", scaling == "gradient"
+    by_w, by_g = kind == "weights", kind == "gradient"
     one = np.dtype(A).type(1)
 
     @compiled(*tables(dtype), int64, int64, float64[:, ::1])
@@ -101,20 +127,13 @@ def norm_loop(mode: str | None, scaling: str | None, masters: bool, dtype: str, 
                     g = load(g_at, i, "g", G) * inv_scale
                     d = g
                     if has_m:
-                        mean = load(m_at, i, "m", A)
-                        if algorithm1:
-                            mean = lmbda * mean + ema_share * g
-                        d = sigma * mean if full else g - sigma * mean
+                        old_m = load(m_at, i, "m", A)
+                        d, _ = ascent(g, old_m, sigma, lmbda, ema_share, algorithm1, full)
                     if by_w or by_g:
-                        T = one
+                        w = g
                         if by_w:
-                            w = load(w_at, i, "w", W)
-                            if masters:
-                                master = load(saved_at, i, "saved", A)
-                                w = master if rounded(master, W) == w else w
-                            T = a * abs(w) + b
-                        else:
-                            T = one / math.sqrt(one + a * g * g)
+                            _, w = weights(w_at, saved_at, i, masters, W, A)
+                        T = scaling(w, g, a, b, by_w, one)
                         d = T * d
                         g = T * g
                     store(x, i, d * d, "x", A)

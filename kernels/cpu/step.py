@@ -77,7 +77,8 @@ def adam_hyper(row, count, F):
     c2 = F(-math.expm1(float64(t * row[LOG_BETA2])))
     return (F(0) if decoupled else weight_decay,
             F(1 - float64(lr) * float64(weight_decay)) if decoupled else F(1),
-            row[BETA1], row[BETA1_SHARE], row[BETA2], row[BETA2_SHARE], F(1) / c1 * lr, c2, row[EPS])
+            row[BETA1], row[BETA1_SHARE], row[BETA2], row[BETA2_SHARE],
+            F(1) / c1 * lr, c2, row[EPS])
 
 
 @njit(inline="always")
