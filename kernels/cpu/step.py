@@ -46,7 +46,7 @@ def mixed(g, i, m, kept, c, alpha, returns, gsam, renews, reuses, dtype):
 
 
 @njit(inline="always")
-def sgd_hyper(row, count, F):
+def sgd_hyper(row, count):
     """What `sgd` takes of a group: lr, weight decay, momentum, 1 - dampening, whether v begins as
     g, and nesterov."""
     return (row[LR], row[WEIGHT_DECAY], row[MOMENTUM], row[MOMENTUM_SHARE],
@@ -54,7 +54,7 @@ def sgd_hyper(row, count, F):
 
 
 @njit(inline="always")
-def sgd(w, g, i, v, u, hyper, has_v, dtype):
+def sgd(w, g, i, v, hyper, has_v, dtype):
     """The new w; stores v where there is one. In fastsam.reference: `sgd`."""
     lr, weight_decay, momentum, momentum_share, begins, nesterov = hyper
     g = g + weight_decay * w if weight_decay != 0 else g
@@ -82,7 +82,7 @@ def adam_hyper(row, count, F):
 
 
 @njit(inline="always")
-def adam(w, g, i, v, u, hyper, has_v, dtype):
+def adam(w, g, i, v, u, hyper, dtype):
     """The new w; stores v and u. In fastsam.reference: `adam`."""
     decay, shrink, beta1, share1, beta2, share2, rate, c2, eps = hyper
     g = g + decay * w if decay != 0 else g
@@ -103,8 +103,7 @@ def step_loop(base: str, mix: str | None, along_v: bool, masters: bool, dtype: s
     S = A if masters else W
     size, w_size, g_size, s_size = SIZES[A], SIZES[W], SIZES[G], SIZES[S]
     F = np.dtype(A).type
-    update, hyper_of = (adam, adam_hyper) if base == "adam" else (sgd, sgd_hyper)
-    has_v = base != "sgd"
+    by_adam, has_v = base == "adam", base != "sgd"
     gsam, renews, reuses = (mix == x for x in ("gsam", "renew", "reuse"))
 
     @compiled(*tables(dtype), int64[::1], int64, int64, int64, int64, int64, float64[:, ::1])
@@ -121,7 +120,11 @@ def step_loop(base: str, mix: str | None, along_v: bool, masters: bool, dtype: s
             v_at, u_at, m_at, kept_at = v + here, u + here, m + here, kept + here
             returns = moved[slot] != 0
             if g_table[slot] != 0:
-                alpha, h = hyper[group, ALPHA], hyper_of(hyper[group], v_steps[slot], F)
+                alpha, row, count = hyper[group, ALPHA], hyper[group], v_steps[slot]
+                if by_adam:
+                    h = adam_hyper(row, count, F)
+                else:
+                    h = sgd_hyper(row, count)
                 w_at, g_at = w_table[slot] + start * w_size, g_table[slot] + start * g_size
                 saved_at = saved + (offset + start) * s_size
                 old_at = saved_at if returns or masters else w_at
@@ -133,7 +136,10 @@ def step_loop(base: str, mix: str | None, along_v: bool, masters: bool, dtype: s
                     g = load(g_at, i, "g", G) * inv_scale
                     if mix is not None:
                         g = mixed(g, i, m_at, kept_at, c, alpha, returns, gsam, renews, reuses, A)
-                    w = update(w, g, i, v_at, u_at, h, has_v, A)
+                    if by_adam:
+                        w = adam(w, g, i, v_at, u_at, h, A)
+                    else:
+                        w = sgd(w, g, i, v_at, h, has_v, A)
                     store(w_at, i, w, "w", W)
                     if masters:
                         store(saved_at, i, w, "old", A)

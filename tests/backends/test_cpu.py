@@ -323,6 +323,40 @@ def test_a_broken_file_of_compiled_code(kind, tmp_path, monkeypatch):
     runs(tmp_path, monkeypatch)
 
 
+def test_what_one_process_compiled_no_other_compiles_again(tmp_path):
+    """numba finds a loop again by the values that it closes over, as pickle writes them: they must
+    be written alike in every process."""
+    code = """
+import torch
+from fastsam import GSAM, SAM, FriendlySAM, LookSAM, MomentumSAM
+
+def closure():
+    opt.zero_grad()
+    loss = (w**4).sum()
+    loss.backward()
+    return loss
+
+for cls, base, own in ((SAM, torch.optim.SGD, dict(rho=0.1)),
+                       (FriendlySAM, torch.optim.SGD, dict(momentum=0.9, projection="cosine")),
+                       (LookSAM, torch.optim.AdamW, dict(k=2, alpha=0.5)),
+                       (MomentumSAM, torch.optim.SGD, dict(momentum=0.9)),
+                       (GSAM, torch.optim.Adam, dict(adaptive=True))):
+    w = torch.nn.Parameter(torch.linspace(-1, 1, 20_000))
+    opt = cls([w], base, lr=0.01, backend="numba", **own)
+    for _ in range(2):
+        opt.step(closure)
+"""
+
+    def kept() -> dict[str, int]:
+        subprocess.run([sys.executable, "-c", code], check=True,
+                       env=os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)})
+        return {file.name: file.stat().st_mtime_ns for file in tmp_path.rglob("*.nb?")}
+
+    first = kept()
+    assert sum(name.endswith("nbc") for name in first) >= 12
+    assert kept() == first
+
+
 COLUMN = 0
 
 
