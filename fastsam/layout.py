@@ -144,10 +144,8 @@ class Layout:
         self.containers: tuple = (groups, None)  # of groups and state, as they were last seen
         self._normed: list | None = None  # the v and the slots whose norm is in the partials
         self._buffers = [  # the views that are in the state, and where in which buffer each begins
-            (view, flat, slot.offset) for space in self.spaces for slot in space.slots
-            for view, flat in ((slot.m, space.m), (slot.v, space.v), (slot.u, space.u),
-                               (slot.saved, space.saved if space.kind.masters else None))
-            if flat is not None]
+            place for space in self.spaces for i, slot in enumerate(space.slots)
+            for place in state_dict.places(space, slot, i)]
         self._views = [view for view, _, _ in self._buffers]
         self._addresses = addresses(self._views)
         self._plain = [PLAIN.issuperset(map(type, space.params))
@@ -250,8 +248,8 @@ class Layout:
             self._is_as_seen(state) or not self.shown.missing(state))
 
     def has_its_memory(self) -> bool:
-        """Whether averages, momenta and masters are still in the buffers: `.data = ...` takes one
-        out. A whole buffer may move, as by `share_memory_()`."""
+        """Whether averages, momenta, masters and counts are still in the buffers: `.data = ...`
+        takes one out. A whole buffer may move, as by `share_memory_()`."""
         now = addresses(self._views)
         if now == self._addresses:
             return True

@@ -50,6 +50,20 @@ def shown(space: Space, slot: Slot) -> dict[str, Tensor]:
     return state
 
 
+def places(space: Space, slot: Slot, i: int) -> list[tuple[Tensor, Tensor, int]]:
+    """Those of the tensors of space.slots[i] that `shown` shows and a pass reads, with the buffer
+    that each is a part of and the element at which it begins there. Of the counts it is Adam's and
+    that of the official Friendly-SAM: to ask where the others are would cost every step host time,
+    and no other code knows them by name."""
+    kind, n = space.kind, len(space.slots)
+    parts = [(slot.m, space.m, slot.offset), (slot.v, space.v, slot.offset),
+             (slot.u, space.u, slot.offset),
+             (slot.saved, space.saved if kind.masters else None, slot.offset),
+             (slot.m_steps, space.steps if kind.mode == "official" else None, i),
+             (slot.v_steps, space.steps if kind.base == "adam" else None, n + i)]
+    return [(view, flat, at) for view, flat, at in parts if view is not None and flat is not None]
+
+
 def bases_part(state: Any) -> Any:
     """One parameter's saved state without what is not the base optimizer's. An entry of no
     parameter's, such as MADGRAD's counter, may be of any type."""

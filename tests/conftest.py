@@ -83,8 +83,8 @@ if os.environ.get("TRITON_INTERPRET") == "1":
         round_to_bfloat16_as_gpus_do()
 
 
-LONGEST = ("test_sequences", "test_recipes", "test_aot", "test_contract",
-           "test_distributed", "test_resume")
+LONGEST = ("test_contract", "test_sequences", "test_distributed", "test_executed", "test_resume",
+           "test_packaging", "test_pool", "test_recipes", "test_aot")
 
 
 def pytest_collection_modifyitems(items: list) -> None:

@@ -260,7 +260,7 @@ def test_the_average_may_be_replaced_in_another_form(backend):
 
 
 @pytest.mark.parametrize("perturbed", [False, True])
-@pytest.mark.parametrize("what", ["momentum_buffer", "exp_avg", "exp_avg_sq"])
+@pytest.mark.parametrize("what", ["momentum_buffer", "exp_avg", "exp_avg_sq", "step"])
 def test_a_buffer_whose_memory_was_moved_is_followed(what, perturbed, backend):
     """As offloading to the host does with `.data`."""
     base = "sgd" if what == "momentum_buffer" else "adamw"
@@ -278,6 +278,34 @@ def test_a_buffer_whose_memory_was_moved_is_followed(what, perturbed, backend):
     else:
         pair.both(move)
     pair.step(2)
+
+
+@pytest.mark.parametrize("perturbed", [False, True])
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW, torch.optim.RAdam])
+def test_a_count_whose_memory_was_moved_is_followed(base, perturbed, backend, device):
+    """As one that is set to another number where it lies."""
+    own = dict(momentum=0.9) if base is torch.optim.SGD else {}
+
+    def trained(begin_anew):
+        torch.manual_seed(0)
+        ps = [torch.nn.Parameter(torch.randn(5, device=device)) for _ in range(2)]
+        opt = FriendlySAM(ps, base, lr=0.1, convention="official", backend=backend, **own)
+        for t in range(5):
+            for half in (opt.first_step, opt.second_step):
+                opt.zero_grad()
+                sum((p**4).sum() for p in ps).backward()
+                half()
+                if t == 2 and (half == opt.first_step) is perturbed:
+                    entry = opt.state[ps[1]]
+                    for name in entry.keys() & {"step", "ema_steps", "sam_ema_steps"}:
+                        begin_anew(entry[name])
+        return [*ps, *opt.state[ps[0]].values(), *opt.state[ps[1]].values()]
+
+    def elsewhere(count):
+        count.data = torch.zeros_like(count)
+
+    for ours, right in zip(trained(elsewhere), trained(torch.Tensor.zero_), strict=True):
+        torch.testing.assert_close(ours, right, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("base", ["sgd", "adamw"])
