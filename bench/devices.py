@@ -22,15 +22,15 @@ def usable_device(name: str) -> torch.device:
     return device
 
 
-def warn_of_slow_bf16(device: torch.device) -> None:
+def warn_of_slow_bf16(device: torch.device, way_out: str) -> None:
     """Warn where each product in bf16 is made from conversions: on an x86 processor that is known
-    to have no instructions for it."""
+    to have no instructions for it. way_out: the option that asks for float32."""
     known: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     if device.type != "cpu" or known.get("architecture") != "x86_64":
         return
     if not any(known.get(name) for name in BF16):
         warnings.warn(
-            "this processor has no bf16 instructions: amp 'bf16' is slower here than float32, "
-            "which is --amp off",
+            "this processor has no bf16 instructions: bf16 is slower here than float32, which is "
+            f"{way_out}",
             stacklevel=2,
         )

@@ -19,6 +19,7 @@ from bench.attacks.objectives import answers
 from bench.attacks.pgd import Attack, Forward
 from bench.data.datasets import Split
 from bench.data.photographs import Photographs
+from bench.devices import warn_of_slow_bf16
 from bench.evaluation import masked_gradients
 from bench.evaluation.progress import Progress
 from bench.settings.evaluation import Evaluation
@@ -197,6 +198,8 @@ def measured(
         model, *sample, evaluation.batch_size, attacked=bool(planned)
     )
     forward, fast = passes_of(model, evaluation.precision)
+    if planned and evaluation.precision == "bf16":
+        warn_of_slow_bf16(sample[0].device, "--eval-precision fp32")
     count = len(right) * sum(len(attacks) for _, _, attacks in planned)
     with Progress(count, bar) as progress, progress.counting(model, fast):
         for norm, eps, attacks in planned:

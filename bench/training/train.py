@@ -257,7 +257,7 @@ def train(
     for row in run.history:
         after_epoch(row)
     if first and config.amp == "bf16" and len(run.history) < config.epochs:
-        warn_of_slow_bf16(run.device)
+        warn_of_slow_bf16(run.device, "--amp off")
     tracker = sitting.track if first else None
     must = sitting.must_track
     with tracked(tracker, config, out, run.history, must) as track, sitting.training():

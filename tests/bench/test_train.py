@@ -153,6 +153,20 @@ def test_bf16_on_a_processor_without_it_is_warned_of(known, amp, slow, monkeypat
     assert not any("--amp off" in str(w.message) for w in given)
 
 
+@pytest.mark.parametrize(("known", "precision", "slow"), [
+    ({"architecture": "x86_64"}, "bf16", True), ({"architecture": "x86_64"}, "fp32", False),
+    ({"architecture": "x86_64", "avx512_bf16": True}, "bf16", False),
+])
+def test_an_evaluation_in_bf16_is_warned_of_too(known, precision, slow, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known, raising=False)
+    run = set_up(tiny("sgd"))
+    evaluation = replace(EVALUATION, precision=precision, samples=20)
+    with warnings.catch_warnings(record=True) as given:
+        warnings.simplefilter("always")
+        evaluate(run.model, run.data.test, evaluation)
+    assert any("--eval-precision fp32" in str(w.message) for w in given) == slow
+
+
 def test_rho_zero_trains_as_sgd(tmp_path):
     sgd, sam = (train(c, tmp_path / c.method) for c in (tiny("sgd"), tiny("sam", rho=0.0)))
     for name, value in sgd.model.state_dict().items():
