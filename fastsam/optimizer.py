@@ -200,13 +200,15 @@ class SAM(Optimizer):
         phase = self._phase
         phase.need(False, "first_step")
         check_call(zero_grad, scaler)
+        if (eaten := phase.watch.read()) is not None:
+            phase.warn("rounding", eaten)
         scaler = scaler if scaler is not None and scaler.is_enabled() else None
         scaled = scaler is not None and not self._traits.along_v
         passes = self._read(True, inverse_scale(scaler, self) if scaled else None)
         climbs = all_spaces.climb(phase.layout, passes)
         phase.climbs, phase.perturbed, phase.scaler, phase.plain = climbs, True, scaler, None
         all_spaces.announce(all_spaces.written(passes, climbs))
-        phase.watch.look(phase.layout.spaces)
+        phase.watch.note(phase.layout.spaces)
         if zero_grad:
             self.zero_grad()
         else:

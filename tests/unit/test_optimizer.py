@@ -633,24 +633,45 @@ def test_set_full_gradient_takes_grad_or_a_list_and_refuses_what_does_not_fit(ba
 # ---- 16-bit weights that round the climb away
 
 
-def climb_often(opt, params, times: int = 9) -> None:
-    for _ in range(times):
-        for p in params:
-            p.grad = torch.randn_like(p)
-        opt.first_step(zero_grad=True)
-        opt.restore()
+def climb_often(opt, w, closure: bool = False) -> None:
+    def gradients():
+        w.grad = torch.randn_like(w)
+
+    for _ in range(9):
+        if closure:
+            opt.step(gradients)
+        else:
+            gradients()
+            opt.first_step(zero_grad=True)
+            opt.restore()
 
 
-def test_a_climb_that_rounding_eats_is_said_once_and_where(backend, device):
+@pytest.mark.parametrize("closure", [False, True])
+@pytest.mark.parametrize("cls", [SAM, FullGradientSAM])
+def test_a_climb_that_rounding_eats_is_said_once_and_where(cls, closure, backend, device):
     w = nn.Parameter(torch.ones(4096, device=device, dtype=torch.bfloat16))
-    opt = SAM([w], torch.optim.SGD, rho=0.01, lr=0.1, backend=backend)
+    own = {"part": "full"} if cls is FullGradientSAM else {}
+    opt = cls([w], torch.optim.SGD, rho=0.01, lr=1e-6, backend=backend, **own)
+    if own:
+        opt.set_full_gradient([torch.randn_like(w)])
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        climb_often(opt, [w])
+        climb_often(opt, w, closure)
     eaten = [x for x in caught if "rounded away" in str(x.message)]
     assert len(eaten) == 1 and eaten[0].category is UserWarning
     assert "moved by 0 where a radius of 0.01 was wanted" in str(eaten[0].message)
     assert eaten[0].filename == __file__
+
+
+def test_what_is_said_of_rounding_may_be_an_error_and_moves_nothing(backend, device):
+    w = nn.Parameter(torch.ones(4096, device=device, dtype=torch.bfloat16))
+    opt = SAM([w], torch.optim.SGD, rho=0.01, lr=0.1, backend=backend)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        with pytest.raises(UserWarning, match="rounded away"):
+            climb_often(opt, w)
+        assert not opt.is_perturbed and torch.equal(w, torch.ones_like(w))
+        climb_often(opt, w)
 
 
 @pytest.mark.parametrize("dtype, rho, masters", [
@@ -661,7 +682,7 @@ def test_a_climb_that_is_realised_is_no_warning(backend, device, dtype, rho, mas
     opt = SAM([w], torch.optim.SGD, rho=rho, lr=0.1, backend=backend, master_weights=masters)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        climb_often(opt, [w])
+        climb_often(opt, w)
 
 
 # ---- groups added in mid-training; models that share, drop and convert parameters
