@@ -1,5 +1,5 @@
 # make demo: four methods, two seeds each, trained and attacked; a table and two plots (4 minutes)
-# make test: everything CI runs (ruff, then pytest)
+# make test: everything CI runs (ruff and mypy, then pytest)
 # make prove: the tests that are too long for every change (marked `long`)
 # make fuzz: 32,000 drawn sequences of events beside the oracle, with fresh seeds (35 minutes)
 # make mutants: some fifty faults put into a copy of the code, one at a time; a test must notice each

@@ -11,9 +11,9 @@ import torch
 
 from .space import Space
 
-BACKENDS = ("triton", "numba", "reference")
 MODULES = {"triton": "fastsam.kernels.triton", "numba": "fastsam.kernels.cpu",
            "reference": "fastsam.reference"}
+BACKENDS = tuple(MODULES)
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WORTH_COMPILING = 2**14  # parameters on a CPU: the first step loads code for half a second
 GAPS = "a parameter's elements do not fill one stretch of memory"
@@ -82,7 +82,7 @@ def obstacle(backend: str, spaces: Sequence[Space]) -> str | None:
     """Why a backend cannot serve these spaces; None when it can."""
     if backend == "reference":
         return None
-    why_not = why_not_triton if backend == "triton" else why_not_numba
+    why_not = {"triton": why_not_triton, "numba": why_not_numba}[backend]
     for space in spaces:
         reason = why_not(space.kind.device, space.kind.dtype)
         if reason or not space.dense:

@@ -26,8 +26,8 @@ class ASAM(SAM):
             its name contains "weight" if named parameters are given, else when it has at least
             two dimensions.
         rho: default 2.0 for "all", 0.5 for "weights".
-        scale: "all" (default) or "weights".
-        eta: added to |w| in the "weights" form; at least 0. Default 0.01.
+        scale: "all" (default) or "weights"; a group key too.
+        eta: added to |w| in the "weights" form, at least 0; a group key too. Default 0.01.
 
     Raises:
         ValueError: as `SAM`; an unknown scale; a negative eta.
@@ -138,7 +138,8 @@ class MomentumSAM(SAM):
 
     Args:
         params, base_optimizer, **kwargs: as `SAM`; the base is SGD with momentum, Adam or AdamW.
-        rho: radius, at least 0. Default 3.0, the paper's for CIFAR-100 and ImageNet.
+        rho: radius, at least 0. Default 3.0, as in its authors' code for
+            CIFAR-100 and ImageNet.
 
     Raises:
         ValueError: as `SAM`; another base; momentum=0 in a group that climbs.

@@ -13,6 +13,8 @@ from types import ModuleType
 import pytest
 import torch
 
+import fastsam
+
 from .recipes_support import code_of, execute
 
 ROOT = Path(__file__).parents[2]
@@ -39,6 +41,15 @@ def test_every_pain_has_its_row_and_a_test():
     rows = re.findall(r"^\| (\d+) \|(.*)$", PAINS, re.MULTILINE)
     assert [int(number) for number, _ in rows] == list(range(1, 23))
     assert all("::test_" in row for _, row in rows)
+
+
+def test_every_page_is_in_the_navigation_and_every_public_name_in_the_reference():
+    listed = (ROOT / "mkdocs.yml").read_text()
+    navigation = re.findall(r"^ +- ([\w/.-]+\.md)$", listed, re.MULTILINE)
+    assert sorted(navigation) == sorted(str(page.relative_to(ROOT / "docs"))
+                                        for page in ROOT.glob("docs/**/*.md"))
+    listed = re.findall(r"^        - (\w+)$", (ROOT / "docs" / "api.md").read_text(), re.MULTILINE)
+    assert sorted(listed) == sorted(set(fastsam.__all__) - {"__version__"})
 
 
 @pytest.mark.parametrize("page", [name_of(page) for page in PAGES])
