@@ -184,9 +184,11 @@ def write_jsonl(path: Path, rows: list[dict]) -> None:
 
 
 def append_jsonl(path: Path, rows: list[dict]) -> None:
-    """Append to a JSONL file the rows that it does not hold yet; a crash leaves the old file, and
-    processes that append at once wait for each other. Raises ValueError for a file of no text."""
+    """Append to a JSONL file, in folders that need not be there, the rows that it does not hold
+    yet; a crash leaves the old file, and processes that append at once wait for each other. Raises
+    ValueError for a file of no text."""
     path = Path(os.path.realpath(path))
+    path.parent.mkdir(parents=True, exist_ok=True)
     with kept(path):
         remove_unfinished(path.parent, f"{glob.escape(path.name)}.*")
         try:

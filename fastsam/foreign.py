@@ -145,8 +145,7 @@ def load(base: Optimizer, state_dict: dict[str, Any], shared: Sequence[str],
             group.update({"base_" + key: group[key] for key in shared})
             group.update({key: mine[key] for key in own})
         return base.param_groups, base.state
-    theirs = {i: bases_part(state) if isinstance(state, dict) else state
-              for i, state in state_dict["state"].items()}
+    theirs = {i: bases_part(state) for i, state in state_dict["state"].items()}
     groups = [exchanged(group, shared) for group in state_dict["param_groups"]]
     with as_base_sees(base, shared):
         base.load_state_dict({**state_dict, "param_groups": groups,

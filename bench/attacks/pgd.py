@@ -1,4 +1,4 @@
-"""Attacks on [0, 1] images, and their configuration in words.
+"""Attacks on [0, 1] images.
 
 PGD (Madry et al. 2018): x_adv <- Proj_eps(x_adv + alpha step(grad loss(x_adv))), from a random
 start; one step of it with alpha 1.25 eps is FGSM-RS (Wong et al. 2020). The gradient is taken with
@@ -17,8 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bench.attacks.notation import both_forms
-from bench.attacks.objectives import FIRST, LAST, departure, in_words, log_odds, rising
+from bench.attacks.objectives import LAST, departure, log_odds, rising
 from fastsam.choose import why_not_triton
 
 Forward = Callable[[Tensor], Tensor]
@@ -39,13 +38,6 @@ class Attack:
     eps: float
     alpha: float
     steps: int
-
-    def describe(self) -> str:
-        """Return the whole configuration in one line, for printing beside a number."""
-        return (
-            f"PGD-{self.steps}, {self.norm}, eps {both_forms(self.eps)}, "
-            f"alpha {both_forms(self.alpha)}, random start, 1 restart, {in_words(FIRST, LAST)}"
-        )
 
 
 def evaluation_attack(norm: str, eps: float, steps: int) -> Attack:

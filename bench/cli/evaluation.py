@@ -100,7 +100,6 @@ def run_evaluate(options: dict[str, Any]) -> None:
     if options["rows"]:
         row = {"checkpoint": "/".join(path.parts[-2:]), **result, "config": checkpoint["config"],
                "evaluation": asdict(evaluation), **stamp(str(device), git)}  # fmt: skip
-        options["rows"].parent.mkdir(parents=True, exist_ok=True)
         append_jsonl(options["rows"], [row])
     if file:
         file.parent.mkdir(parents=True, exist_ok=True)

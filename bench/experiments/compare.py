@@ -113,7 +113,6 @@ def append_rows(path: Path | None, summaries: list[dict[str, Any]]) -> list[Path
     """Append the rows that the file does not hold yet; return the paths written."""
     if path is None:
         return []
-    path.parent.mkdir(parents=True, exist_ok=True)
     append_jsonl(path, summaries)
     return [path]
 

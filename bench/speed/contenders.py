@@ -52,8 +52,9 @@ class Contender:
         return self.build(params, **arguments)
 
 
-def bytes_per_parameter(method: str, base: str, weight: int, state: int) -> int:
-    """Return the bytes that a step must move per parameter, each stream once a kernel.
+def kernel_bytes(method: str, base: str, weight: int, state: int = 4) -> dict[str, int]:
+    """Return the bytes that each kernel of a step must move per parameter, in the order of their
+    launches, each stream once a kernel.
 
     weight, state: bytes of an element of the weights and gradients, and of the states.
     K1 (norm) reads g, and m or w where the direction needs them. K2 (climb) reads g, w, m and
@@ -61,16 +62,19 @@ def bytes_per_parameter(method: str, base: str, weight: int, state: int) -> int:
     """
     step = 3 * weight + 2 * state * BASE_STATES[base]
     if method == "sgd":
-        return step
+        return {"step": step}
     if method == "msam":  # K2 reads v for g, whose norm the step before left
-        return state + 3 * weight + step
-    if method in KEEPING:  # g is kept; K0 reads it and g', and K3 it again; g_v is written
-        g_v = state * (method == "looksam")
-        return weight + 4 * weight + state + weight + state + step + state + g_v
-    ema = state * (method in FRIENDLY)
-    norm = weight + weight * (method in ADAPTIVE) + ema
-    climb = 4 * weight + 2 * ema
-    return norm + climb + step
+        return {"climb": state + 3 * weight, "step": step}
+    if method in KEEPING:  # K2 keeps g, which K0, beside g', and K3 read; LookSAM's K3 writes g_v
+        return {"norm": weight, "climb": 4 * weight + state, "dots": weight + state,
+                "step": step + state + state * (method == "looksam")}  # fmt: skip
+    m, w = state * (method in FRIENDLY), weight * (method in ADAPTIVE)
+    return {"norm": weight + w + m, "climb": 4 * weight + 2 * m, "step": step}
+
+
+def bytes_per_parameter(method: str, base: str, weight: int, state: int) -> int:
+    """Return the bytes that a step must move per parameter."""
+    return sum(kernel_bytes(method, base, weight, state).values())
 
 
 def adaptive(method: str) -> dict[str, bool]:

@@ -28,7 +28,7 @@ from bench.provenance import ROOT, git_hash
 from bench.speed.contenders import BASES
 from bench.speed.gpu_tools import LEFT_OUT
 
-LIMIT = 570  # seconds: leased machines take commands of ten minutes
+LIMIT = 570  # seconds of a piece, and the most that an interruption costs
 TIMED_OUT = 124  # the exit code of coreutils' timeout
 RED = "parity is red"  # what `bench step` and `bench throughput` print then
 PARITY_NEEDS = ("triton", "pytest", "pytest_benchmark", "hypothesis")

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 from functools import partial
-from itertools import product
+from itertools import count, product
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,21 @@ from torch import nn
 from bench.files import append_jsonl
 from bench.provenance import git_hash
 from bench.speed.bandwidth import wait
-from bench.speed.contenders import ADAPTIVE, BASE_STATES, BASES, FRIENDLY, Contender, adaptive
+from bench.speed.contenders import BASES, FRIENDLY, Contender, adaptive, kernel_bytes
 from bench.speed.parity import BASE_HYPER, SHAPES
 from bench.speed.step import BASE_HYPER as STEP_HYPER
 from bench.speed.step import PERTURBATION, provenance
 from bench.speed.timing import Runner, random_like
-from fastsam import ASAM, SAM, FisherSAM, FriendlySAM, FullGradientSAM
+from fastsam import (
+    ASAM,
+    GSAM,
+    SAM,
+    FisherSAM,
+    FriendlySAM,
+    FullGradientSAM,
+    LookSAM,
+    MomentumSAM,
+)
 
 IMAGES = Path(".data/cifar10-jpeg")  # a directory of classes, as docs/studies.md makes it
 LEFT_OUT = 77  # exit code: the tool is not here
@@ -35,26 +44,31 @@ VARIANTS = [
     (SAM, {}), (ASAM, {}), (ASAM, {"scale": "weights"}), (FisherSAM, {}), (FriendlySAM, {}),
     (FriendlySAM, {"convention": "official"}), (FriendlySAM, {"adaptive": True}),
     (FriendlySAM, {"projection": "cosine"}), (FullGradientSAM, {"part": "full"}),
-    (FullGradientSAM, {"part": "noise"}),
+    (FullGradientSAM, {"part": "noise"}), (MomentumSAM, {}), (GSAM, {}), (LookSAM, {"k": 2}),
 ]  # fmt: skip
 OVER = [("sgd", BASE_HYPER["sgd"]), ("sgd", {"lr": 0.1}), ("adamw", BASE_HYPER["adamw"])]
 TYPES = [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)]  # masters
 
 
 def take_steps(variant: tuple, over: tuple, kind: tuple, device: torch.device) -> SAM:
-    """Take two steps and a plain one with the kernels, each pass without one of the gradients;
-    return the optimizer. Raises RuntimeError when a weight is not finite then."""
+    """Take two steps, which climb where they are due to, and one that does not, with the kernels,
+    each pass without one of the gradients; return the optimizer. Raises RuntimeError when a weight
+    is not finite then."""
     (cls, own), (base, hyper), (dtype, masters) = variant, over, kind
     params = [nn.Parameter(w) for w in random_like(SHAPES, dtype, device, seed=0)]
     own = {"rho": 3.0, "backend": "triton", "master_weights": masters} | own
     opt = cls(params, BASES[base], **own, **hyper)
     if cls is FullGradientSAM:
         opt.set_full_gradient(random_like(SHAPES, dtype, device, seed=1))
-    for i, call in enumerate((*2 * (opt.first_step, opt.second_step), opt.step)):
-        for p, g in zip(params, random_like(SHAPES, dtype, device, seed=i), strict=True):
-            p.grad = g
-        params[i % len(params)].grad = None
-        call()
+    seeds = count()
+    for t in range(3):
+        climbs = t < 2 and opt.climbs_next
+        for call in (opt.first_step, opt.second_step) if climbs else (opt.step,):
+            seed = next(seeds)
+            for p, g in zip(params, random_like(SHAPES, dtype, device, seed), strict=True):
+                p.grad = g
+            params[seed % len(params)].grad = None
+            call()
     if opt.skipped_steps or not all(p.isfinite().all() for p in params):
         raise RuntimeError(f"{cls.__name__} {own} over {base} in {dtype} left the finite numbers")
     return opt
@@ -66,6 +80,8 @@ def variants() -> int:
 
     device = torch.device("cuda")
     for variant, over, kind in product(VARIANTS, OVER, TYPES):
+        if variant[0] is MomentumSAM and over == ("sgd", {"lr": 0.1}):
+            continue  # it climbs along the momentum
         take_steps(variant, over, kind, device)
     for (dtype, _), pgd_step in product(TYPES[:2], (kernels.linf_step, kernels.l2_step)):
         x, g, x_adv = (t.sigmoid() for t in random_like([(5, 3, 33, 31)] * 3, dtype, device, 0))
@@ -121,16 +137,6 @@ METRICS = {
 }  # fmt: skip
 
 
-def kernel_bytes(method: str, base: str, weight: int = 4) -> dict[str, int]:
-    """Return the bytes per parameter that each kernel of a step must move, where weights and
-    gradients have `weight` bytes and states four."""
-    ema, w = 4 * (method in FRIENDLY), weight * (method in ADAPTIVE)
-    step = {"step": 3 * weight + 8 * BASE_STATES[base]}
-    if method == "sgd":
-        return step
-    return {"norm": weight + w + ema, "climb": 4 * weight + 2 * ema} | step
-
-
 def counted(kind: str = "cuda") -> int:
     """Two steps of each of COUNTED, for ncu to watch."""
     device, shapes = torch.device(kind), [(PARAMETERS // 64,)] * 64
@@ -167,7 +173,7 @@ def counter_rows(launches: list[dict[str, Any]]) -> list[dict[str, Any]]:
     expected = [
         {"method": method, "base": base, "kernel": kernel, "budget": budget}
         for base, method in COUNTED
-        for kernel, budget in 2 * list(kernel_bytes(method, base).items())
+        for kernel, budget in 2 * list(kernel_bytes(method, base, weight=4).items())
     ]
     if [row["kernel"] for row in launches] != [row["kernel"] for row in expected]:
         raise ValueError(f"ncu saw {len(launches)} launches, not the {len(expected)} of the steps")

@@ -27,11 +27,12 @@ from torch import Tensor
 from bench.files import append_jsonl
 from bench.provenance import git_hash, stamp
 from bench.speed.contenders import Contender, of_peers, of_torch
-from bench.speed.timing import Runner, random_like
+from bench.speed.step import BASE_HYPER, PERTURBATION
+from bench.speed.timing import Runner, random_like, spread
 from fastsam import SAM, FriendlySAM, choose
 
+HYPER = PERTURBATION | BASE_HYPER["sgd"]
 TURN = 10  # steps in a row: the second finds its own code in the caches, as everyone's does
-HYPER = {"rho": 0.1, "sigma": 1.0, "lmbda": 0.9, "lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4}
 # What Triton calls of the NVIDIA driver. A call is right (0); what is asked for is 1, but for the
 # numbers that Triton compares its needs with.
 LIBCUDA = """
@@ -179,8 +180,6 @@ def race(runners: list[HostRunner], reps: int | None) -> list[list[float]]:
 
 def row(runner: HostRunner, us: list[float], launches: int, move: bool) -> dict[str, Any]:
     """Return one contender's numbers; launches: Triton's in a step."""
-    quantiles = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
-    p20, p50, p80 = torch.tensor(us, dtype=torch.float64).quantile(quantiles).tolist()
     return {
         "kind": "host",
         "method": runner.contender.method,
@@ -188,7 +187,7 @@ def row(runner: HostRunner, us: list[float], launches: int, move: bool) -> dict[
         "base": "sgd",
         "tensors": len(runner.params),
         "gradients": "move" if move else "stay",
-        "us": {"p20": p20, "p50": p50, "p80": p80},
+        "us": spread(us),
         "reps": len(us),
         "launches": launches,
     }
@@ -226,7 +225,6 @@ def host(config: HostConfig, rows_path: Path | None = None) -> int:
     """Measure, append the rows to `rows_path`, print a table; return the exit code."""
     rows = measure(config)
     if rows_path is not None:
-        rows_path.parent.mkdir(parents=True, exist_ok=True)
         append_jsonl(rows_path, rows)
         print(f"wrote {rows_path}")
     print(table(rows))

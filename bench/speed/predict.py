@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 from bench.files import append_jsonl
 from bench.provenance import git_hash, stamp
 from bench.reports.tables import markdown
+from bench.speed.contenders import kernel_bytes
 
 SIZES = {"preactresnet18": 11_172_170, "wrn28-10": 36_479_194, "100m": 10**8, "1b": 10**9}
 TENSORS = 62
@@ -267,8 +268,6 @@ def predicted(code: Code, gpu: Gpu, parameters: int, bytes_each: int) -> dict[st
 
 def launches(method: str, base: str, dtype: str) -> list[tuple[str, dict, int]]:
     """A step's kernels: the name, its constants, and its bytes per parameter."""
-    from bench.speed.gpu_tools import kernel_bytes
-
     mode, scaling = METHODS[method]
     constants = dict(norm=dict(MODE=mode, SCALING=scaling, MASTERS=False),
                      climb=dict(MODE=mode, SCALING=scaling, MASTERS=False),

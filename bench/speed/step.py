@@ -23,7 +23,7 @@ from bench.speed.contenders import (
     contenders,
 )
 from bench.speed.parity import TOLERANCE, parity_error
-from bench.speed.timing import Runner, launches, line_up, race
+from bench.speed.timing import Runner, launches, line_up, race, spread
 from bench.spelling import meant
 from fastsam import SAM
 
@@ -131,11 +131,10 @@ def row(runner: Runner, error: float, config: StepConfig,
     moves more is slow by it. of_copy, of_triad: as parts of the same run's memory bandwidth.
     """
     contender, n = runner.contender, sum(p.numel() for p in runner.params)
-    quantiles = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
-    p20, p50, p80 = torch.tensor(runner.ms, dtype=torch.float64).quantile(quantiles).tolist()
+    ms = spread(runner.ms)
     element = DTYPES[config.dtype].itemsize
     budget = bytes_per_parameter(contender.method, config.base, element, contender.state)
-    gb_per_s = budget * n / p50 / 1e6
+    gb_per_s = budget * n / ms["p50"] / 1e6
     ours = isinstance(runner.opt, SAM)
     return {
         "kind": "step",
@@ -146,7 +145,7 @@ def row(runner: Runner, error: float, config: StepConfig,
         "fused_base": runner.opt.backend_report()["fused_base"] if ours else None,
         "parameters": n,
         "tensors": len(runner.params),
-        "ms": {"p20": p20, "p50": p50, "p80": p80},
+        "ms": ms,
         "reps": len(runner.ms),
         "first_ms": runner.first_ms,
         "bytes_per_parameter": budget,
@@ -213,7 +212,6 @@ def step(config: StepConfig, rows_path: Path | None = None) -> int:
         print("no speed without parity: nothing was timed")
         return 1
     if rows_path is not None:
-        rows_path.parent.mkdir(parents=True, exist_ok=True)
         append_jsonl(rows_path, rows)
         print(f"wrote {rows_path}")
     print(f"\n{step_report(rows)}")

@@ -16,7 +16,6 @@ from statistics import median
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -28,6 +27,7 @@ from bench.settings.names import method_name
 from bench.speed.bandwidth import wait
 from bench.speed.baselines import PerParameterSAM, why_not_compile
 from bench.speed.step import provenance
+from bench.speed.timing import spread
 from bench.speed.training_loops import (
     METHODS,
     TOLERANCE,
@@ -134,11 +134,10 @@ def race(loops: list[Loop], steps: int, turns: int, device: torch.device) -> lis
     methods = [loop.config.method for loop in loops]
     results = []
     for loop, mine in zip(loops, taken, strict=True):
-        p20, p50, p80 = np.percentile([ms for t in mine for ms in t.ms], [20, 50, 80]).tolist()
         results.append({
             "loop": loop.name,
             "images_per_second": steps * loop.config.batch_size / median(t.seconds for t in mine),
-            "step_ms": {"p20": p20, "p50": p50, "p80": p80},
+            "step_ms": spread([ms for t in mine for ms in t.ms]),
             "processor_ms": 1e3 / steps * median(t.processor for t in mine),
             "fast_is_faster": ratios(mine, taken[methods.index(loop.config.method)])["clock"],
             "times_sgd": ratios(mine, taken[methods.index("sgd")]) if "sgd" in methods else None,
@@ -255,7 +254,6 @@ def throughput(configs: list[Config], options: Options, rows_path: Path | None =
             | {"errors": error, "config": asdict(loop.config)}
             for (loop, error), result in zip(loops, results, strict=True)]  # fmt: skip
     if rows_path is not None:
-        rows_path.parent.mkdir(parents=True, exist_ok=True)
         append_jsonl(rows_path, rows)
         print(f"wrote {rows_path}")
     print(f"\n{report(rows)}")

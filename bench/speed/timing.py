@@ -15,6 +15,12 @@ from bench.speed.contenders import Contender
 from fastsam import SAM
 
 
+def spread(times: Sequence[float]) -> dict[str, float]:
+    """Return the median, and what a fifth and four fifths of the times are below."""
+    numbers = torch.tensor(times, dtype=torch.float64)
+    return {f"p{k}": numbers.quantile(k / 100).item() for k in (20, 50, 80)}
+
+
 class Runner:
     """A contender over its own copy of the weights; the gradients may be shared with others.
 

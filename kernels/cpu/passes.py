@@ -14,6 +14,7 @@ from torch import Tensor
 from fastsam.hyper import COLUMN, FRIENDLY, WITH_M
 from fastsam.memory import table_of
 from fastsam.passes import Climb, Pass
+from fastsam.reference import taking_part, weights
 from fastsam.space import CONTROL, COUNTERS, Space, noise_share
 
 from .climb import climb_loop
@@ -155,11 +156,8 @@ def climb(p: Pass, sums: Tensor) -> Climb:
 
 def stay(p: Pass) -> Climb:
     """A climb that moves nothing: w is saved, or a master brought up to date."""
-    for slot, w, g in zip(p.space.slots, p.w, p.g, strict=True):
-        if g is not None and not p.space.kind.masters:
-            slot.saved.copy_(w)
-        elif g is not None:
-            slot.saved.copy_(torch.where(slot.saved.to(w.dtype) == w, slot.saved, w.float()))
+    for i, slot, _ in taking_part(p):
+        slot.saved.copy_(weights(p, i))
     p.space.radii.zero_()
     return Climb.of(p)
 

@@ -1,5 +1,5 @@
-"""K1: the partial sums of the ascent direction's squared norm. And K0, of inner products: of g and m
-where the projection is not a constant, of g' and what was kept for GSAM and LookSAM."""
+"""K1: the partial sums of the ascent direction's squared norm. And K0, of inner products: of g and
+m where the projection is not a constant, of g' and what was kept for GSAM and LookSAM."""
 
 import triton
 import triton.language as tl

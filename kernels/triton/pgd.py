@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...space import same_layout
 from .common import BLOCK, OPTIONS, TYPES, read, takes
 
 # One program walks a whole sample: it is wide, to keep enough loads under way on its own.
@@ -15,12 +16,6 @@ SAMPLE_BLOCK = 4096
 SAMPLE_OPTIONS = {**OPTIONS, "num_warps": 16}
 if "maxnreg" in OPTIONS:
     SAMPLE_OPTIONS["maxnreg"] = 64  # two programs of 512 threads per multiprocessor
-
-
-def same_layout(a: Tensor, b: Tensor) -> bool:
-    """Whether equal indices mean equal offsets; the stride of a dimension of size 1 is free."""
-    return all(n == 1 or s == t
-               for n, s, t in zip(a.shape, a.stride(), b.stride(), strict=True))
 
 
 def check(x_adv: Tensor, g: Tensor, x: Tensor, eps: float, alpha: float) -> None:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bench.attacks.by_name import attempt
 from bench.attacks.notation import eps_key, parse_eps
 from bench.attacks.objectives import rising, spread
 from bench.attacks.pgd import Attack, evaluation_attack, l2_norm, pgd
@@ -59,7 +60,8 @@ def test_the_evaluations_steps_are_sam_ats():
     number as they are."""
     assert evaluation_attack("linf", 8 / 255, 20) == Attack("linf", 8 / 255, 2 / 255, 20)
     assert evaluation_attack("l2", 128 / 255, 10) == Attack("l2", 128 / 255, 16 / 255, 10)
-    assert "alpha 16/255 = 0.06275" in evaluation_attack("l2", 128 / 255, 10).describe()
+    text = attempt("pgd", "l2", 128 / 255, 10, classes=10).text
+    assert text.startswith("PGD-10, l2, eps 128/255 = 0.502, alpha 16/255 = 0.06275, random start")
 
 
 def test_the_logits_spread_grows_over_pgds_steps():
