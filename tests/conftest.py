@@ -93,10 +93,13 @@ def pytest_collection_modifyitems(items: list) -> None:
     items.sort(key=lambda item: order.get(item.path.stem, len(order)))
 
 
-@pytest.fixture(scope="session")
-def device() -> torch.device:
-    """Where the kernels are tested: the GPU, or the CPU through the interpreter."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+@pytest.fixture
+def device(request) -> torch.device:
+    """Where a test's tensors are: on the GPU if there is one, but for numba's kernels, which are
+    the CPU's; else on the CPU, where Triton's kernels are interpreted."""
+    parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    on_gpu = torch.cuda.is_available() and parameters.get("backend") != "numba"
+    return torch.device("cuda" if on_gpu else "cpu")
 
 
 @pytest.fixture(autouse=True)

@@ -49,12 +49,6 @@ def backend(request):
     return import_module(MODULES[request.param])
 
 
-@pytest.fixture
-def device(backend, device):
-    """Numba's kernels are the CPU's."""
-    return device if backend.__name__.endswith("triton") else torch.device("cpu")
-
-
 # ---- the mathematics
 
 

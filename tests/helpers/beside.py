@@ -27,10 +27,10 @@ class Side:
 
     SHAPES = ((3, 4), (5,), (2, 3), (5,), (3, 4), ())
 
-    def __init__(self, base: str, make: Callable, device="cpu", dtype=torch.float32):
+    def __init__(self, base: str, make: Callable):
         generator = torch.Generator().manual_seed(5)
         cls, hyper = BASES[base]
-        self.params = [nn.Parameter(torch.randn(shape, generator=generator).to(device, dtype))
+        self.params = [nn.Parameter(torch.randn(shape, generator=generator))
                        for shape in self.SHAPES]
         groups = [dict(params=self.params[:3]), dict(params=[self.params[3]], lr=0.03)]
         self.opt: Optimizer = make(groups, cls, **hyper)
@@ -42,11 +42,11 @@ class Side:
 class Beside:
     """Both sides, in lockstep."""
 
-    def __init__(self, base: str, backend: str, device="cpu", make: type[SAM] = SAM, **kwargs):
-        self.device, self.t = device, 0
+    def __init__(self, base: str, backend: str, make: type[SAM] = SAM, **kwargs):
+        self.t = 0
         self.ours = Side(base, lambda groups, cls, **hyper: make(
-            groups, cls, rho=RHO, backend=backend, **hyper, **kwargs), device)
-        self.torch = Side(base, lambda groups, cls, **hyper: cls(groups, **hyper), device)
+            groups, cls, rho=RHO, backend=backend, **hyper, **kwargs))
+        self.torch = Side(base, lambda groups, cls, **hyper: cls(groups, **hyper))
 
     def both(self, edit: Callable[[Optimizer, list], object]) -> None:
         """Do the same to both."""

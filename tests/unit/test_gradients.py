@@ -6,17 +6,11 @@ import torch
 from torch import nn
 
 from fastsam import SAM, FriendlySAM
-from fastsam.choose import BACKENDS
 
 from ..helpers.beside import RHO, Beside, close
 from ..helpers.gradients import give
 
 pytestmark = pytest.mark.filterwarnings("ignore:second_step with the gradients of the first pass")
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request):
-    return request.param
 
 
 class Subclass(torch.Tensor):

@@ -8,15 +8,8 @@ import torch
 from torch import nn
 
 from fastsam import ASAM, SAM, FriendlySAM, PhaseError
-from fastsam.choose import BACKENDS
 
 from ..helpers.beside import RHO, Beside, close
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request):
-    return request.param
-
 
 # ---- followed
 

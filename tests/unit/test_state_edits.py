@@ -8,16 +8,10 @@ import pytest
 import torch
 
 from fastsam import SAM, FriendlySAM, PhaseError
-from fastsam.choose import BACKENDS
 
 from ..helpers.beside import Beside
 
 BUFFER = {"sgd": "momentum_buffer", "adamw": "exp_avg"}
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request):
-    return request.param
 
 
 # ---- followed

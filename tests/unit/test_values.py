@@ -10,14 +10,8 @@ import torch
 from torch import nn
 
 from fastsam import ASAM, SAM, FisherSAM, FriendlySAM
-from fastsam.choose import BACKENDS
 
 from ..helpers.beside import RHO, Beside, close
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request):
-    return request.param
 
 
 def setting(**values):
