@@ -1,6 +1,6 @@
 """What of a slot is public, under which name, and how a state that others changed comes back.
 
-`optimizer.state` is the truth: `shown` are the tensors that a layout puts there, and `adopt` takes
+`optimizer.state` is the truth: `public` are the tensors that a layout puts there, and `adopt` takes
 over whatever else is found in their place. Loading, copying, editing by hand and laying out anew
 all go this way.
 """
@@ -31,7 +31,7 @@ ADAMS = ("step", "exp_avg", "exp_avg_sq")
 PUBLISHED = ("old_p", "momentum")  # what the public SAM and F-SAM classes save, and no base
 
 
-def shown(space: Space, slot: Slot) -> dict[str, Tensor]:
+def public(space: Space, slot: Slot) -> dict[str, Tensor]:
     """The slot's own tensors as `optimizer.state` has them: v and u under the names that torch's
     optimizers use, m, the float32 master, and how often m and v were updated."""
     kind, state = space.kind, dict[str, Tensor]()
@@ -51,7 +51,7 @@ def shown(space: Space, slot: Slot) -> dict[str, Tensor]:
 
 
 def places(space: Space, slot: Slot, i: int) -> list[tuple[Tensor, Tensor, int]]:
-    """Those of the tensors of space.slots[i] that `shown` shows and a pass reads, with the buffer
+    """Those of the tensors of space.slots[i] that `public` names and a pass reads, with the buffer
     that each is a part of and the element at which it begins there. Of the counts it is Adam's and
     that of the official Friendly-SAM: to ask where the others are would cost every step host time,
     and no other code knows them by name."""
@@ -248,7 +248,7 @@ class Shown:
 
     def __init__(self, spaces: Sequence[Space]):
         self.places = {slot.param: (space, slot) for space in spaces for slot in space.slots}
-        self.tensors = {p: shown(*place) for p, place in self.places.items()}
+        self.tensors = {p: public(*place) for p, place in self.places.items()}
         self.fused = all(space.kind.base for space in spaces)
         self.visible = set[Tensor]()  # the parameters whose tensors are in the state (see `put`)
 

@@ -56,15 +56,15 @@ class Loop:
         self.sums += torch.stack([loss * len(y), (logits.argmax(1) == y).sum()])
 
 
-def random_data(options: Options, channels: int = 3, classes: int = 10) -> Data:
+def random_data(options: Options) -> Data:
     """Return random images of the wanted number and size, with CIFAR-10's statistics."""
     rng = torch.Generator().manual_seed(0)
-    shape = (options.images, channels, options.image_size, options.image_size)
+    shape = (options.images, 3, options.image_size, options.image_size)
     images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=rng)
-    train = Split(images, torch.randint(0, classes, (len(images),), generator=rng), 255)
+    train = Split(images, torch.randint(0, 10, (len(images),), generator=rng), 255)
     none = train.take(torch.arange(0))
     mean, std = NORMALISATION["cifar10"]
-    names = [str(c) for c in range(classes)]
+    names = [str(c) for c in range(10)]
     return Data(train, none, none, names, list(mean), list(std), "random")
 
 

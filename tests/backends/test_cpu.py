@@ -125,7 +125,6 @@ def test_dots_are_the_inner_products(mode):
     torch.testing.assert_close(ours.space.dots.double().sum(1), expected, rtol=1e-5, atol=1e-5)
 
 
-SAM_KIND = (None, None, "sgd-momentum", False, F4)
 FSAM_KIND = ("algorithm1", None, "sgd-momentum", False, F4)
 
 

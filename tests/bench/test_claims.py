@@ -15,12 +15,11 @@ from bench.reports.claims import CANNOT, NOT, SHOWS, Claim, cost, differences_of
 from bench.settings.config import resolve
 
 
-def row(method, seed, natural, linf=None):
-    radii = {} if linf is None else {"linf": {"1/255": linf}}
-    return {"method": method, "config": {"seed": seed}, "natural": natural, "robust": radii}
+def row(method, seed, natural):
+    return {"method": method, "config": {"seed": seed}, "natural": natural, "robust": {}}
 
 
-def rows(more, less, linf=None):
+def rows(more, less):
     pairs = [("sam", more), ("sgd", less)]
     return [row(m, seed, a) for m, values in pairs for seed, a in enumerate(values)]
 

@@ -82,8 +82,8 @@ def parameters():
     return [nn.Parameter(normal(3, 4, seed=1)), nn.Parameter(normal(5, seed=2))]
 
 
-def assert_step(opt, params, first, second, rho=RHO, lr=0.1, rtol=2e-5):
-    """w + rho g / ||g||, then w - lr g', where the gradients are what float64 says they are."""
+def assert_step(opt, params, first, second):
+    """w + rho g / ||g||, then w - 0.1 g', where the gradients are what float64 says they are."""
     w = [p.detach().double() for p in params]
     exact = [[g.detach().as_subclass(torch.Tensor).double() for g in grads]
              for grads in (first, second)]
@@ -92,12 +92,13 @@ def assert_step(opt, params, first, second, rho=RHO, lr=0.1, rtol=2e-5):
     opt.first_step()
     norm = torch.stack([g.norm() for g in exact[0]]).norm()
     for p, v, g in zip(params, w, exact[0], strict=True):
-        torch.testing.assert_close(p.detach().double(), v + rho * g / norm, rtol=rtol, atol=2e-6)
+        torch.testing.assert_close(p.detach().double(), v + RHO * g / norm, rtol=2e-5,
+                                   atol=2e-6)
     for p, g in zip(params, second, strict=True):
         give(p, g)
     opt.second_step()
     for p, v, g in zip(params, w, exact[1], strict=True):
-        torch.testing.assert_close(p.detach().double(), v - lr * g, rtol=rtol, atol=2e-6)
+        torch.testing.assert_close(p.detach().double(), v - 0.1 * g, rtol=2e-5, atol=2e-6)
 
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda f: f.__name__)
@@ -508,10 +509,16 @@ def test_a_gradient_in_the_memory_of_weights_is_read_before_they_move(known, ali
         torch.testing.assert_close(p.detach(), x, rtol=1e-5, atol=1e-5)
 
 
-def test_a_users_default_device_is_not_where_overlaps_are_looked_for():
+@pytest.mark.parametrize("start, overlap", [(1, False), (2, True)])
+def test_a_users_default_device_is_not_where_overlaps_are_looked_for(start, overlap):
     whole = torch.zeros(12)
+    params = [nn.Parameter(whole[0:8:2]), nn.Parameter(whole[start:start + 8:2])]
     with torch.device("meta"):
-        SAM([nn.Parameter(whole[0:8:2]), nn.Parameter(whole[1:9:2])], torch.optim.SGD, lr=0.1)
+        if overlap:
+            with pytest.raises(ValueError, match="share memory"):
+                SAM(params, torch.optim.SGD, lr=0.1)
+        else:
+            SAM(params, torch.optim.SGD, lr=0.1)
 
 
 def test_an_optimizer_made_in_inference_mode_steps_outside(backend):

@@ -398,11 +398,11 @@ class HeldGraph:
 @pytest.fixture
 def launched(graphed, monkeypatch):
     """Makes a GraphedStep of Momentum-SAM whose graphs hold launches, and those."""
-    numba_only = pytest.importorskip("fastsam.kernels.cpu", reason="needs numba")
+    kernels = pytest.importorskip("fastsam.kernels.cpu", reason="needs numba")
 
     def make(net, opt) -> tuple[GraphedStep, Launches]:
         step = graphed(net, opt)
-        launches = Launches(step, numba_only)
+        launches = Launches(step, kernels)
         monkeypatch.setattr(step, "_backward", launches.one_pass)
         monkeypatch.setattr(torch.cuda, "graph", launches.capture)
         monkeypatch.setattr(torch.cuda, "CUDAGraph", HeldGraph)

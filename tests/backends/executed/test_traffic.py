@@ -33,11 +33,6 @@ def moved(sectors, way: str) -> int:
                         if kind == way and (label in STREAMS or label[0] == "*"))
 
 
-def overhead(sectors) -> int:
-    """Bytes of all else: tables, partial sums, counters."""
-    return SECTOR * sum(sectors.values()) - moved(sectors, "read") - moved(sectors, "written")
-
-
 def traffic(executed, dtype=torch.float32, offset=0, **kwargs) -> list:
     """Of a step, with gradients `offset` elements beyond a multiple of 64 bytes."""
     steps = Steps(normals(SIZES, dtype), **kwargs)
