@@ -83,8 +83,9 @@ if os.environ.get("TRITON_INTERPRET") == "1":
         round_to_bfloat16_as_gpus_do()
 
 
-LONGEST = ("test_contract", "test_sequences", "test_distributed", "test_executed", "test_resume",
-           "test_packaging", "test_pool", "test_recipes", "test_aot")
+LONGEST = ("test_optimizer", "test_contract", "test_distributed", "test_sequences", "test_executed",
+           "test_invariants", "test_files", "test_cpu", "test_checkpoints", "test_relatives",
+           "test_state_edits", "test_packaging", "test_resume", "test_recipes", "test_aot")
 
 
 def pytest_collection_modifyitems(items: list) -> None:

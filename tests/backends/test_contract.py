@@ -82,8 +82,8 @@ def test_adam_and_adamw(name, base, dtype, backend, device):
     run(backend, SHAPES, deal(len(SHAPES), ADAM_GROUPS), name, dtype, device, steps=4, base=base)
 
 
-@pytest.mark.parametrize("base", ["sgd", "adamw"])
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name, base", [
+    *((name, "sgd") for name in VARIANTS), ("sam", "adamw"), ("fasam-official", "adamw")])
 def test_float32_masters_of_16_bit_weights(name, base, backend, device):
     """The step starts from the master, to float32's precision; the model sees it rounded."""
     groups = deal(len(SHAPES), GROUPS if base == "sgd" else ADAM_GROUPS)

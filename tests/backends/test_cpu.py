@@ -327,7 +327,7 @@ def test_what_one_process_compiled_no_other_compiles_again(tmp_path):
     be written alike in every process."""
     code = """
 import torch
-from fastsam import GSAM, SAM, FriendlySAM, LookSAM, MomentumSAM
+from fastsam import FriendlySAM, LookSAM, MomentumSAM
 
 def closure():
     opt.zero_grad()
@@ -335,11 +335,9 @@ def closure():
     loss.backward()
     return loss
 
-for cls, base, own in ((SAM, torch.optim.SGD, dict(rho=0.1)),
-                       (FriendlySAM, torch.optim.SGD, dict(momentum=0.9, projection="cosine")),
+for cls, base, own in ((FriendlySAM, torch.optim.SGD, dict(projection="cosine", adaptive=True)),
                        (LookSAM, torch.optim.AdamW, dict(k=2, alpha=0.5)),
-                       (MomentumSAM, torch.optim.SGD, dict(momentum=0.9)),
-                       (GSAM, torch.optim.Adam, dict(adaptive=True))):
+                       (MomentumSAM, torch.optim.SGD, dict(momentum=0.9))):
     w = torch.nn.Parameter(torch.linspace(-1, 1, 20_000))
     opt = cls([w], base, lr=0.01, backend="numba", **own)
     for _ in range(2):
@@ -352,7 +350,7 @@ for cls, base, own in ((SAM, torch.optim.SGD, dict(rho=0.1)),
         return {file.name: file.stat().st_mtime_ns for file in tmp_path.rglob("*.nb?")}
 
     first = kept()
-    assert sum(name.endswith("nbc") for name in first) >= 12
+    assert sum(name.endswith("nbc") for name in first) >= 10
     assert kept() == first
 
 

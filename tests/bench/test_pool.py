@@ -244,6 +244,7 @@ def started(*arguments):
             process.kill()
 
 
+@pytest.mark.long
 def test_of_two_processes_by_device_one_is_killed_and_no_bit_is_another(tmp_path):
     """Through the command line: two workers, SIGKILL for the one that makes sgd-seed0."""
     out = tmp_path / "out"

@@ -224,6 +224,7 @@ def test_passes_of_five_steps(method, passes, name):
         assert len(seen) == passes
 
 
+@pytest.mark.long
 def test_compiled_loop_trains_the_same_network():
     from bench.speed.baselines import why_not_compile
 

@@ -80,10 +80,10 @@ else:
 
 
 def test_in_a_checkout_only_the_kernels_are_importable_under_fastsam():
-    for name in ("bench", "tests", "docs", "fastsam"):
-        done = python(f"import fastsam.{name}", ROOT)
-        assert f"No module named 'fastsam.{name}'" in done.stderr
     succeeds("import fastsam.kernels.cpu\nimport pkgutil, fastsam\n"
+             "from importlib.util import find_spec\n"
+             "for name in ('bench', 'tests', 'docs', 'fastsam'):\n"
+             "    assert find_spec(f'fastsam.{name}') is None, name\n"
              "found = {m.name for m in pkgutil.iter_modules(fastsam.__path__)}\n"
              "assert not {'bench', 'tests', 'kernels'} & found, found", ROOT)
 
