@@ -23,10 +23,10 @@ def climb(layout: Layout, passes: Sequence[Pass]) -> list[Climb]:
             norm(layout.backend, passes)
         for p in passes:
             climbs.append(layout.backend.climb(p, global_sums(passes, p.space)))
+        return climbs
     except BaseException:
         go_back(climbs)
         raise
-    return climbs
 
 
 def norm(backend: ModuleType, passes: Sequence[Pass]) -> None:

@@ -204,15 +204,20 @@ class SAM(Optimizer):
             phase.warn("rounding", eaten)
         scaler = scaler if scaler is not None and scaler.is_enabled() else None
         scaled = scaler is not None and not self._traits.along_v
-        passes = self._read(True, inverse_scale(scaler, self) if scaled else None)
-        climbs = all_spaces.climb(phase.layout, passes)
-        phase.climbs, phase.perturbed, phase.scaler, phase.plain = climbs, True, scaler, None
-        all_spaces.announce(all_spaces.written(passes, climbs))
-        phase.watch.note(phase.layout.spaces)
-        if zero_grad:
-            self.zero_grad()
-        else:
-            phase.keep_witness()
+        passes, climbs = self._read(True, inverse_scale(scaler, self) if scaled else None), []
+        try:
+            climbs = all_spaces.climb(phase.layout, passes)
+            phase.climbs, phase.perturbed, phase.scaler, phase.plain = climbs, True, scaler, None
+            all_spaces.announce(all_spaces.written(passes, climbs))
+            phase.watch.note(phase.layout.spaces)
+            if zero_grad:
+                self.zero_grad()
+            else:
+                phase.keep_witness()
+        except BaseException:
+            phase.climbs, phase.perturbed = climbs, True
+            self._go_back()
+            raise
 
     def second_step(self, zero_grad: bool = False) -> None:
         """Return to w and let the base optimizer update it with the gradients in `.grad`.
@@ -278,19 +283,19 @@ class SAM(Optimizer):
     def _climbing_step(self, closure: Callable[[], Loss], ascent_closure: Callable[[], Loss],
                        ) -> Loss:
         loss = self._call(ascent_closure)
-        self.first_step(zero_grad=True)
-        self._second_pass(closure)
+        self._climb_and_step(closure, zero_grad=True)
         return loss
 
-    def _second_pass(self, closure: Callable[[], Loss]) -> Loss:
-        """The pass at w + e and the step after it; back at w if either fails."""
+    def _climb_and_step(self, closure: Callable[[], Loss], zero_grad: bool) -> Loss:
+        """The climb, the pass at w + e and the step after it; back at w if any of them fails."""
         try:
+            self.first_step(zero_grad)
             loss = self._call(closure)
             self._base_step()
+            return loss
         except BaseException:
             self.restore()
             raise
-        return loss
 
     def _check_closures(self, closure: Any, ascent_closure: Any) -> None:
         for name, f in (("closure", closure), ("ascent_closure", ascent_closure)):
@@ -417,9 +422,12 @@ class SAM(Optimizer):
         """Bring moved weights back to w."""
         climbs = self._phase.climbs
         if self._phase.perturbed:
-            self._phase.leave()
             try:
                 all_spaces.go_back(climbs)
+                self._phase.leave()  # a Ctrl-C before it leaves what restore() goes back from
+            except RuntimeError:
+                self._phase.leave()
+                raise
             finally:
                 all_spaces.announce(all_spaces.moved(climbs))
 

@@ -215,13 +215,13 @@ def climb(p: Pass, sums: Tensor) -> Climb:
     try:
         for i, slot, h in taking_part(p):
             p.space.radii[:, 0] += move(p, i, slot, h, total, moves, ok)
+        cells.norm.copy_(total)
+        cells.ok.copy_(ok)
+        return Climb.of(p)
     except BaseException:
         for i, slot, _ in taking_part(p):
             p.w[i].copy_(slot.saved)
         raise
-    cells.norm.copy_(total)
-    cells.ok.copy_(ok)
-    return Climb.of(p)
 
 
 def move(p: Pass, i: int, slot: Slot, h: Hyper, total: Tensor, moves: Tensor, ok: Tensor,

@@ -177,8 +177,7 @@ class MomentumSAM(SAM):
         super()._check_closures(closure, None)
 
     def _climbing_step(self, closure: Callable, ascent_closure: Callable) -> Any:
-        self.first_step()
-        return self._second_pass(closure)
+        return self._climb_and_step(closure, zero_grad=False)
 
     def local_first_pass(self, model: Any) -> NoReturn:
         """Momentum-SAM has no first pass. Raises PhaseError."""

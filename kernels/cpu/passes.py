@@ -69,10 +69,15 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=new_pool)
 
 
-def run(loop: Callable, p: Pass, f: Frame, steps: np.ndarray, *more) -> None:
+def run(loop: Callable, p: Pass, f: Frame, steps: np.ndarray, *more,
+        ticket: np.ndarray | None = None) -> None:
     """Run the loop over all blocks of the space, in as many threads as torch would use. An
-    exception, such as a KeyboardInterrupt, leaves when all blocks are done."""
-    arguments = (np.zeros(1, np.int64), f.blocks, f.layout, f.hyper, f.scalings, f.control,
+    exception, such as a KeyboardInterrupt, leaves before the first block, or when all are done.
+
+    Args:
+        ticket: (1,), 0: where the loops take their blocks' numbers. Then not 0, if any began.
+    """
+    arguments = (np.zeros(1, np.int64) if ticket is None else ticket, f.blocks, f.layout, f.hyper, f.scalings, f.control,
                  steps, p.w_table.numpy(), p.g_table.numpy(), *more)
     threads = min(torch.get_num_threads(), p.space.size * 2 // INLINE, len(f.blocks))
     if threads < 2:
@@ -141,17 +146,18 @@ def climb(p: Pass, sums: Tensor) -> Climb:
         return stay(p)
     moves = bool(kind.mode not in WITH_M or of_d > noise_share(sums.dtype) * of_g)
     loop = climb_loop(kind.mode, p.scaling, kind.masters, *dtypes(p))
-    steps = s.steps.numpy()[0]
+    steps, m, ticket = s.steps.numpy()[0], s.m if s.kept is None else s.kept, np.zeros(1, np.int64)
     try:
-        m = s.m if s.kept is None else s.kept
-        run(loop, p, f, steps, address(s.saved), address(m), float(total), moves, f.sums)
+        run(loop, p, f, steps, address(s.saved), address(m), float(total), moves, f.sums,
+            ticket=ticket)
+        put(s.radii, f.sums)
+        if kind.mode in FRIENDLY:
+            steps += p.g_table.numpy() != 0
+        return Climb.of(p)
     except BaseException:
-        go_back(p, Climb.of(p).moved)
+        if ticket[0]:  # else nothing is saved yet
+            go_back(p, Climb.of(p).moved)
         raise
-    put(s.radii, f.sums)
-    if kind.mode in FRIENDLY:
-        steps += p.g_table.numpy() != 0
-    return Climb.of(p)
 
 
 def stay(p: Pass) -> Climb:

@@ -159,9 +159,10 @@ def climb_kernel(w_table, g_table, sums, saved, m, radii, blocks, layout, scalin
 def climb(p: Pass, sums: Tensor) -> Climb:
     """w -> w + rho T^2 d / ||T d||, with w saved and m updated; `sums`: (2, k), the partials of
     every space of the optimizer."""
+    done = Climb.of(p)  # nothing is left to fail once weights move
     launch(climb_kernel, p, (p.w_table, p.g_table, sums), climb_arguments,
            sums.shape[1] // PARTIALS, sums.data_ptr() % 16)  # Triton compiles for both
-    return Climb.of(p)
+    return done
 
 
 def climb_arguments(p: Pass, n_spaces: int, _: int) -> dict:

@@ -1,8 +1,11 @@
 """The invariants of a step: exact return, fixed storage, no host sync, rho = 0, precision."""
 
 import copy
+import os
+import sys
 from contextlib import nullcontext
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +13,8 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastsam import SAM, PhaseError, freeze_bn_stats
+import fastsam
+from fastsam import SAM, FriendlySAM, PhaseError, freeze_bn_stats, kernels
 from fastsam.choose import MODULES
 
 from ..helpers.contract import (
@@ -107,6 +111,69 @@ def test_an_exception_inside_the_climb_restores(backend, device, which, monkeypa
         opt.first_step()
     assert not opt.is_perturbed
     assert all(torch.equal(p, q) for p, q in zip(w, before, strict=True))
+
+
+def interrupted_at(line: int, call) -> bool:
+    """Call, with a Ctrl-C before the numbered line of what fastsam and torch's wrappers execute;
+    whether there are as many."""
+    left = line
+    folders = [Path(module.__file__).parent for module in (fastsam, kernels, torch.optim)]
+    ours = (*(f"{folder}{os.sep}" for folder in folders), torch.utils._contextlib.__file__)
+
+    def trace(frame, event, argument):
+        nonlocal left
+        if not frame.f_code.co_filename.startswith(ours):
+            return None
+        left -= event == "line"
+        if left == 0:
+            sys.settrace(None)
+            raise KeyboardInterrupt
+        return trace
+
+    tracer = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        call()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(tracer)
+    return False
+
+
+@pytest.mark.parametrize("chosen", ["numba", "reference"])
+@pytest.mark.parametrize("dtypes, masters", [
+    ([torch.float32], False), ([torch.float32, torch.bfloat16], True)], ids=str)
+def test_an_interrupt_at_any_line_of_a_step_leaves_the_weights(dtypes, masters, chosen):
+    """lr = 0: wherever it comes, they are as before."""
+    ps = [nn.Parameter(torch.randn(5, dtype=dtype)) for dtype in dtypes]
+    opt = FriendlySAM(ps, torch.optim.SGD, rho=0.5, lr=0.0, momentum=0.9, backend=chosen,
+                      master_weights=masters)
+
+    def closure():
+        for p in ps:
+            p.grad = torch.ones_like(p)
+
+    for _ in range(2):
+        opt.step(closure)
+    w, line = [p.detach().clone() for p in ps], 1
+    while interrupted_at(line, lambda: opt.step(closure)):
+        assert all(map(torch.equal, ps, w)) and not opt.is_perturbed, line
+        line += 1
+    assert line > 300 and all(map(torch.equal, ps, w))
+
+
+def test_a_zero_grad_that_raises_leaves_the_weights(backend, device):
+    class Raising(SAM):
+        def zero_grad(self, set_to_none=True):
+            raise RuntimeError("no")
+
+    p = nn.Parameter(torch.ones(5, device=device))
+    opt = Raising([p], torch.optim.SGD, lr=0.1, backend=backend)
+    p.grad = torch.ones_like(p)
+    with pytest.raises(RuntimeError, match="no"):
+        opt.first_step(zero_grad=True)
+    assert not opt.is_perturbed and torch.equal(p, torch.ones_like(p))
 
 
 def test_second_step_starts_from_the_saved_weights(variant, backend, device):
