@@ -16,7 +16,7 @@ MODULES = {"triton": "fastsam.kernels.triton", "numba": "fastsam.kernels.cpu",
 BACKENDS = tuple(MODULES)
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WORTH_COMPILING = 2**14  # parameters on a CPU: the first step loads code for half a second
-GAPS = "a parameter's elements do not fill one stretch of memory"
+GAPS = "a parameter's elements do not fill one stretch of memory, or have the negative bit"
 
 
 def why_not_triton(device: torch.device, dtype: torch.dtype = torch.float32) -> str | None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import distributed
-from .memory import has_storage, stretch
+from .memory import has_storage, in_bytes
 from .space import Slot, local, same_layout
 
 PLAIN = {Tensor, torch.nn.Parameter}
@@ -71,5 +71,5 @@ def out_of(params: Sequence[Tensor], grads: list[Tensor | None]) -> list[Tensor 
 
 def overlap(t: Tensor, u: Tensor) -> bool:
     """Whether their stretches of memory have a byte in common."""
-    ends = [x.data_ptr() + stretch(x) * x.element_size() for x in (t, u)]
+    ends = [x.data_ptr() + in_bytes(x) for x in (t, u)]
     return max(t.data_ptr(), u.data_ptr()) < min(ends)

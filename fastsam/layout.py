@@ -18,7 +18,7 @@ from .checks import check_groups, names_of, refuse_shared, refuse_twice, refuse_
 from .choose import choose
 from .gradients import PLAIN, in_one_dtype, only, out_of, readable
 from .hyper import Hyper, hyper_row, scaling_of
-from .memory import Memory, addresses, is_part, lies_as, table_of
+from .memory import Memory, addresses, forms, is_part, lies_as, table_of
 from .passes import Climb, Pass
 from .space import NOWHERE, Kind, Space, Tables, local, upload
 
@@ -74,8 +74,8 @@ class Values(NamedTuple):
     scaling: list[str | None]
 
     def numbers(self) -> list:
-        """What the backends branch on, without waiting for a device."""
-        return [[[None if isinstance(x, Tensor) else x for x in row] for row in self.rows],
+        """What the backends branch on, without waiting for a device: of tensors where they lie."""
+        return [[[x.data_ptr() if isinstance(x, Tensor) else x for x in row] for row in self.rows],
                 self.perturb, self.ab]
 
 
@@ -111,6 +111,8 @@ class Layout:
     def __init__(self, traits: Traits, groups: Sequence[Group]):
         self.traits = traits
         self.members = [list(group["params"]) for group in groups]
+        self.by_names = "scale" in traits.own  # ASAM's T may depend on them
+        self.names = self._names(groups)
         if not self.params:
             raise ValueError("the groups have no parameters: an optimizer needs one at least")
         self.keys = itemgetter(*traits.own, *BASE_KEYS[traits.base])
@@ -143,11 +145,11 @@ class Layout:
         self._state: tuple = (None, [])  # the state, and all keys and values in it, as last shown
         self.containers: tuple = (groups, None)  # of groups and state, as they were last seen
         self._normed: list | None = None  # the v and the slots whose norm is in the partials
-        self._buffers = [  # the views that are in the state, and where in which buffer each begins
-            place for space in self.spaces for i, slot in enumerate(space.slots)
-            for place in state_dict.places(space, slot, i)]
-        self._views = [view for view, _, _ in self._buffers]
-        self._addresses = addresses(self._views)
+        self._buffers = [  # the views that are in the state, and where in which buffer each is
+            (*place, place[0].stride()) for space in self.spaces
+            for i, slot in enumerate(space.slots) for place in state_dict.places(space, slot, i)]
+        self._views = [view for view, *_ in self._buffers]
+        self._addresses, self._have_same_forms = addresses(self._views), forms(self._views)
         self._plain = [PLAIN.issuperset(map(type, space.params))
                        for space in self.spaces]
 
@@ -156,10 +158,16 @@ class Layout:
         return [p for params in self.members for p in params]
 
     def has(self, groups: Sequence[Group]) -> bool:
-        """Whether the groups have the parameters that this is a layout of, in the same places."""
+        """Whether the groups have the parameters that this is a layout of, in the same places and
+        by the same names."""
         return len(groups) == len(self.members) and all(
             len(group["params"]) == len(params) and all(map(is_, group["params"], params))
-            for group, params in zip(groups, self.members, strict=True))
+            for group, params in zip(groups, self.members, strict=True)
+        ) and self.names == self._names(groups)
+
+    def _names(self, groups: Sequence[Group]) -> list | None:
+        """The parameters' names, where they matter."""
+        return [[*names_of(group)] for group in groups] if self.by_names else None
 
     # ---- the groups' values
 
@@ -228,19 +236,17 @@ class Layout:
 
     # ---- the state
 
-    def follow_state(self, state: dict[Tensor, Any]) -> None:
-        """Take over what others changed in the optimizer's state.
-
-        Raises:
-            ValueError: a tensor that does not fit its parameter; nothing has changed then.
-        """
+    def has_its_state(self, state: dict[Tensor, Any]) -> bool:
+        """Whether the optimizer's state has what is shown there. Where it has not, it takes a new
+        layout: somebody may still hold what was there, and put it back one day."""
         if not isinstance(state, dict):
             raise ValueError(f"the state is a {type(state).__name__}: use a dict of parameters")
-        if not self._is_as_seen(state):
-            changed = self.shown.missing(state)
-            if changed:
-                state_dict.adopt(self.shown, changed, state)
-            self.show(state)
+        if self._is_as_seen(state):
+            return True
+        if self.shown.missing(state):
+            return False
+        self.show(state)
+        return True
 
     def is_untouched(self, state: dict[Tensor, Any]) -> bool:
         """Whether the state has what is shown there, where it was."""
@@ -248,21 +254,21 @@ class Layout:
             self._is_as_seen(state) or not self.shown.missing(state))
 
     def has_its_memory(self) -> bool:
-        """Whether averages, momenta, masters and counts are still in the buffers: `.data = ...`
-        takes one out. A whole buffer may move, as by `share_memory_()`."""
+        """Whether averages, momenta, masters and counts are still in the buffers, in their order:
+        `.data = ...` takes one out. A whole buffer may move, as by `share_memory_()`."""
         now = addresses(self._views)
-        if now == self._addresses:
+        if now == self._addresses and self._have_same_forms(*self._views):
             return True
         if not all(is_part(*place) for place in self._buffers):
             return False
-        self._addresses = now
+        self._addresses, self._have_same_forms = now, forms(self._views)
         return True
 
     def show(self, state: dict[Tensor, Any], stepped: Collection[Tensor] = ()) -> None:
         """Put the slots' tensors into the state (see `Shown.put`), and remember it."""
         self.shown.put(state, stepped)
         try:
-            self._state = (state, [*state, *chain.from_iterable(map(dict.values, state.values()))])
+            self._state = (state, all_in(state))
         except TypeError:  # an entry that is no dict: look closely every time
             self._state = (None, [])
 
@@ -271,7 +277,7 @@ class Layout:
         if state is not seen:
             return False
         try:
-            now = [*state, *chain.from_iterable(map(dict.values, state.values()))]
+            now = all_in(state)
         except TypeError:
             return False
         return len(now) == len(values) and all(map(is_, now, values))
@@ -396,6 +402,12 @@ class Layout:
         if g is p.g:
             return p
         return p._replace(g=g, g_table=self.tables[i].bring("part", table_of(g)))
+
+
+def all_in(state: dict[Tensor, Any]) -> list:
+    """The state's parameters, and the keys and values of their entries. TypeError: one is none."""
+    entries = state.values()
+    return [*state, *chain.from_iterable(map(dict.values, entries)), *chain.from_iterable(entries)]
 
 
 def version(t: Tensor | None) -> object:

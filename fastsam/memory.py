@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,13 +18,19 @@ class Memory:
 
     Attributes:
         w, g: the addresses, of gradients that are there.
+        begins, ends: where each parameter's memory does, in order, a 0 before the ends.
+        lengths: of the gradients' memory, in bytes.
     """
 
     def __init__(self, params: Sequence[Tensor], grads: Sequence[Tensor | None]):
         there = present(grads)
         self.absent = absent(grads, there)
         self.w, self.g = addresses(params), addresses(there)
-        self.owned = {address for address in self.w if address}
+        owned = sorted((w, w + in_bytes(p)) for w, p in zip(self.w, params, strict=True)
+                       if w and p.numel())
+        self.begins = np.array([begin for begin, _ in owned])
+        self.ends = np.array([0, *(end for _, end in owned)])  # of the i parameters before a place
+        self.lengths = np.array([in_bytes(g) for g in there])
         self.have_same_forms = forms([*params, *there])
 
     def gradients_now(self, params: Sequence[Tensor], grads: Sequence[Tensor | None],
@@ -35,20 +42,26 @@ class Memory:
                 or addresses(params) != self.w):
             return None
         now = addresses(there)
-        if now == self.g or (self.owned.isdisjoint(now) and now.count(0) == self.g.count(0)):
+        if now == self.g or (now.count(0) == self.g.count(0) and self.are_apart(now)):
             return now
         return None
+
+    def are_apart(self, gradients: Sequence[int]) -> bool:
+        """Whether gradients of the same forms at these addresses share no byte with a parameter."""
+        begins = np.array(gradients)
+        before_its_end = np.searchsorted(self.begins, begins + self.lengths)
+        return not (begins < self.ends[before_its_end]).any()
 
 
 def addresses(tensors: Sequence[Tensor]) -> list[int]:
     return [*map(Tensor.data_ptr, tensors)]
 
 
-def is_part(view: Tensor, flat: Tensor, offset: int) -> bool:
-    """Whether a view begins at this element of a flat tensor."""
+def is_part(view: Tensor, flat: Tensor, offset: int, stride: tuple[int, ...]) -> bool:
+    """Whether a view begins at this element of a flat tensor, and goes on in these strides."""
     same = view.untyped_storage().data_ptr() == flat.untyped_storage().data_ptr()
-    return (same and has_storage(flat) and view.dtype == flat.dtype
-            and int(view.storage_offset()) == offset)
+    return (same and has_storage(flat) and view.dtype == flat.dtype and not view.is_neg()
+            and int(view.storage_offset()) == offset and view.stride() == stride)
 
 
 def stretch(t: Tensor) -> int:
@@ -57,9 +70,13 @@ def stretch(t: Tensor) -> int:
     return 1 + sum(ends) if t.numel() else 0
 
 
+def in_bytes(t: Tensor) -> int:
+    return stretch(t) * t.element_size()
+
+
 def has_storage(t: Tensor) -> bool:
     """Whether all elements lie in the storage, which may be freed by `resize_`."""
-    end = (t.storage_offset() + stretch(t)) * t.element_size()
+    end = t.storage_offset() * t.element_size() + in_bytes(t)
     return not t.numel() or bool(end <= t.untyped_storage().nbytes())
 
 
@@ -104,14 +121,15 @@ def lies_as(w: Tensor, slot: Slot) -> bool:
 
     Raises:
         RuntimeError: it has another device, dtype or shape, its elements no longer fill one
-            stretch of memory, or its storage was freed.
+            stretch of memory, as they are, or its storage was freed.
     """
     was = (slot.shape, slot.dtype, slot.saved.device)
     if (w.shape, w.dtype, w.device) != was or (slot.dense and not is_dense(w)):
         raise RuntimeError(
             f"a parameter of shape {tuple(slot.shape)}, {slot.dtype} on {slot.saved.device}, is "
-            f"now {tuple(w.shape)} of strides {w.stride()}, {w.dtype} on {w.device}: build the "
-            "optimizer after the model has its final form")
+            f"now {tuple(w.shape)} of strides {w.stride()}, {w.dtype} on {w.device}"
+            f"{', with the negative bit' * w.is_neg()}: build the optimizer after the model has "
+            "its final form")
     if not has_storage(w):
         raise RuntimeError(f"a parameter of shape {tuple(w.shape)} has lost its memory, whose "
                            f"storage has {w.untyped_storage().nbytes()} bytes: bring the weights "

@@ -304,7 +304,10 @@ def view(flat: MaybeTensor, w: Tensor, offset: int) -> MaybeTensor:
 
 
 def is_dense(t: Tensor) -> bool:
-    """Whether t's elements fill one stretch of memory without gaps or overlaps."""
+    """Whether t's elements fill one stretch of memory without gaps or overlaps, as they are: what
+    has the negative bit is minus what lies in memory."""
+    if t.is_neg():
+        return False
     expected = 1
     for stride, size in sorted(zip(t.stride(), t.shape, strict=True)):
         if size > 1 and stride != expected:

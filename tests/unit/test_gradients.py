@@ -251,6 +251,85 @@ def test_the_first_pass_is_guarded_and_the_second_is_the_bases(value, backend):
         torch.testing.assert_close(p, q, rtol=2e-5, atol=2e-6, equal_nan=True)
 
 
+@pytest.mark.parametrize("start", [0, 7, 9, 40, -3])
+@pytest.mark.parametrize("known", [0, 2])
+@pytest.mark.parametrize("second", [False, True])
+def test_a_gradient_inside_another_parameters_memory_is_read_before_that_moves(
+        start, known, second, backend):
+    """At its start, within it, up to its end, over its end, and over its start."""
+    n = 64
+    whole = torch.randn(3 * n, generator=torch.Generator().manual_seed(1))
+    params = [nn.Parameter(normal(n, seed=2)), nn.Parameter(whole[n:2 * n + 9])]
+    opt = SAM(params, torch.optim.SGD, rho=50.0, lr=0.1, backend=backend)
+
+    def give_own():
+        for i, p in enumerate(params):
+            p.grad = normal(len(p), seed=5 + i)
+
+    for _ in range(known):
+        for call in (opt.first_step, opt.second_step):
+            give_own()
+            call()
+    if second:
+        give_own()
+        opt.first_step()
+        w = [p.detach() - 50 * p.grad / torch.cat([q.grad for q in params]).norm() for p in params]
+    else:
+        w = [p.detach().clone() for p in params]
+    give_own()
+    params[0].grad = whole[n + start:2 * n + start]
+    g = [p.grad.clone() for p in params]
+    if second:
+        opt.second_step()
+        expected = [x - 0.1 * y for x, y in zip(w, g, strict=True)]
+    else:
+        opt.first_step()
+        expected = [x + 50 * y / torch.cat(g).norm() for x, y in zip(w, g, strict=True)]
+    for p, x in zip(params, expected, strict=True):
+        torch.testing.assert_close(p.detach(), x, rtol=1e-5, atol=1e-5)
+
+
+# ---- parameters with the negative bit
+
+
+def minus_two() -> nn.Parameter:
+    p = nn.Parameter(torch.tensor([1 + 2j]).conj().imag)
+    assert p.is_neg() and p.item() == -2
+    return p
+
+
+def test_a_parameter_with_the_negative_bit_is_the_references(backend):
+    p, q = minus_two(), minus_two()
+    if backend != "reference":
+        with pytest.raises(ValueError, match="negative bit"):
+            SAM([p], torch.optim.SGD, lr=0.1, backend=backend)
+        backend = None
+    opt = SAM([p], torch.optim.SGD, rho=0.5, lr=0.1, weight_decay=0.5, backend=backend)
+    plain = torch.optim.SGD([q], lr=0.1, weight_decay=0.5)
+    for g in (1.0, -0.3):
+        give(p, torch.full((1,), g))
+        opt.first_step()
+        give(p, torch.full((1,), g))
+        give(q, torch.full((1,), g))
+        opt.second_step()
+        plain.step()
+        close(p, q, "p")
+
+
+def test_a_parameter_that_gets_the_negative_bit_is_refused_where_kernels_run(backend):
+    p = nn.Parameter(torch.ones(3))
+    opt = SAM([p], torch.optim.SGD, lr=0.1, backend=backend)
+    p.grad = torch.ones(3)
+    opt.step()
+    p.data = torch._neg_view(p.data)
+    for call in (opt.first_step, opt.step):
+        with pytest.raises(RuntimeError, match="negative bit"):
+            call()
+    p.data = p.data.resolve_neg()
+    opt.step()
+    close(p, torch.full((3,), -1.0), "p")
+
+
 # ---- refused
 
 

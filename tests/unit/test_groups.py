@@ -402,3 +402,33 @@ def test_names_that_do_not_keep_up_matter_only_where_names_decide():
     asam.param_groups[0]["param_names"].append("c.weight")
     asam.first_step()
     asam.restore()
+
+
+def named(name: str | None, backend: str) -> ASAM:
+    p = nn.Parameter(torch.arange(1.0, 5.0))
+    return ASAM([p if name is None else (name, p)], torch.optim.SGD, scale="weights", eta=0.1,
+                rho=0.5, lr=0.1, backend=backend)
+
+
+def radius(opt: ASAM) -> float:
+    (p,) = opt.param_groups[0]["params"]
+    p.grad = torch.full_like(p, 2.0)
+    opt.first_step()
+    opt.restore()
+    return opt.last_radius
+
+
+def test_names_that_are_loaded_edited_or_copied_decide_asams_scaling(backend):
+    """By its name it is a weight, without one a vector is none."""
+    weight, shift = (radius(named(name, backend)) for name in ("bn.weight", "bn.shift"))
+    assert weight != pytest.approx(shift) and shift == pytest.approx(0.5)
+    of_weight, loaded = named("bn.weight", backend), named(None, backend)
+    loaded.load_state_dict(of_weight.state_dict())
+    renamed = named("bn.weight", backend)
+    radius(renamed)
+    renamed.param_groups[0]["param_names"][0] = "bn.shift"
+    nameless = named("bn.weight", backend)
+    radius(nameless)
+    del nameless.param_groups[0]["param_names"]
+    for opt, expected in ((loaded, weight), (renamed, shift), (nameless, shift)):
+        assert radius(opt) == radius(copy.deepcopy(opt)) == pytest.approx(expected)

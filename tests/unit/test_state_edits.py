@@ -9,7 +9,7 @@ import torch
 
 from fastsam import SAM, FriendlySAM, PhaseError
 
-from ..helpers.beside import Beside
+from ..helpers.beside import BASES, Beside, close
 
 BUFFER = {"sgd": "momentum_buffer", "adamw": "exp_avg"}
 
@@ -153,6 +153,84 @@ def test_a_state_edited_while_perturbed_is_followed(edit, base):
     edit_both(pair, edit)
     pair.descend()
     pair.step()
+
+
+@pytest.mark.parametrize("perturbed", [False, True])
+@pytest.mark.parametrize("of_some", [False, True])
+@pytest.mark.parametrize("base", ["sgd", "adamw"])
+def test_a_state_that_is_put_aside_stays_as_it_is_until_it_is_put_back(
+        base, of_some, perturbed, backend):
+    """As where several tasks have a state each: the whole, or the entries of two parameters."""
+    pair = Beside(base, backend)
+
+    def edit(what):
+        if perturbed:
+            pair.climb()
+        pair.both(what)
+        if perturbed:
+            pair.descend()
+
+    aside = {}
+
+    def put_aside(opt, params):
+        members = params[1:3] if of_some else params[:4]
+        aside[opt] = {p: opt.state.pop(p) for p in members}
+
+    pair.step(2)
+    edit(put_aside)
+    before = [x.clone() for entry in aside[pair.ours.opt].values() for x in entry.values()]
+    pair.step(2)
+    after = [x for entry in aside[pair.ours.opt].values() for x in entry.values()]
+    assert all(map(torch.equal, before, after))
+    edit(lambda opt, params: opt.state.update(aside[opt]))
+    pair.step(2)
+
+
+def test_a_momentum_under_another_name_is_none(backend):
+    pair = Beside("sgd", backend)
+
+    def rename(old, new):
+        def edit(opt, params):
+            for entry in opt.state.values():
+                entry[new] = entry.pop(old)
+        return edit
+
+    pair.step(2)
+    pair.both(rename("momentum_buffer", "first task's"))
+    pair.step(2)
+    pair.both(rename("first task's", "momentum_buffer"))
+    pair.step(2)
+
+
+def t_(x):
+    x.t_()
+
+
+def data_t(x):
+    x.data = x.data.t()
+
+
+def data_negated(x):
+    x.data = torch._neg_view(x.data)
+
+
+@pytest.mark.parametrize("turn", [t_, data_t, data_negated], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("base", ["sgd", "adamw"])
+def test_an_average_that_is_turned_where_it_lies_is_followed(base, turn, backend):
+    """One of a square weight, whose address and shape stay."""
+    cls, hyper = BASES[base]
+    p, q = (torch.nn.Parameter(torch.zeros(2, 2)) for _ in range(2))
+    ours, theirs = SAM([p], cls, rho=0.5, backend=backend, **hyper), cls([q], **hyper)
+    for t in range(4):
+        g = torch.tensor([[1.0, 2.0], [3.0, -4.0]]) / (t + 1)
+        for w, opt in ((p, ours), (q, theirs)):
+            if t == 2:
+                turn(opt.state[w][BUFFER[base]])
+            w.grad = g.clone()
+        ours.first_step()
+        ours.second_step()
+        theirs.step()
+        close(p, q, f"step {t}")
 
 
 @pytest.mark.parametrize("base", ["sgd", "adamw"])

@@ -85,6 +85,35 @@ def test_a_tensor_that_changes_in_place_is_followed(backend):
         pair.step()
 
 
+@pytest.mark.parametrize("how", ["data", "set_", "of float64"])
+@pytest.mark.parametrize("name", ["lr", "weight_decay"])
+def test_a_tensor_that_is_given_other_memory_is_followed(name, how, backend):
+    pair = Beside("sgd", backend)
+    x = torch.tensor(0.1)
+    pair.ours.opt.param_groups[0][name] = x
+    pair.torch.opt.param_groups[0][name] = 0.1
+    for value in (0.1, 0.3, 0.02):
+        new = torch.tensor(value, dtype=torch.float64 if how == "of float64" else None)
+        if how == "set_":
+            x.set_(new)
+        else:
+            x.data = new
+        pair.torch.opt.param_groups[0][name] = value
+        pair.climb()
+        pair.descend()
+
+
+def test_a_radius_that_is_given_other_memory_is_followed(backend):
+    p = nn.Parameter(torch.ones(4))
+    opt = SAM([p], torch.optim.SGD, rho=torch.tensor(0.5), lr=0.1, backend=backend)
+    for rho in (0.5, 2.0, 0.25):
+        opt.param_groups[0]["rho"].data = torch.tensor(rho)
+        p.grad = torch.ones(4)
+        opt.first_step()
+        close(p, torch.full((4,), 1 + rho / 2), "moved")
+        opt.restore()
+
+
 @pytest.mark.parametrize("base", ["sgd", "plain sgd"])
 def test_momentum_on_and_off_in_one_group_or_both(base, backend):
     pair = Beside(base, backend)
