@@ -131,13 +131,14 @@ def interrupted_at(line: int, call) -> bool:
         return trace
 
     tracer = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        call()
-    except KeyboardInterrupt:
-        return True
-    finally:
-        sys.settrace(tracer)
+    with torch.enable_grad():  # a Ctrl-C before torch's own __exit__ leaves its mode behind
+        sys.settrace(trace)
+        try:
+            call()
+        except KeyboardInterrupt:
+            return True
+        finally:
+            sys.settrace(tracer)
     return False
 
 
