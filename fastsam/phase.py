@@ -2,7 +2,8 @@
 
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -117,6 +118,16 @@ class Phase:
         elif all(p.grad is None for climb in self.climbs for p in climb.space.params):
             self.warn("second pass", "second_step with no gradients only returns to the weights: "
                       "compute the loss and call backward again after first_step")
+
+
+@contextmanager
+def restoring(restore: Callable[[], None]) -> Iterator[None]:
+    """Give the step up, and be back at w, where the block raises."""
+    try:
+        yield
+    except BaseException:
+        restore()
+        raise
 
 
 def frames_to_the_caller() -> int:
