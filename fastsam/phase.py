@@ -14,6 +14,8 @@ from .passes import Climb
 from .rounding_watch import RoundingWatch
 
 PACKAGES = ("fastsam", "torch")
+BETWEEN_STEPS = ("state_dict", "load_state_dict", "copying or pickling", "step(closure)",
+                 "GraphedStep")  # calls that no step may be in the middle of
 NO_CLIMB = 10  # plain steps where a climb was due, after which it is said
 
 
@@ -66,8 +68,9 @@ class Phase:
         Raises:
             PhaseError: the weights are not moved, or are, or gradients are set aside.
         """
-        if self.stash and call in ("state_dict", "copying or pickling"):
-            raise PhaseError(f"{call} with gradients set aside: finish the step first")
+        if self.stash and call in BETWEEN_STEPS:
+            raise PhaseError(f"{call} with gradients set aside: finish the step first, or call "
+                             "restore() to give it up")
         if self.perturbed == perturbed:
             return
         if perturbed:
