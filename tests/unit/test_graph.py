@@ -15,6 +15,7 @@ from fastsam import (
     GSAM,
     SAM,
     FriendlySAM,
+    FullGradientSAM,
     GraphedStep,
     LookSAM,
     MomentumSAM,
@@ -361,6 +362,22 @@ def test_a_step_that_cannot_be_captured_changes_nothing(failing, graphed):
     for n, o in ((net, opt), (twin, plain)):
         plain_step(n, o, *batch(2, "cpu"))
     assert_bits(net, bits(twin))
+
+
+def test_a_replay_without_the_full_gradient_of_its_capture_is_refused(graphed):
+    net = network("cpu")
+    opt = reference(net.parameters(), FullGradientSAM, part="full")
+    step = graphed(net, opt)
+    opt.set_full_gradient([torch.ones_like(p) for p in net.parameters()])
+    step(*batch(0, "cpu"))
+    opt.state.clear()
+    w = bits(net)
+    with pytest.raises(PhaseError, match="without a full gradient"), opt.replay():
+        pytest.fail("a replay")
+    with pytest.raises(PhaseError, match="without a full gradient"):
+        step(*batch(0, "cpu"))
+    assert_bits(net, w)
+    assert opt.param_groups[0]["sam_steps"] == 1
 
 
 def test_an_eager_step_between_replays_leaves_a_graphs_tables_alone():
