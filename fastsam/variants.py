@@ -368,9 +368,10 @@ class FullGradientSAM(SAM):
         for p, g in zip(params, gradients, strict=True):
             slots[p].m.zero_() if g is None else slots[p].m.copy_(
                 local(placed_like(p, g)))
-        layout = self._follow()
-        layout.shown.show_m(True)
-        layout.show(self.state)
+        layout = self._phase.layout
+        if not layout.shown.has_m:
+            layout.shown.show_m(True)
+            layout.show(self.state)
 
     def measure_full_gradient(self, batches: Iterable, loss: Callable) -> None:
         """Set G to the gradient of the mean loss over all examples of `batches`, at w. Costs a
