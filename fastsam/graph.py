@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from .batchnorm import freeze_bn_stats
 from .optimizer import SAM
+from .phase import restoring
 
 
 class GraphedStep:
@@ -27,7 +28,7 @@ class GraphedStep:
     `perturb`, a first momentum). Learning rate, rho and the other hyper-parameters are data of the
     graph and may change between calls. Steps that do not climb (`interval`, `start`) have a graph
     of their own. Where a capture fails, weights and state are as before. On a CPU the same step
-    runs without a graph.
+    runs without a graph; where it raises, the weights are back, as with `SAM.step(closure)`.
 
     Args:
         model: in training mode, on one device.
@@ -74,7 +75,9 @@ class GraphedStep:
 
         Raises:
             ValueError: a batch of other shapes or dtypes than the sample's.
+            PhaseError: while perturbed, or with gradients set aside.
         """
+        self.optimizer._phase.need(False, "GraphedStep")
         for given, static in zip(batch, self._batch, strict=True):
             if (given.shape, given.dtype) != (static.shape, static.dtype):
                 raise ValueError(f"a batch of shape {tuple(given.shape)} and {given.dtype} where "
@@ -82,7 +85,8 @@ class GraphedStep:
                                  "the last, smaller batch (drop_last=True)")
             static.copy_(given, non_blocking=True)
         if self.device.type != "cuda":
-            return self._eager()
+            with restoring(self.optimizer.restore):
+                return self._eager()
         climbs, built_for = self.optimizer.climbs_next, self._structure()
         if built_for != self._built_for:
             self._graphs.clear()

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 FRIENDLY = ("algorithm1", "official")  # the modes with a moving average
-WITH_M = (*FRIENDLY, "full", "noise")  # those whose direction is made with m
+GIVEN = ("full", "noise")  # those whose m is the user's: there is none until it is given
+WITH_M = (*FRIENDLY, *GIVEN)  # those whose direction is made with m
 KEEPING = ("gsam", "looksam")  # those that keep the first pass's gradient for the second
 
 

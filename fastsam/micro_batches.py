@@ -15,33 +15,41 @@ def stash(phase: Phase, params: Sequence[Tensor], go_back: Callable[[], None]) -
     if phase.perturbed:
         ok = phase.layout.spaces[0].cells.ok
         phase.stash_ok = ok.clone() if phase.stash_ok is None else phase.stash_ok * ok
+    for p in params:  # before the weights go back, in whose memory a gradient may be
+        if p.grad is not None:
+            aside = phase.stash.get(p)
+            if aside is None:  # its memory may be another's too, and is reused by some
+                phase.stash[p] = p.grad.clone()
+            elif torch.promote_types(aside.dtype, p.grad.dtype) == aside.dtype:
+                aside.add_(p.grad)
+            else:
+                phase.stash[p] = aside + p.grad
+            p.grad = None
     scaler, group = phase.scaler, phase.group
     go_back()
     phase.scaler, phase.group = scaler, group  # still true of the gradients set aside
-    for p in params:
-        if p.grad is not None:
-            aside = phase.stash.get(p)
-            if aside is not None and torch.promote_types(aside.dtype, p.grad.dtype) == aside.dtype:
-                aside.add_(p.grad)
-            elif aside is not None:
-                phase.stash[p] = aside + p.grad
-            else:  # a view belongs to a bucket of DistributedDataParallel, which is reused
-                phase.stash[p] = p.grad.clone() if p.grad._is_view() else p.grad
-            p.grad = None
 
 
 @torch.no_grad()
 def unstash(phase: Phase, params: Sequence[Tensor]) -> None:
-    """Put the sums of the gradients set aside into `.grad`.
+    """Put the sums of the gradients set aside into `.grad`, also of a parameter that has left the
+    groups since, where torch leaves it too.
 
     Raises:
         PhaseError: nothing is set aside.
+        ValueError: a parameter has another shape or device by now; nothing has changed then.
     """
     if not phase.stash:
         raise PhaseError("unstash_grad with nothing set aside: call stash_grad after each "
                          "micro-batch's second backward")
-    for p in params:
-        put(p, phase.stash.pop(p, None))
+    for p, g in phase.stash.items():
+        if (g.shape, g.device) != (p.shape, p.device):
+            raise ValueError(f"a gradient of shape {tuple(g.shape)} on {g.device} is set aside for "
+                             f"a parameter that is now of shape {tuple(p.shape)} on {p.device}: "
+                             "call restore() to give the step up")
+    for p in dict.fromkeys([*params, *phase.stash]):
+        put(p, phase.stash.get(p))
+    phase.stash.clear()
 
 
 def put(p: Tensor, g: Tensor | None) -> None:

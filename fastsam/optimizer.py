@@ -24,7 +24,7 @@ from .checks import (
 from .grad_scaler import inverse_scale, report_overflow
 from .layout import Layout, Traits
 from .passes import Pass
-from .phase import Phase, PhaseError
+from .phase import Phase, PhaseError, restoring
 from .space import Space, Tables
 
 Loss = TypeVar("Loss")  # what a closure returns
@@ -260,7 +260,8 @@ class SAM(Optimizer):
             The loss of the first call, or None without a closure.
 
         Raises:
-            PhaseError: a closure while perturbed, or through GradScaler.step.
+            PhaseError: a closure while perturbed, with gradients set aside, or through
+                GradScaler.step.
             TypeError: a closure that cannot be called, such as a loss.
             ValueError: an ascent_closure without a closure.
         """
@@ -378,15 +379,18 @@ class SAM(Optimizer):
 
         For m-sharpness over micro-batches: climb on each by itself, set its second gradient
         aside, and step once after `unstash_grad()`. A climb that was not finite makes that step a
-        counted skip. Costs one more gradient's memory.
+        counted skip. Costs one more gradient's memory. Where it raises (out of memory), the whole
+        step is given up, as by `restore`.
         """
-        micro_batches.stash(self._phase, self._parameters(), self._go_back)
+        with restoring(self.restore):
+            micro_batches.stash(self._phase, self._parameters(), self._go_back)
 
     def unstash_grad(self) -> None:
         """Put the sums of the gradients set aside into `.grad`, in place of what is there.
 
         Raises:
             PhaseError: while perturbed, or with nothing set aside.
+            ValueError: a parameter has another shape or device by now; nothing has changed then.
         """
         self._phase.need(False, "unstash_grad")
         micro_batches.unstash(self._phase, self._parameters())
@@ -561,7 +565,7 @@ class SAM(Optimizer):
         under a name that is something else here is refused.
 
         Raises:
-            PhaseError: while perturbed.
+            PhaseError: while perturbed, or with gradients set aside.
             ValueError: groups, parameter counts or shapes differ, or a value this class refuses;
                 nothing has changed then.
         """

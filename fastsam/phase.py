@@ -2,7 +2,8 @@
 
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -13,6 +14,8 @@ from .passes import Climb
 from .rounding_watch import RoundingWatch
 
 PACKAGES = ("fastsam", "torch")
+BETWEEN_STEPS = ("state_dict", "load_state_dict", "copying or pickling", "step(closure)",
+                 "GraphedStep")  # calls that no step may be in the middle of
 NO_CLIMB = 10  # plain steps where a climb was due, after which it is said
 
 
@@ -65,8 +68,9 @@ class Phase:
         Raises:
             PhaseError: the weights are not moved, or are, or gradients are set aside.
         """
-        if self.stash and call in ("state_dict", "copying or pickling"):
-            raise PhaseError(f"{call} with gradients set aside: finish the step first")
+        if self.stash and call in BETWEEN_STEPS:
+            raise PhaseError(f"{call} with gradients set aside: finish the step first, or call "
+                             "restore() to give it up")
         if self.perturbed == perturbed:
             return
         if perturbed:
@@ -117,6 +121,16 @@ class Phase:
         elif all(p.grad is None for climb in self.climbs for p in climb.space.params):
             self.warn("second pass", "second_step with no gradients only returns to the weights: "
                       "compute the loss and call backward again after first_step")
+
+
+@contextmanager
+def restoring(restore: Callable[[], None]) -> Iterator[None]:
+    """Give the step up, and be back at w, where the block raises."""
+    try:
+        yield
+    except BaseException:
+        restore()
+        raise
 
 
 def frames_to_the_caller() -> int:

@@ -16,7 +16,7 @@ from torch.optim import AdamW, Optimizer
 
 from .checks import is_number
 from .distributed import is_sharded, like
-from .hyper import FRIENDLY, KEEPING
+from .hyper import FRIENDLY, GIVEN, KEEPING
 from .memory import has_storage
 from .space import Slot, Space, local
 
@@ -31,12 +31,12 @@ ADAMS = ("step", "exp_avg", "exp_avg_sq")
 PUBLISHED = ("old_p", "momentum")  # what the public SAM and F-SAM classes save, and no base
 
 
-def public(space: Space, slot: Slot) -> dict[str, Tensor]:
+def public(space: Space, slot: Slot, with_m: bool) -> dict[str, Tensor]:
     """The slot's own tensors as `optimizer.state` has them: v and u under the names that torch's
-    optimizers use, m, the float32 master, and how often m and v were updated."""
+    optimizers use, m if there is one, the float32 master, and how often m and v were updated."""
     kind, state = space.kind, dict[str, Tensor]()
     prefix = "" if kind.base else FOREIGN
-    if slot.m is not None:
+    if slot.m is not None and with_m:
         state[f"{prefix}{name_of_m(kind.mode)}"] = like(slot.param, slot.m)
     if kind.mode in FRIENDLY:
         state[prefix + "ema_steps"] = slot.m_steps
@@ -248,9 +248,27 @@ class Shown:
 
     def __init__(self, spaces: Sequence[Space]):
         self.places = {slot.param: (space, slot) for space in spaces for slot in space.slots}
-        self.tensors = {p: public(*place) for p, place in self.places.items()}
         self.fused = all(space.kind.base for space in spaces)
+        self.mode = spaces[0].kind.mode
+        self.show_m(self.mode not in GIVEN)
         self.visible = set[Tensor]()  # the parameters whose tensors are in the state (see `put`)
+
+    def show_m(self, has_m: bool) -> None:
+        """m is among the tensors, of every parameter, if there is one: all of it or none, since
+        what is given for one parameter is 0 for the others."""
+        self.has_m = has_m
+        self.tensors = {p: public(*place, has_m) for p, place in self.places.items()}
+
+    def keep_m(self, taken: dict[Tensor, State]) -> None:
+        """See whether there is an m after the state of these parameters was taken over."""
+        has_m = self.mode not in GIVEN or any(
+            self._m_in(entry) for entry in taken.values()) or (
+            self.has_m and any(p not in taken for p in self.places))
+        if has_m != self.has_m:
+            self.show_m(has_m)
+
+    def _m_in(self, entry: object) -> bool:
+        return isinstance(entry, dict) and saved_m(entry, self.fused, self.mode) is not None
 
     def put(self, state: dict[Tensor, State], stepped: Collection[Tensor] = ()) -> None:
         """Put every slot's tensors into the state. A base that is not fused takes a parameter's
@@ -267,9 +285,11 @@ class Shown:
                 if tensors and p not in self.visible}
 
     def missing(self, state: dict[Tensor, State]) -> list[Tensor]:
-        """The parameters in whose state something else is found, or nothing."""
+        """The parameters in whose state something else is found, or nothing; or an m where there
+        was none."""
         return [p for p, tensors in self.tensors.items() if p in self.visible
-                and not is_shown(tensors, state.get(p))]
+                and (not is_shown(tensors, state.get(p))
+                     or not self.has_m and self._m_in(state.get(p)))]
 
 
 def is_shown(tensors: dict[str, Tensor], entry: object) -> bool:
@@ -300,6 +320,7 @@ def adopt(shown: Shown, params: Sequence[Tensor], state: dict[Tensor, State]) ->
                for p, entry in zip(params, entries, strict=True)]
     for p, entry in zip(params, entries, strict=True):
         load(*shown.places[p], entry)
+    shown.keep_m(dict(zip(params, entries, strict=True)))
 
 
 def without_stale_counts(entry: State, own: dict[str, Tensor]) -> State:

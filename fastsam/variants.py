@@ -1,6 +1,7 @@
 """The rest of the family: SAM with another scaling, or another direction, of the climb."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import torch
@@ -318,27 +319,31 @@ class FullGradientSAM(SAM):
             raise ValueError(f"part={part!r} is unknown: use 'full' or 'noise'")
         if projection not in ("cosine", "orthogonal"):
             raise ValueError(f"projection={projection!r} is unknown: use 'cosine' or 'orthogonal'")
-        self._has_full_gradient = False
         self._build(params, base_optimizer, dict(rho=rho, adaptive=False), mode=part,
                     projection=projection, **kwargs)
 
     def first_step(self, zero_grad: bool = False, scaler: Any = None) -> None:
         """As `SAM.first_step`. Raises PhaseError without a full gradient."""
-        if not self._has_full_gradient:
-            raise PhaseError("first_step without a full gradient: call set_full_gradient or "
-                             "measure_full_gradient first")
+        self._need_full_gradient("first_step")
         super().first_step(zero_grad, scaler)
 
-    def load_state_dict(self, state_dict: dict) -> None:
-        """As `SAM.load_state_dict`; the full gradient is part of the state."""
-        super().load_state_dict(state_dict)
-        self._has_full_gradient = any(
-            name in s for s in state_dict["state"].values()
-            for name in ("full_gradient", "sam_full_gradient"))
+    @contextmanager
+    def replay(self) -> Iterator[None]:
+        """As `SAM.replay`. Raises PhaseError without a full gradient."""
+        if self.climbs_next:
+            self._need_full_gradient("a replay")
+        with super().replay():
+            yield
+
+    def _need_full_gradient(self, call: str) -> None:
+        if not self._follow().shown.has_m:
+            raise PhaseError(f"{call} without a full gradient: call set_full_gradient or "
+                             "measure_full_gradient first")
 
     @torch.no_grad()
     def set_full_gradient(self, gradients: Iterable[Tensor | None] | None = None) -> None:
-        """Set G, which stays until it is set again.
+        """Set G, which stays until it is set again. It is in the state, under `full_gradient`: a
+        saved one is loaded, and one that is cleared is gone.
 
         Args:
             gradients: one per parameter in the order of the groups, None for 0; by default those
@@ -362,7 +367,10 @@ class FullGradientSAM(SAM):
         for p, g in zip(params, gradients, strict=True):
             slots[p].m.zero_() if g is None else slots[p].m.copy_(
                 local(placed_like(p, g)))
-        self._has_full_gradient = True
+        layout = self._phase.layout
+        if not layout.shown.has_m:
+            layout.shown.show_m(True)
+            layout.show(self.state)
 
     def measure_full_gradient(self, batches: Iterable, loss: Callable) -> None:
         """Set G to the gradient of the mean loss over all examples of `batches`, at w. Costs a

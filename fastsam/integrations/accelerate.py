@@ -10,6 +10,7 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
 from fastsam import GSAM, SAM, LookSAM, freeze_bn_stats
+from fastsam.phase import restoring
 from fastsam.variants import refuse_micro_batches
 
 SINGLE = (DistributedType.NO,)
@@ -41,7 +42,9 @@ def both_passes(accelerator: Accelerator, model: nn.Module, optimizer: Any,
     Raises:
         TypeError: another optimizer.
         ValueError: gradient accumulation over processes that hold no replicas (FSDP), or DeepSpeed.
-        PhaseError: gradient accumulation with GSAM or LookSAM, which do not climb by parts.
+        PhaseError: gradient accumulation with GSAM or LookSAM, which do not climb by parts; the
+            last climb was not stepped from.
+    Where a pass raises, the whole update is given up, as by `SAM.restore`: the weights are back.
     """
     sam = sam_of(optimizer)
     accumulates = (micro_batches or accelerator.gradient_accumulation_steps) > 1
@@ -49,22 +52,30 @@ def both_passes(accelerator: Accelerator, model: nn.Module, optimizer: Any,
     if accumulates and isinstance(sam, (GSAM, LookSAM)):
         refuse_micro_batches(sam)
     ddp = model if isinstance(model, nn.parallel.DistributedDataParallel) else None
-    if sam.climbs_next and sam.climbs_first and not sam.is_perturbed:
-        sam.first_step(scaler=accelerator.scaler)
-    if sam.climbs_first or not sam.climbs_next:
-        return backward()
-    with first_pass(sam, ddp if accumulates else None):
-        loss = backward()
-    sam.first_step(zero_grad=True, scaler=accelerator.scaler)
-    with freeze_bn_stats(model):
-        backward()
-    if accumulates:
-        sam.stash_grad()
-        if accelerator.sync_gradients:
-            sam.unstash_grad()
-            if ddp is not None:
-                average(sam, ddp)
+    if not sam.climbs_first:
+        sam._phase.need(False, "both_passes")
+    with restoring(sam.restore):
+        if sam.climbs_first or not sam.climbs_next:
+            return only_pass(accelerator, sam, backward)
+        with first_pass(sam, ddp if accumulates else None):
+            loss = backward()
+        sam.first_step(zero_grad=True, scaler=accelerator.scaler)
+        with freeze_bn_stats(model):
+            backward()
+        if accumulates:
+            sam.stash_grad()
+            if accelerator.sync_gradients:
+                sam.unstash_grad()
+                if ddp is not None:
+                    average(sam, ddp)
     return loss
+
+
+def only_pass(accelerator: Accelerator, sam: SAM, backward: Callable[[], Tensor]) -> Tensor:
+    """The pass of a step that has one: Momentum-SAM's, or where a step does not climb."""
+    if sam.climbs_next and not sam.is_perturbed:
+        sam.first_step(scaler=accelerator.scaler)
+    return backward()
 
 
 def sam_of(optimizer: Any) -> SAM:

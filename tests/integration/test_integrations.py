@@ -170,6 +170,172 @@ def test_momentum_sam_s_only_pass_is_no_second_one_for_lightning():
     assert passes == [False] * 3 and model.net[1].num_batches_tracked == 3
 
 
+# ---- a pass that raises
+
+
+class Stop(KeyboardInterrupt):
+    """Ctrl-C, which pytest does not take for its own."""
+
+
+def failing_at(k: int, error: type[BaseException], model: nn.Module) -> nn.Module:
+    """The model, whose k-th forward pass raises."""
+    calls = []
+
+    def hook(module, args):
+        calls.append(1)
+        if len(calls) == k:
+            raise error("CUDA out of memory. (pretended)")
+
+    model.register_forward_pre_hook(hook)
+    return model
+
+
+def linear() -> nn.Linear:
+    torch.manual_seed(1)
+    return nn.Linear(3, 2)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, Stop])
+@pytest.mark.parametrize("cls, micro_batches, failing", [
+    (SAM, 1, 4), (SAM, 2, 6), (SAM, 2, 7), (SAM, 2, 8), (MomentumSAM, 1, 2), (MomentumSAM, 2, 4)])
+def test_a_pass_that_raises_gives_the_whole_update_up(
+        cls, micro_batches, failing, error, accelerator):
+    """In the second update, which is then begun again: in a second pass, in that of the first
+    micro-batch, or in either of the second one's, when a gradient is set aside already."""
+    from fastsam.integrations import both_passes
+
+    model, twin = failing_at(failing, error, linear()), linear()
+    opt, plain = (accelerator.prepare(cls(m.parameters(), torch.optim.SGD, rho=0.3, lr=0.1,
+                                          momentum=0.9)) for m in (model, twin))
+    x = torch.randn(3, 2, 4, 3, generator=torch.Generator().manual_seed(0))
+
+    def update(net, net_opt, i):
+        for j in range(micro_batches):
+            def backward(j=j):
+                loss = net(x[i, j]).square().mean()
+                accelerator.backward(loss)
+                return loss
+
+            accelerator.gradient_state._set_sync_gradients(j == micro_batches - 1)
+            both_passes(accelerator, net, net_opt, backward, micro_batches)
+        net_opt.step()
+        net_opt.zero_grad()
+
+    for i in range(3):
+        if i == 1:
+            w = [p.detach().clone() for p in model.parameters()]
+            with pytest.raises(error):
+                update(model, opt, i)
+            assert not opt.optimizer.is_perturbed
+            assert all(map(torch.equal, model.parameters(), w))
+            opt.zero_grad()
+        update(model, opt, i)
+        update(twin, plain, i)
+        assert all(map(torch.equal, model.parameters(), twin.parameters()))
+
+
+def test_both_passes_before_the_last_step_is_done_are_refused_before_a_pass(accelerator):
+    from fastsam.integrations import both_passes
+
+    model = linear()
+    opt = accelerator.prepare(SAM(model.parameters(), torch.optim.SGD, lr=0.1))
+    both_passes(accelerator, model, opt,
+                lambda: accelerator.backward(model(torch.ones(4, 3)).square().mean()))
+    with pytest.raises(PhaseError, match="both_passes while the weights are perturbed"):
+        both_passes(accelerator, model, opt, lambda: pytest.fail("a pass"))
+    assert opt.optimizer.is_perturbed
+
+
+def sam_trainer(folder, model, cls=SAM, callbacks=(), **args):
+    transformers = pytest.importorskip(
+        "transformers", reason="needs transformers: pip install .[recipes]")
+    from fastsam.integrations import SAMTrainer
+
+    generator = torch.Generator().manual_seed(0)
+    data = [{"x": torch.randn(3, generator=generator), "labels": torch.tensor(i % 2)}
+            for i in range(32)]
+    base = dict(base_optimizer=torch.optim.SGD, lr=0.1, momentum=0.9, rho=0.3)
+    return SAMTrainer(
+        model=model, train_dataset=data, optimizer_cls_and_kwargs=(cls, base),
+        callbacks=list(callbacks), args=transformers.TrainingArguments(
+            output_dir=folder, max_steps=3, save_strategy="no", report_to="none", use_cpu=True,
+            disable_tqdm=True, train_sampling_strategy="sequential", **args))
+
+
+class Classifier(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = linear()
+
+    def forward(self, x, labels):
+        logits = self.net(x)
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+@pytest.mark.parametrize("accumulate, failing", [(1, 2), (2, 3), (2, 4)])
+def test_the_trainer_finds_its_batch_size_from_the_same_weights(accumulate, failing, tmp_path):
+    """Out of memory in the first update: it begins again with smaller batches."""
+    model, twin = failing_at(failing, RuntimeError, Classifier()), Classifier()
+    sam_trainer(tmp_path, model, per_device_train_batch_size=8, auto_find_batch_size=True,
+                gradient_accumulation_steps=accumulate).train()
+    sam_trainer(tmp_path, twin, per_device_train_batch_size=7,
+                gradient_accumulation_steps=accumulate).train()
+    assert all(map(torch.equal, model.parameters(), twin.parameters()))
+
+
+def test_a_callback_of_the_trainer_s_that_raises_leaves_no_moved_weights(tmp_path):
+    """Between the passes and the step, and between Momentum-SAM's micro-batches."""
+    transformers = pytest.importorskip(
+        "transformers", reason="needs transformers: pip install .[recipes]")
+
+    class Stopping(transformers.TrainerCallback):
+        def on_pre_optimizer_step(self, *given, **more):
+            raise Stop
+
+        on_substep_end = on_pre_optimizer_step
+
+    for cls, accumulate in ((SAM, 1), (MomentumSAM, 2)):
+        model = Classifier()
+        w = model.net.weight.detach().clone()
+        trainer = sam_trainer(tmp_path, model, cls, [Stopping()],
+                              gradient_accumulation_steps=accumulate)
+        with pytest.raises(Stop):
+            trainer.train()
+        assert not trainer.optimizer.optimizer.is_perturbed
+        assert torch.equal(model.net.weight, w)
+
+
+@pytest.mark.parametrize("cls, failing", [(SAM, 4), (MomentumSAM, 2)])
+def test_a_pass_that_raises_in_lightning_restores(cls, failing):
+    lightning = pytest.importorskip("lightning", reason="needs Lightning: pip install .[recipes]")
+    from fastsam.integrations import SAMModule
+
+    class Net(SAMModule):
+        def __init__(self):
+            super().__init__()
+            self.net = failing_at(failing, RuntimeError, linear())
+
+        def on_train_batch_start(self, batch, batch_idx):
+            self.w = self.net.weight.detach().clone()
+
+        def training_step(self, batch, batch_idx):
+            return self.net(batch).square().mean()
+
+        def configure_optimizers(self):
+            return cls(self.parameters(), torch.optim.SGD, rho=0.3, lr=0.1, momentum=0.9)
+
+    model = Net()
+    trainer = lightning.Trainer(max_epochs=1, accelerator="cpu", logger=False,
+                                enable_checkpointing=False, enable_progress_bar=False,
+                                enable_model_summary=False)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        trainer.fit(model, torch.utils.data.DataLoader(torch.randn(24, 3), batch_size=8))
+    assert torch.equal(model.net.weight, model.w) and not model.second_pass
+
+
+# ---- recomputation, and several processes
+
+
 def test_lightning_s_second_pass_is_frozen_with_its_recomputation():
     lightning = pytest.importorskip("lightning", reason="needs Lightning: pip install .[recipes]")
     from fastsam.integrations import SAMModule

@@ -160,6 +160,18 @@ def test_clipping_the_first_gradient_matters_to_friendly_sam_alone(run):
         assert difference < 1e-12 if same else difference > 1e-4, (kind, difference)
 
 
+def test_without_the_scaler_in_first_step_an_early_unscale_is_not_seen():
+    """Also what docs/mixed-precision.md says: the warning can go when this fails."""
+    p = torch.nn.Parameter(torch.ones(2))
+    opt, scaler = SAM([p], SGD, lr=1.0), torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler.scale(p.sum()).backward()
+    scaler.unscale_(opt)
+    opt.first_step(zero_grad=True)
+    scaler.scale(p.sum()).backward()
+    scaler.step(opt)
+    assert torch.equal(p, torch.full((2,), 1 - 1024.0))
+
+
 @pytest.mark.parametrize("restored", [False, True])
 def test_a_restored_step_is_not_skipped(run, restored):
     page = run("gradient-clipping")

@@ -15,9 +15,11 @@ from fastsam import (
     GSAM,
     SAM,
     FriendlySAM,
+    FullGradientSAM,
     GraphedStep,
     LookSAM,
     MomentumSAM,
+    PhaseError,
     freeze_bn_stats,
 )
 from fastsam.graph import refuse_uncapturable, set_counts, state_of
@@ -117,6 +119,59 @@ def test_autocast_is_around_both_passes(device):
                        autocast=torch.bfloat16)
     step(*batch(0, device))
     assert len(seen) >= 2 and set(seen) == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("case, failing", [("sam", 2), ("sam", 4), ("msam", 2), ("looksam", 2)])
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_pass_that_raises_gives_the_step_up(case, failing, error):
+    """Without a graph; a capture is tested below. The next call takes the step."""
+    net, twin = network("cpu"), network("cpu")
+    opt, plain = CASES[case](net.parameters()), CASES[case](twin.parameters())
+    calls = []
+
+    def loss(output, y):
+        calls.append(bits(net))
+        if len(calls) == failing:
+            raise error("(pretended)")
+        return cross_entropy(output, y)
+
+    step = GraphedStep(net, loss, opt, batch(0, "cpu"))
+    same = GraphedStep(twin, cross_entropy, plain, batch(0, "cpu"))
+    for t in range(3):
+        w = bits(net)
+        try:
+            step(*batch(t, "cpu"))
+        except error:
+            assert not opt.is_perturbed and len(calls) == failing
+            assert any(not torch.equal(p, q) for p, q in zip(calls[-1], w, strict=True))
+            assert_bits(net, w)
+            step(*batch(t, "cpu"))
+        same(*batch(t, "cpu"))
+        assert_bits(net, bits(twin))
+    assert len(calls) > failing
+
+
+def test_a_step_in_the_middle_of_another_is_refused_and_leaves_that_one(graphed):
+    """A replay would save the moved weights as w."""
+    for make in (GraphedStep, lambda net, loss, opt, sample: graphed(net, opt)):
+        net = network("cpu")
+        opt = reference(net.parameters())
+        step = make(net, cross_entropy, opt, batch(0, "cpu"))
+        step(*batch(0, "cpu"))
+        backward(net, 0, "cpu")
+        w = bits(net)
+        opt.first_step()
+        moved = bits(net)
+        with pytest.raises(PhaseError, match="GraphedStep while the weights are perturbed"):
+            step(*batch(0, "cpu"))
+        assert opt.is_perturbed
+        assert_bits(net, moved)
+        opt.stash_grad()
+        with pytest.raises(PhaseError, match="GraphedStep with gradients set aside"):
+            step(*batch(0, "cpu"))
+        assert_bits(net, w)
+        opt.unstash_grad()
+        opt.step()
 
 
 def test_what_it_refuses(device):
@@ -307,6 +362,22 @@ def test_a_step_that_cannot_be_captured_changes_nothing(failing, graphed):
     for n, o in ((net, opt), (twin, plain)):
         plain_step(n, o, *batch(2, "cpu"))
     assert_bits(net, bits(twin))
+
+
+def test_a_replay_without_the_full_gradient_of_its_capture_is_refused(graphed):
+    net = network("cpu")
+    opt = reference(net.parameters(), FullGradientSAM, part="full")
+    step = graphed(net, opt)
+    opt.set_full_gradient([torch.ones_like(p) for p in net.parameters()])
+    step(*batch(0, "cpu"))
+    opt.state.clear()
+    w = bits(net)
+    with pytest.raises(PhaseError, match="without a full gradient"), opt.replay():
+        pytest.fail("a replay")
+    with pytest.raises(PhaseError, match="without a full gradient"):
+        step(*batch(0, "cpu"))
+    assert_bits(net, w)
+    assert opt.param_groups[0]["sam_steps"] == 1
 
 
 def test_an_eager_step_between_replays_leaves_a_graphs_tables_alone():

@@ -1,6 +1,7 @@
 """The public front: phases, closures, misuse, groups, schedulers, reports."""
 
 import copy
+import pickle
 import warnings
 import weakref
 from functools import partial
@@ -628,6 +629,89 @@ def test_set_full_gradient_takes_grad_or_a_list_and_refuses_what_does_not_fit(ba
         opt.set_full_gradient(gradients)
     opt.restore()
     assert torch.equal(opt.state[net.head.bias]["full_gradient"], gradients[-1])
+
+
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.RMSprop])
+@pytest.mark.parametrize("part", ["full", "noise"])
+def test_a_full_gradient_that_is_gone_from_the_state_is_missed(part, base, device):
+    """Cleared, seen by another call in between or not; or never there, before a save or a copy."""
+    net = network(device)
+    G = [torch.randn_like(p) for p in net.parameters()]
+
+    def build_full(model):
+        return FullGradientSAM(model.parameters(), base, part, lr=0.01)
+
+    def is_missed(opt, model=net):
+        w = bits(model)
+        backward(model, 0, device)
+        with pytest.raises(PhaseError, match="without a full gradient"):
+            opt.first_step()
+        assert_bits(model, w)
+
+    opt = build_full(net)
+    twin = build_full(copy.deepcopy(net))
+    twin.load_state_dict(opt.state_dict())
+    is_missed(opt)
+    is_missed(twin)
+    for model, other in (copy.deepcopy((net, opt)), pickle.loads(pickle.dumps((net, opt)))):
+        is_missed(other, model)
+    for look in (lambda: None, opt.state_dict, lambda: opt.spaces, lambda: copy.deepcopy(opt)):
+        opt.set_full_gradient(G)
+        two_passes(net, opt, 0, device)
+        opt.state.clear()
+        look()
+        is_missed(opt)
+        twin.load_state_dict(opt.state_dict())
+        is_missed(twin)
+    opt.set_full_gradient(G)
+    two_passes(net, opt, 1, device)
+
+
+def test_a_full_gradient_in_the_state_is_one_whoever_put_it_there(device):
+    """By hand; into a loaded state; of a parameter alone, beside which the others have 0."""
+    def build_full(net):
+        return FullGradientSAM(net.parameters(), torch.optim.SGD, "full", rho=0.3, lr=0.01)
+
+    net, twin = network(device), network(device)
+    opt, other = build_full(net), build_full(twin)
+    G = [torch.randn_like(net.conv.weight), *[None] * 4]
+    assert not any("full_gradient" in entry for entry in opt.state.values())
+    opt.state[net.conv.weight]["full_gradient"] = G[0].clone()
+    other.set_full_gradient(G)
+    for i in range(2):
+        two_passes(net, opt, i, device)
+        two_passes(twin, other, i, device)
+        assert_bits(net, bits(twin))
+    assert not opt.state[net.head.bias]["full_gradient"].any()
+    opt.state.pop(net.head.bias)  # begins anew, at 0
+    opt.add_param_group(dict(params=[nn.Parameter(torch.ones(2, device=device))]))
+    two_passes(net, opt, 2, device)
+    assert torch.equal(opt.state[net.conv.weight]["full_gradient"], G[0])
+
+
+def test_a_pre_hook_may_unwrap_the_state_that_has_the_full_gradient(device):
+    p = nn.Parameter(torch.ones(3, device=device))
+    opt = FullGradientSAM([p], torch.optim.SGD, "full", lr=0.1)
+    opt.set_full_gradient([torch.ones(3, device=device)])
+    state = copy.deepcopy(opt.state_dict())
+    opt.state.clear()
+    opt.register_load_state_dict_pre_hook(lambda opt, wrapped: wrapped["opt"])
+    opt.load_state_dict({"opt": state})
+    p.grad = torch.ones_like(p)
+    opt.first_step()
+    assert opt.last_radius > 0
+
+
+def test_a_wrapper_with_copied_attributes_shares_the_full_gradient(device):
+    """Lightning's."""
+    p = nn.Parameter(torch.ones(3, device=device))
+    opt = FullGradientSAM([p], torch.optim.SGD, "full", lr=0.1)
+    wrapper = object.__new__(type("Wrapped", (FullGradientSAM,), {}))
+    wrapper.__dict__ = {k: x for k, x in opt.__dict__.items() if k != "step"}
+    wrapper.set_full_gradient([torch.ones_like(p)])
+    p.grad = torch.ones_like(p)
+    opt.first_step()
+    assert wrapper.is_perturbed
 
 
 # ---- 16-bit weights that round the climb away

@@ -1,6 +1,8 @@
 """What frameworks do to an optimizer: share its attributes, reuse its gradients' memory, call it
 with closures that do nothing."""
 
+import copy
+
 import pytest
 import torch
 
@@ -42,6 +44,103 @@ def test_gradients_set_aside_survive_the_reuse_of_their_memory():
     torch.testing.assert_close(p.grad, torch.tensor([0.4, 0.7]))
     opt.step()
     torch.testing.assert_close(p.detach(), torch.tensor([0.6, 1.3]))
+
+
+@pytest.mark.parametrize("kind", ["one buffer", "one tensor", "repeated", "the weights"])
+def test_gradients_set_aside_are_copies(kind):
+    """A static buffer, as for CUDA graphs; one tensor as two parameters' gradient; one number seen
+    three times; and a gradient in the memory of the weights, which go back."""
+    p, q = (torch.nn.Parameter(torch.zeros(3)) for _ in range(2))
+    opt = SAM([p, q], torch.optim.SGD, rho=2.0, lr=1.0)
+    static = torch.empty(3)
+    for x in (1.0, 2.0):
+        p.grad, q.grad = torch.ones(3), None
+        opt.first_step(zero_grad=True)
+        moved = p.detach().clone()
+        if kind == "one buffer":
+            p.grad = static.fill_(x)
+        elif kind == "one tensor":
+            p.grad = q.grad = torch.full((3,), x)
+        elif kind == "repeated":
+            p.grad = torch.tensor([x]).expand(3)
+        else:
+            p.grad = p.data
+        opt.stash_grad()
+    static.fill_(7.0)
+    opt.unstash_grad()
+    total = 2 * moved if kind == "the weights" else torch.full((3,), 3.0)
+    assert moved.all() and torch.equal(p.grad, total)
+    assert q.grad is None if kind != "one tensor" else torch.equal(q.grad, total)
+    opt.step()
+    assert torch.equal(p, -total)
+
+
+def test_a_parameter_that_left_the_groups_gets_its_gradient_back_and_no_step():
+    """As in torch, where a gradient stays with its parameter; a new one has none."""
+    p, q, new = (torch.nn.Parameter(torch.ones(3)) for _ in range(3))
+    opt = SAM([p, q], torch.optim.SGD, lr=0.5)
+    for _ in range(2):
+        p.grad, q.grad = torch.ones(3), torch.full((3,), 2.0)
+        opt.first_step()
+        opt.stash_grad()
+    opt.param_groups[0]["params"][1] = new
+    opt.unstash_grad()
+    assert torch.equal(q.grad, torch.full((3,), 4.0)) and new.grad is None
+    opt.step()
+    assert [x.tolist() for x in (p, q, new)] == [[0.0] * 3, [1.0] * 3, [1.0] * 3]
+
+
+def test_gradients_set_aside_of_a_model_that_was_converted_are_refused():
+    p, opt = one()
+    q = torch.nn.Parameter(torch.ones(2))
+    opt.add_param_group(dict(params=[q]))
+    p.grad, q.grad = torch.ones(2), torch.ones(2)
+    opt.stash_grad()
+    q.data = torch.ones(3)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"\(2,\).* of shape \(3,\).*restore"):
+            opt.unstash_grad()
+        assert p.grad is None
+    q.data = torch.ones(2)
+    opt.unstash_grad()
+    opt.step()
+    assert torch.equal(q.detach(), torch.tensor([0.5, 0.5]))
+
+
+def test_what_a_step_must_not_be_in_the_middle_of_leaves_the_gradients_set_aside():
+    p, opt = one()
+    state = opt.state_dict()
+    p.grad = torch.ones(2)
+    opt.stash_grad()
+    for call in (lambda: opt.load_state_dict(state), opt.state_dict, lambda: copy.deepcopy(opt),
+                 lambda: opt.step(lambda: pytest.fail("a pass"))):
+        with pytest.raises(PhaseError, match=r"with gradients set aside: .*restore\(\)"):
+            call()
+    opt.unstash_grad()
+    opt.step()
+    assert torch.equal(p.detach(), torch.tensor([0.5, 1.5]))
+    opt.load_state_dict(state)
+
+
+def test_gradients_that_cannot_be_set_aside_give_the_step_up():
+    """Out of memory, say, with some of them set aside: none is then, and the weights are back."""
+    p, opt = one()
+    q = torch.nn.Parameter(torch.ones(2))
+    opt.add_param_group(dict(params=[q]))
+
+    class Full(torch.Tensor):
+        def clone(self, **how):
+            raise torch.OutOfMemoryError("(pretended)")
+
+    before = p.detach().clone()
+    p.grad = torch.ones(2)
+    opt.first_step(zero_grad=True)
+    p.grad, q.grad = torch.ones(2), torch.ones(2).as_subclass(Full)
+    with pytest.raises(torch.OutOfMemoryError):
+        opt.stash_grad()
+    assert not opt.is_perturbed and torch.equal(p.detach(), before)
+    with pytest.raises(PhaseError, match="nothing set aside"):
+        opt.unstash_grad()
 
 
 def test_a_closure_that_does_nothing_is_noticed():
