@@ -27,9 +27,32 @@ def plain_names(kwargs: dict[str, Any], own: Group) -> dict[str, Any]:
             for key, name in names.items()}
 
 
-def without(groups: Sequence[Group], own: Group) -> list[Group]:
-    """The groups as a base that is to be built gets them."""
-    return [{k: x for k, x in group.items() if k not in own} for group in groups]
+@contextmanager
+def lent(optimizer: Optimizer, params: Any) -> Iterator[None]:
+    """Around a call that takes groups over. Of the user's dicts, those that the optimizer does not
+    keep, and all where the call fails, are left as they were; their parameters stay a list, as an
+    iterator is used up."""
+    dicts = [] if isinstance(params, Tensor) else [x for x in params if isinstance(x, dict)]
+    before = [dict(group) for group in dicts]
+    kept = set[int]()
+    try:
+        yield
+        kept = {id(group) for group in optimizer.param_groups}
+    finally:
+        for group, was in zip(dicts, before, strict=True):
+            if id(group) not in kept:
+                was.update((k, group[k]) for k in ("params", "param_names") if k in group)
+                group.clear()
+                group.update(was)
+
+
+def build(kind: Any, groups: Sequence[Group], own: Group, kwargs: dict[str, Any]) -> Optimizer:
+    """A base over these very dicts, which are without SAM's keys then: some bases refuse keys
+    that they do not know."""
+    for group in groups:
+        for key in own:
+            del group[key]
+    return kind(list(groups), **kwargs)
 
 
 def own_part(base: Optimizer, own: Group) -> list[Group]:
@@ -62,14 +85,17 @@ def exchanged(group: Group, shared: Sequence[str]) -> Group:
 
 @contextmanager
 def as_base_sees(base: Optimizer, shared: Sequence[str]) -> Iterator[None]:
-    """While the block runs, a shared key has the base's value."""
-    for group in base.param_groups:
-        group.update(exchanged(group, shared))
+    """While the block runs, a shared key has the base's value; after it SAM's, in the groups that
+    there were and in those that the block has put in."""
+    groups = list(base.param_groups)
+    for group, theirs in zip(groups, [exchanged(x, shared) for x in groups], strict=True):
+        group.update(theirs)
     try:
         yield
     finally:
-        for group in base.param_groups:
-            group.update(exchanged(group, shared))
+        before = {id(group) for group in groups}
+        for group in [*groups, *(x for x in base.param_groups if id(x) not in before)]:
+            group.update(exchanged(group, [k for k in shared if {k, "base_" + k} <= group.keys()]))
 
 
 def share(base: Optimizer, name: str, container: Any) -> None:

@@ -103,11 +103,24 @@ class SAM(Optimizer):
         self._interval, self._start = interval, start
         self._phase = Phase()
         self._built = False
-        super().__init__(foreign.own_part(base_optimizer, own) if wrapped else params, own)
-        self.base_optimizer = (base_optimizer if wrapped else
-                               kind(foreign.without(self.param_groups, own), **kwargs))
+        if not isinstance(params, (list, Tensor)):
+            params = list(params)
+        with foreign.lent(self, params):
+            super().__init__(foreign.own_part(base_optimizer, own) if wrapped else params, own)
+            mine = [dict(group) for group in self.param_groups]
+            self.base_optimizer = (base_optimizer if wrapped else
+                                   foreign.build(kind, self.param_groups, own, kwargs))
+            self._join_base(mine, own)
+
+    def _join_base(self, mine: Sequence[dict[str, Any]], own: dict[str, Any]) -> None:
+        """Share groups and state with the base.
+
+        Args:
+            mine: the groups' values of SAM's own keys.
+            own: the defaults of these.
+        """
         self._shared = foreign.shared_keys(self.base_optimizer, own)
-        self.param_groups = foreign.join(self.base_optimizer, self.param_groups, own, self._shared)
+        self.param_groups = foreign.join(self.base_optimizer, mine, own, self._shared)
         self.defaults = {**self.base_optimizer.defaults, **own, **{
             "base_" + key: self.base_optimizer.defaults[key] for key in self._shared}}
         self._check(self.param_groups)
@@ -133,9 +146,11 @@ class SAM(Optimizer):
         return cls(base.param_groups, base, *args, **kwargs)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, in mid-training too. It shares the kernel launches of the others.
+        """Add a group, in mid-training too. It shares the kernel launches of the others, and is
+        this very dict, filled in, as in torch.
 
         Raises:
+            TypeError: no dict.
             PhaseError: while perturbed.
             ValueError: as the constructor.
         """
@@ -144,15 +159,21 @@ class SAM(Optimizer):
             check_group(self.param_groups[-1], self._traits.own)
             return
         self._phase.need(False, "add_param_group")
+        if not isinstance(param_group, dict):
+            raise TypeError(f"a parameter group is a {type(param_group).__name__}: use a dict")
+        self._join_containers()
         merged = {**self.defaults, **param_group, "sam_steps": steps_of(self.param_groups)}
         self._check([merged])
-        with foreign.as_base_sees(self.base_optimizer, self._shared):
-            self.base_optimizer.add_param_group(foreign.exchanged(merged, self._shared))
-        try:
-            self._follow()
-        except BaseException:
-            self.param_groups.pop()
-            raise
+        count = len(self.param_groups)
+        with foreign.lent(self, [param_group]):
+            try:
+                with foreign.as_base_sees(self.base_optimizer, self._shared):
+                    param_group.update(foreign.exchanged(merged, self._shared))
+                    self.base_optimizer.add_param_group(param_group)
+                self._follow()
+            except BaseException:
+                del self.param_groups[count:]
+                raise
 
     def _check(self, groups: Sequence[dict[str, Any]]) -> None:
         """Refuse groups with a value that this class or its base cannot take."""
@@ -164,10 +185,14 @@ class SAM(Optimizer):
         """The layout of the parameters and values as they are now (see `following.follow`)."""
         if self._traits.base:
             refuse_hooks(self.base_optimizer)
+        self._join_containers()
+        return following.follow(self._phase, self._traits, self.param_groups, self.state)
+
+    def _join_containers(self) -> None:
+        """Share groups and state with the base again, where one of the two was given others."""
         layout = self._phase.layout
         seen = layout.containers if layout is not None else (None, None)
         foreign.join_containers(self, self.base_optimizer, *seen)
-        return following.follow(self._phase, self._traits, self.param_groups, self.state)
 
     def _read(self, first: bool, inverse: Tensor | None) -> list[Pass]:
         """What a pass reads, as things are now (see `following.read`)."""
