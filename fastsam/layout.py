@@ -43,6 +43,8 @@ class Traits(NamedTuple):
         backend: the one that was asked for, or None.
         own: the names of its own group keys.
         along_v: the climb is along -v, the base's momentum, and comes before the pass.
+        theirs: the names of the group keys that keep the base's values where it has keys of those
+            names too, such as "base_rho".
     """
 
     mode: str | None
@@ -53,6 +55,7 @@ class Traits(NamedTuple):
     backend: str | None
     own: tuple[str, ...]
     along_v: bool = False
+    theirs: tuple[str, ...] = ()
 
 
 class Values(NamedTuple):
@@ -113,7 +116,7 @@ class Layout:
         self.members = [list(group["params"]) for group in groups]
         if not self.params:
             raise ValueError("the groups have no parameters: an optimizer needs one at least")
-        self.keys = itemgetter(*traits.own, *BASE_KEYS[traits.base])
+        self.keys = itemgetter(*traits.own, *traits.theirs, *BASE_KEYS[traits.base])
         self._seen(groups)
         refuse_twice(self.params)
         kinds: dict[tuple, list] = {}

@@ -120,6 +120,7 @@ class SAM(Optimizer):
             own: the defaults of these.
         """
         self._shared = foreign.shared_keys(self.base_optimizer, own)
+        self._traits = self._traits._replace(theirs=tuple("base_" + key for key in self._shared))
         self.param_groups = foreign.join(self.base_optimizer, mine, own, self._shared)
         self.defaults = {**self.base_optimizer.defaults, **own, **{
             "base_" + key: self.base_optimizer.defaults[key] for key in self._shared}}

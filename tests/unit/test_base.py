@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastsam import SAM
+from fastsam import SAM, PhaseError
 from fastsam.choose import BACKENDS
 
 BASES = {"sgd": (torch.optim.SGD, dict(lr=0.1, momentum=0.9, weight_decay=0.01)),
@@ -125,3 +125,78 @@ def test_masters_whose_memory_was_moved_are_followed(backend, device):
     train(1)
     for p, state in opt.state.items():
         assert torch.equal(state["master"].to(p.dtype), p)
+
+
+# ---- keys that SAM and the base both have
+
+
+def a_group_without_the_bases_rho(opt, q):
+    opt.param_groups.append({**opt.param_groups[0], "params": [q]})
+    del opt.param_groups[1]["base_rho"]
+
+
+def the_first_without_it(opt, q):
+    opt.param_groups.append({**opt.param_groups[0], "params": [q]})
+    del opt.param_groups[0]["base_rho"]
+
+
+def without_either(opt, q):
+    opt.param_groups.append({"params": [q], "lr": 0.1})
+
+
+def deleted(opt, q):
+    del opt.param_groups[0]["base_rho"]
+
+
+@pytest.mark.parametrize("edit", [a_group_without_the_bases_rho, the_first_without_it,
+                                  without_either, deleted])
+@pytest.mark.parametrize("perturbed", [False, True])
+def test_a_group_that_lacks_the_bases_own_value_is_refused_by_name(edit, perturbed):
+    """Found while the values were in each other's places, it left them there for good."""
+    p, q = (nn.Parameter(torch.ones(3)) for _ in range(2))
+    opt = SAM([p], torch.optim.Adadelta, rho=0.05, base_rho=0.9, lr=0.1)
+    kept = [dict(opt.param_groups[0])]
+    p.grad, q.grad = torch.ones(3), torch.ones(3)
+    if perturbed:
+        opt.first_step()
+    edit(opt, q)
+    with pytest.raises((ValueError, PhaseError), match="lacks '(base_)?rho'|perturbed"):
+        opt.step()
+    if not perturbed:
+        for call in (opt.first_step, opt.state_dict):
+            with pytest.raises(ValueError, match="lacks '(base_)?rho'"):
+                call()
+    assert all((group.get("rho", 0.05), group.get("base_rho", 0.9)) == (0.05, 0.9)
+               for group in opt.param_groups)
+    opt.restore()
+    assert torch.equal(p, torch.ones(3)) and torch.equal(q, torch.ones(3))
+    opt.param_groups[:] = kept
+    opt.first_step()
+    assert opt.last_radius == pytest.approx(0.05, rel=1e-5)
+    opt.second_step()
+
+
+class Fails(torch.optim.Adadelta):
+    """Fails in the middle of its step, and in adding a group that it has added."""
+
+    def step(self, closure=None):
+        assert all(group["rho"] == 0.9 for group in self.param_groups)
+        raise ArithmeticError
+
+    def add_param_group(self, param_group):
+        super().add_param_group(param_group)
+        if len(self.param_groups) > 1:
+            assert [group["rho"] for group in self.param_groups] == [0.9, 0.8]
+            raise ArithmeticError
+
+
+def test_the_values_are_in_their_places_after_a_base_that_fails():
+    p, q = (nn.Parameter(torch.ones(3)) for _ in range(2))
+    opt = SAM([p], Fails, rho=0.05, base_rho=0.9, lr=0.1)
+    mine = dict(opt.param_groups[0])
+    p.grad = torch.ones(3)
+    with pytest.raises(ArithmeticError):
+        opt.step()
+    with pytest.raises(ArithmeticError):
+        opt.add_param_group({"params": [q], "base_rho": 0.8})
+    assert opt.param_groups == [mine]
