@@ -128,6 +128,36 @@ def join_containers(optimizer: Optimizer, base: Optimizer, groups: object = None
             share(base, name, getattr(optimizer, name))
 
 
+def with_inner(base: Optimizer) -> list[Optimizer]:
+    """A base and the optimizers that it wraps."""
+    found = [base]
+    for optimizer in found:
+        known = set(map(id, found))
+        found += {id(x): x for x in vars(optimizer).values()
+                  if isinstance(x, Optimizer) and id(x) not in known}.values()
+    return found
+
+
+@contextmanager
+def all_or_nothing(optimizer: Optimizer, base: Optimizer) -> Iterator[None]:
+    """Where the block fails, the groups and states of both are those that they were, with what
+    was in them. The tensors themselves are not kept: a load makes new ones."""
+    everyone = [optimizer, *with_inner(base)]
+    attributes = [(one, dict(vars(one))) for one in everyone]
+    containers: list[Any] = [x for one in everyone for x in (
+        one.param_groups, *one.param_groups, one.state, *one.state.values())]
+    inside = [(x, x.copy()) for x in containers if isinstance(x, (dict, list))]
+    try:
+        yield
+    except BaseException:
+        for one, values in attributes:
+            vars(one).update(values)
+        for x, was in inside:
+            x.clear()
+            x.update(was) if isinstance(x, dict) else x.extend(was)
+        raise
+
+
 def saved(base: Optimizer, groups: Sequence[Group], own: dict[int, dict[str, Tensor]],
           shared: Sequence[str]) -> dict[str, Any]:
     """The base's whole saved state, and in it these groups and SAM's own tensors."""

@@ -117,7 +117,7 @@ class Layout:
         if not self.params:
             raise ValueError("the groups have no parameters: an optimizer needs one at least")
         self.keys = itemgetter(*traits.own, *traits.theirs, *BASE_KEYS[traits.base])
-        self._seen(groups)
+        self.seen(groups)
         refuse_twice(self.params)
         kinds: dict[tuple, list] = {}
         for i, group in enumerate(groups):
@@ -176,7 +176,7 @@ class Layout:
         Raises:
             ValueError: a value that is refused; nothing has changed then.
         """
-        seen = self._seen(groups)
+        seen = self.seen(groups)
         old = self.values
         same = old is not None and len(seen) == len(old.seen) and all(map(is_, seen, old.seen))
         if same and not old.volatile:
@@ -195,7 +195,7 @@ class Layout:
                 upload(self.values.ab[i], space.scalings)
         return True
 
-    def _seen(self, groups: Sequence[Group]) -> list[Any]:
+    def seen(self, groups: Sequence[Group]) -> list[Any]:
         """The values of every group's keys. ValueError: a group lacks one."""
         try:
             return [*chain.from_iterable(map(self.keys, groups))]

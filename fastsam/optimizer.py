@@ -588,27 +588,39 @@ class SAM(Optimizer):
             self._load(state_dict)
 
     def _load(self, state_dict: dict[str, Any]) -> None:
+        self._join_containers()
         if not self._traits.base:
             state_dict = foreign.as_saved(state_dict, self.param_groups, self._shared)
         params = self._parameters()
         groups, states = saving.fitting(state_dict, self.param_groups, params, self._traits.base,
                                         self._traits.mode)
         saving.keep_decoupled(groups, self.base_optimizer)
+        if len(groups) == len(self.param_groups):  # torch has words of its own for others
+            self._phase.layout.seen(groups)
+        check_containers(groups)
         self._check(groups)
-        state_dict = {**state_dict, "param_groups": groups}
+        entries = dict(zip(params, states, strict=False))
+        with foreign.all_or_nothing(self, self.base_optimizer):
+            self._take_over({**state_dict, "param_groups": groups}, entries)
+
+    def _take_over(self, state_dict: dict[str, Any], entries: dict[Tensor, Any]) -> None:
+        """Load what was found fit.
+
+        Args:
+            entries: the saved states, by parameter.
+        """
         containers = self.param_groups, self.state
         super().load_state_dict({**state_dict, "state": {}})
-        entries = dict(zip(params, states, strict=True))
         if self._traits.base:
             self.state.update((p, saving.without_published(x)) for p, x in entries.items() if x)
-            ids = {i for g in groups for i in g["params"]}
+            ids = {i for g in state_dict["param_groups"] for i in g["params"]}
             self.state.update((k, x) for k, x in state_dict["state"].items() if k not in ids)
         else:
             self.param_groups, self.state = foreign.load(
                 self.base_optimizer, state_dict, self._shared, (*self._traits.own, "sam_steps"))
         self._keep_containers(*containers)
         layout = self._phase.layout
-        saving.adopt(layout.shown, params, entries)
+        saving.adopt(layout.shown, list(entries), entries)
         layout.show(self.state)
         self._follow()
 

@@ -334,7 +334,7 @@ class FullGradientSAM(SAM):
         """As `SAM.load_state_dict`; the full gradient is part of the state."""
         super().load_state_dict(state_dict)
         self._has_full_gradient = any(
-            name in s for s in state_dict["state"].values()
+            name in s for s in state_dict.get("state", {}).values() if isinstance(s, dict)
             for name in ("full_gradient", "sam_full_gradient"))
 
     @torch.no_grad()
