@@ -388,9 +388,11 @@ class SAM(Optimizer):
             for p in self._parameters():
                 if p.grad is not None:
                     p.grad.div_(grad_scale)
-        with foreign.as_base_sees(self.base_optimizer, self._shared):
+        versions = [(p, p._version) for p in layout.params]
+        with (layout.shown.aside(self.state),
+              foreign.as_base_sees(self.base_optimizer, self._shared)):
             self.base_optimizer.step()
-        layout.show(self.state, {p for p in self._parameters() if p.grad is not None})
+        layout.show(self.state, {p for p, version in versions if p._version != version})
 
     # ---- several first passes for one step
 

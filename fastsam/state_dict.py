@@ -255,11 +255,25 @@ class Shown:
     def put(self, state: dict[Tensor, State], stepped: Collection[Tensor] = ()) -> None:
         """Put every slot's tensors into the state. A base that is not fused takes a parameter's
         state for set up where there is any, so beside such a base they wait until it has set its
-        own up, or has `stepped` that parameter without one."""
+        own up, or has written these parameters, `stepped`, without one. A base may skip steps."""
         for p, tensors in self.tensors.items():
             if self.fused or state.get(p) or p in stepped:
                 state.setdefault(p, {}).update(tensors)
                 self.visible.add(p)
+            else:
+                self.visible.discard(p)
+
+    @contextmanager
+    def aside(self, state: dict[Tensor, State]) -> Iterator[None]:
+        """Around a step of a base that is not fused: where our tensors are all that a parameter's
+        state has, the base sees none, and sets its own up if it keeps any."""
+        ours = {p: state.pop(p) for p, tensors in self.tensors.items()
+                if (entry := state.get(p)) and entry.keys() <= tensors.keys()}
+        try:
+            yield
+        finally:
+            for p, entry in ours.items():
+                state.setdefault(p, entry).update(entry)
 
     def hidden(self) -> dict[Tensor, State]:
         """What is not in the state yet."""
@@ -267,8 +281,10 @@ class Shown:
                 if tensors and p not in self.visible}
 
     def missing(self, state: dict[Tensor, State]) -> list[Tensor]:
-        """The parameters in whose state something else is found, or nothing."""
-        return [p for p, tensors in self.tensors.items() if p in self.visible
+        """The parameters in whose state something else is found, or nothing. Where ours is not
+        shown yet, the base may have loaded a state with it."""
+        return [p for p, tensors in self.tensors.items()
+                if (p in self.visible or tensors.keys() & (state.get(p) or {}))
                 and not is_shown(tensors, state.get(p))]
 
 
