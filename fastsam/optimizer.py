@@ -388,11 +388,14 @@ class SAM(Optimizer):
             for p in self._parameters():
                 if p.grad is not None:
                     p.grad.div_(grad_scale)
-        versions = [(p, p._version) for p in layout.params]
+        waiting = [p for p in layout.shown.hidden() if p.grad is not None]
+        before = layout.shown.marks(waiting)
         with (layout.shown.aside(self.state),
               foreign.as_base_sees(self.base_optimizer, self._shared)):
             self.base_optimizer.step()
-        layout.show(self.state, {p for p, version in versions if p._version != version})
+        after = layout.shown.marks(waiting)
+        layout.show(self.state, {p for p, x, y in zip(waiting, before, after, strict=True)
+                                 if x != y})
 
     # ---- several first passes for one step
 

@@ -280,6 +280,12 @@ class Shown:
         return {p: tensors for p, tensors in self.tensors.items()
                 if tensors and p not in self.visible}
 
+    def marks(self, params: Sequence[Tensor]) -> list[tuple[int, float]]:
+        """What changes when a base writes these parameters, also through `.data`, whose writes
+        torch does not count. Waits for the device."""
+        return [(p._version, float(local(p).sum(dtype=self.places[p][0].kind.acc)))
+                for p in params]
+
     def missing(self, state: dict[Tensor, State]) -> list[Tensor]:
         """The parameters in whose state something else is found, or nothing. Where ours is not
         shown yet, the base may have loaded a state with it."""

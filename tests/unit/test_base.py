@@ -314,12 +314,23 @@ class Plain(torch.optim.SGD):
         if not self.param_groups[0]["lr"]:
             raise ArithmeticError
         for p in self.param_groups[0]["params"]:
-            p.sub_(p.grad, alpha=self.param_groups[0]["lr"])
+            self.written(p).sub_(p.grad, alpha=self.param_groups[0]["lr"])
+
+    def written(self, p):
+        return p
 
 
-def test_the_average_beside_a_base_that_keeps_nothing_and_fails():
+class Data(Plain):
+    """Writes as old code does, which torch does not count."""
+
+    def written(self, p):
+        return p.data
+
+
+@pytest.mark.parametrize("base", [Plain, Data])
+def test_the_average_beside_a_base_that_keeps_nothing_and_fails(base):
     p = nn.Parameter(torch.ones(3))
-    opt = FriendlySAM([p], Plain, lr=0.1)
+    opt = FriendlySAM([p], base, lr=0.1)
     climb_and_step(p, opt, torch.ones(3), torch.ones(3))
     m = opt.state[p]["sam_ema"]
     opt.param_groups[0]["lr"] = 0.0
