@@ -72,7 +72,10 @@ def join(base: Optimizer, groups: Sequence[Group], own: Group, shared: Sequence[
     """Put SAM's own keys into the base's groups, which are everybody's from here on."""
     for group, mine in zip(base.param_groups, groups, strict=True):
         for key in shared:
-            group.setdefault("base_" + key, group[key])
+            if key not in group and "base_" + key not in group:
+                raise ValueError(f"a parameter group of the base lacks {key!r}: add groups with "
+                                 "add_param_group, which fills the defaults in")
+            group.setdefault("base_" + key, group.get(key))
         group.update({key: mine[key] for key in own})
     return base.param_groups
 

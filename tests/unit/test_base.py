@@ -177,6 +177,16 @@ def test_a_group_that_lacks_the_bases_own_value_is_refused_by_name(edit, perturb
     opt.second_step()
 
 
+def test_a_base_a_group_of_which_lacks_the_value_is_not_wrapped():
+    p, q = (nn.Parameter(torch.ones(3)) for _ in range(2))
+    base = torch.optim.Adadelta([p], lr=0.1)
+    base.param_groups.append({"params": [q], "lr": 0.1})
+    before = [dict(group) for group in base.param_groups]
+    with pytest.raises(ValueError, match="lacks 'rho'"):
+        SAM.wrap(base, rho=0.1)
+    assert base.param_groups == before
+
+
 class Fails(torch.optim.Adadelta):
     """Fails in the middle of its step, and in adding a group that it has added."""
 
