@@ -33,7 +33,7 @@ def follow(phase: Phase, traits: Traits, groups: Sequence[Group], state: State) 
     if phase.perturbed and traits.masters and not layout.is_untouched(state):
         phase.need(False, "changing the state of float32 masters")
     while not (layout.follow_values(groups) and layout.has_its_memory()
-               and layout.has_its_state(state)):
+               and layout.follows_state(state)):
         layout = lay_out(phase, traits, groups, state)
     layout.containers = groups, state
     return layout

@@ -27,9 +27,32 @@ def plain_names(kwargs: dict[str, Any], own: Group) -> dict[str, Any]:
             for key, name in names.items()}
 
 
-def without(groups: Sequence[Group], own: Group) -> list[Group]:
-    """The groups as a base that is to be built gets them."""
-    return [{k: x for k, x in group.items() if k not in own} for group in groups]
+@contextmanager
+def lent(optimizer: Optimizer, params: Any) -> Iterator[None]:
+    """Around a call that takes groups over. Of the user's dicts, those that the optimizer does not
+    keep, and all where the call fails, are left as they were; their parameters stay a list, as an
+    iterator is used up."""
+    dicts = [] if isinstance(params, Tensor) else [x for x in params if isinstance(x, dict)]
+    before = [dict(group) for group in dicts]
+    kept = set[int]()
+    try:
+        yield
+        kept = {id(group) for group in optimizer.param_groups}
+    finally:
+        for group, was in zip(dicts, before, strict=True):
+            if id(group) not in kept:
+                was.update((k, group[k]) for k in ("params", "param_names") if k in group)
+                group.clear()
+                group.update(was)
+
+
+def build(kind: Any, groups: Sequence[Group], own: Group, kwargs: dict[str, Any]) -> Optimizer:
+    """A base over these very dicts, which are without SAM's keys then: some bases refuse keys
+    that they do not know."""
+    for group in groups:
+        for key in own:
+            del group[key]
+    return kind(list(groups), **kwargs)
 
 
 def own_part(base: Optimizer, own: Group) -> list[Group]:
@@ -49,7 +72,10 @@ def join(base: Optimizer, groups: Sequence[Group], own: Group, shared: Sequence[
     """Put SAM's own keys into the base's groups, which are everybody's from here on."""
     for group, mine in zip(base.param_groups, groups, strict=True):
         for key in shared:
-            group.setdefault("base_" + key, group[key])
+            if key not in group and "base_" + key not in group:
+                raise ValueError(f"a parameter group of the base lacks {key!r}: add groups with "
+                                 "add_param_group, which fills the defaults in")
+            group.setdefault("base_" + key, group.get(key))
         group.update({key: mine[key] for key in own})
     return base.param_groups
 
@@ -62,14 +88,17 @@ def exchanged(group: Group, shared: Sequence[str]) -> Group:
 
 @contextmanager
 def as_base_sees(base: Optimizer, shared: Sequence[str]) -> Iterator[None]:
-    """While the block runs, a shared key has the base's value."""
-    for group in base.param_groups:
-        group.update(exchanged(group, shared))
+    """While the block runs, a shared key has the base's value; after it SAM's, in the groups that
+    there were and in those that the block has put in."""
+    groups = list(base.param_groups)
+    for group, theirs in zip(groups, [exchanged(x, shared) for x in groups], strict=True):
+        group.update(theirs)
     try:
         yield
     finally:
-        for group in base.param_groups:
-            group.update(exchanged(group, shared))
+        before = {id(group) for group in groups}
+        for group in [*groups, *(x for x in base.param_groups if id(x) not in before)]:
+            group.update(exchanged(group, [k for k in shared if {k, "base_" + k} <= group.keys()]))
 
 
 def share(base: Optimizer, name: str, container: Any) -> None:
@@ -100,6 +129,36 @@ def join_containers(optimizer: Optimizer, base: Optimizer, groups: object = None
             if mine is seen:
                 setattr(optimizer, name, theirs)
             share(base, name, getattr(optimizer, name))
+
+
+def with_inner(base: Optimizer) -> list[Optimizer]:
+    """A base and the optimizers that it wraps."""
+    found = [base]
+    for optimizer in found:
+        known = set(map(id, found))
+        found += {id(x): x for x in vars(optimizer).values()
+                  if isinstance(x, Optimizer) and id(x) not in known}.values()
+    return found
+
+
+@contextmanager
+def all_or_nothing(optimizer: Optimizer, base: Optimizer) -> Iterator[None]:
+    """Where the block fails, the groups and states of both are those that they were, with what
+    was in them. The tensors themselves are not kept: a load makes new ones."""
+    everyone = [optimizer, *with_inner(base)]
+    attributes = [(one, dict(vars(one))) for one in everyone]
+    containers: list[Any] = [x for one in everyone for x in (
+        one.param_groups, *one.param_groups, one.state, *one.state.values())]
+    inside = [(x, x.copy()) for x in containers if isinstance(x, (dict, list))]
+    try:
+        yield
+    except BaseException:
+        for one, values in attributes:
+            vars(one).update(values)
+        for x, was in inside:
+            x.clear()
+            x.update(was) if isinstance(x, dict) else x.extend(was)
+        raise
 
 
 def saved(base: Optimizer, groups: Sequence[Group], own: dict[int, dict[str, Tensor]],

@@ -43,6 +43,8 @@ class Traits(NamedTuple):
         backend: the one that was asked for, or None.
         own: the names of its own group keys.
         along_v: the climb is along -v, the base's momentum, and comes before the pass.
+        theirs: the names of the group keys that keep the base's values where it has keys of those
+            names too, such as "base_rho".
     """
 
     mode: str | None
@@ -53,6 +55,7 @@ class Traits(NamedTuple):
     backend: str | None
     own: tuple[str, ...]
     along_v: bool = False
+    theirs: tuple[str, ...] = ()
 
 
 class Values(NamedTuple):
@@ -115,8 +118,8 @@ class Layout:
         self.names = self._names(groups)
         if not self.params:
             raise ValueError("the groups have no parameters: an optimizer needs one at least")
-        self.keys = itemgetter(*traits.own, *BASE_KEYS[traits.base])
-        self._seen(groups)
+        self.keys = itemgetter(*traits.own, *traits.theirs, *BASE_KEYS[traits.base])
+        self.seen(groups)
         refuse_twice(self.params)
         kinds: dict[tuple, list] = {}
         for i, group in enumerate(groups):
@@ -152,6 +155,7 @@ class Layout:
         self._addresses, self._have_same_forms = addresses(self._views), forms(self._views)
         self._plain = [PLAIN.issuperset(map(type, space.params))
                        for space in self.spaces]
+        self.shown.count_references()
 
     @property
     def params(self) -> list[Tensor]:
@@ -181,7 +185,7 @@ class Layout:
         Raises:
             ValueError: a value that is refused; nothing has changed then.
         """
-        seen = self._seen(groups)
+        seen = self.seen(groups)
         old = self.values
         same = old is not None and len(seen) == len(old.seen) and all(map(is_, seen, old.seen))
         if same and not old.volatile:
@@ -200,7 +204,7 @@ class Layout:
                 upload(self.values.ab[i], space.scalings)
         return True
 
-    def _seen(self, groups: Sequence[Group]) -> list[Any]:
+    def seen(self, groups: Sequence[Group]) -> list[Any]:
         """The values of every group's keys. ValueError: a group lacks one."""
         try:
             return [*chain.from_iterable(map(self.keys, groups))]
@@ -236,16 +240,25 @@ class Layout:
 
     # ---- the state
 
-    def has_its_state(self, state: dict[Tensor, Any]) -> bool:
-        """Whether the optimizer's state has what is shown there. Where it has not, it takes a new
-        layout: somebody may still hold what was there, and put it back one day."""
+    def follows_state(self, state: dict[Tensor, Any]) -> bool:
+        """Take over what others changed in the optimizer's state.
+
+        Returns:
+            Whether this layout can: False where somebody still holds what was there, and may put
+            it back one day. Nothing is taken over then.
+
+        Raises:
+            ValueError: a tensor that does not fit its parameter; nothing has changed then.
+        """
         if not isinstance(state, dict):
             raise ValueError(f"the state is a {type(state).__name__}: use a dict of parameters")
-        if self._is_as_seen(state):
-            return True
-        if self.shown.missing(state):
-            return False
-        self.show(state)
+        if not self._is_as_seen(state):
+            changed = self.shown.missing(state)
+            if any(self.shown.is_held(p, state.get(p)) for p in changed):
+                return False
+            if changed:
+                state_dict.adopt(self.shown, changed, state)
+            self.show(state)
         return True
 
     def is_untouched(self, state: dict[Tensor, Any]) -> bool:

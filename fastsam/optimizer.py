@@ -103,11 +103,25 @@ class SAM(Optimizer):
         self._interval, self._start = interval, start
         self._phase = Phase()
         self._built = False
-        super().__init__(foreign.own_part(base_optimizer, own) if wrapped else params, own)
-        self.base_optimizer = (base_optimizer if wrapped else
-                               kind(foreign.without(self.param_groups, own), **kwargs))
+        if not isinstance(params, (list, Tensor)):
+            params = list(params)
+        with foreign.lent(self, params):
+            super().__init__(foreign.own_part(base_optimizer, own) if wrapped else params, own)
+            mine = [dict(group) for group in self.param_groups]
+            self.base_optimizer = (base_optimizer if wrapped else
+                                   foreign.build(kind, self.param_groups, own, kwargs))
+            self._join_base(mine, own)
+
+    def _join_base(self, mine: Sequence[dict[str, Any]], own: dict[str, Any]) -> None:
+        """Share groups and state with the base.
+
+        Args:
+            mine: the groups' values of SAM's own keys.
+            own: the defaults of these.
+        """
         self._shared = foreign.shared_keys(self.base_optimizer, own)
-        self.param_groups = foreign.join(self.base_optimizer, self.param_groups, own, self._shared)
+        self._traits = self._traits._replace(theirs=tuple("base_" + key for key in self._shared))
+        self.param_groups = foreign.join(self.base_optimizer, mine, own, self._shared)
         self.defaults = {**self.base_optimizer.defaults, **own, **{
             "base_" + key: self.base_optimizer.defaults[key] for key in self._shared}}
         self._check(self.param_groups)
@@ -133,9 +147,11 @@ class SAM(Optimizer):
         return cls(base.param_groups, base, *args, **kwargs)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, in mid-training too. It shares the kernel launches of the others.
+        """Add a group, in mid-training too. It shares the kernel launches of the others, and is
+        this very dict, filled in, as in torch.
 
         Raises:
+            TypeError: no dict.
             PhaseError: while perturbed.
             ValueError: as the constructor.
         """
@@ -144,15 +160,21 @@ class SAM(Optimizer):
             check_group(self.param_groups[-1], self._traits.own)
             return
         self._phase.need(False, "add_param_group")
+        if not isinstance(param_group, dict):
+            raise TypeError(f"a parameter group is a {type(param_group).__name__}: use a dict")
+        self._join_containers()
         merged = {**self.defaults, **param_group, "sam_steps": steps_of(self.param_groups)}
         self._check([merged])
-        with foreign.as_base_sees(self.base_optimizer, self._shared):
-            self.base_optimizer.add_param_group(foreign.exchanged(merged, self._shared))
-        try:
-            self._follow()
-        except BaseException:
-            self.param_groups.pop()
-            raise
+        count = len(self.param_groups)
+        with foreign.lent(self, [param_group]):
+            try:
+                with foreign.as_base_sees(self.base_optimizer, self._shared):
+                    param_group.update(foreign.exchanged(merged, self._shared))
+                    self.base_optimizer.add_param_group(param_group)
+                self._follow()
+            except BaseException:
+                del self.param_groups[count:]
+                raise
 
     def _check(self, groups: Sequence[dict[str, Any]]) -> None:
         """Refuse groups with a value that this class or its base cannot take."""
@@ -164,10 +186,14 @@ class SAM(Optimizer):
         """The layout of the parameters and values as they are now (see `following.follow`)."""
         if self._traits.base:
             refuse_hooks(self.base_optimizer)
+        self._join_containers()
+        return following.follow(self._phase, self._traits, self.param_groups, self.state)
+
+    def _join_containers(self) -> None:
+        """Share groups and state with the base again, where one of the two was given others."""
         layout = self._phase.layout
         seen = layout.containers if layout is not None else (None, None)
         foreign.join_containers(self, self.base_optimizer, *seen)
-        return following.follow(self._phase, self._traits, self.param_groups, self.state)
 
     def _read(self, first: bool, inverse: Tensor | None) -> list[Pass]:
         """What a pass reads, as things are now (see `following.read`)."""
@@ -368,9 +394,14 @@ class SAM(Optimizer):
             for p in self._parameters():
                 if p.grad is not None:
                     p.grad.div_(grad_scale)
-        with foreign.as_base_sees(self.base_optimizer, self._shared):
+        waiting = [p for p in layout.shown.hidden() if p.grad is not None]
+        before = layout.shown.marks(waiting)
+        with (layout.shown.aside(self.state),
+              foreign.as_base_sees(self.base_optimizer, self._shared)):
             self.base_optimizer.step()
-        layout.show(self.state, {p for p in self._parameters() if p.grad is not None})
+        after = layout.shown.marks(waiting)
+        layout.show(self.state, {p for p, x, y in zip(waiting, before, after, strict=True)
+                                 if x != y})
 
     # ---- several first passes for one step
 
@@ -574,27 +605,39 @@ class SAM(Optimizer):
             self._load(state_dict)
 
     def _load(self, state_dict: dict[str, Any]) -> None:
+        self._join_containers()
         if not self._traits.base:
             state_dict = foreign.as_saved(state_dict, self.param_groups, self._shared)
         params = self._parameters()
         groups, states = saving.fitting(state_dict, self.param_groups, params, self._traits.base,
                                         self._traits.mode)
         saving.keep_decoupled(groups, self.base_optimizer)
+        if len(groups) == len(self.param_groups):  # torch has words of its own for others
+            self._phase.layout.seen(groups)
+        check_containers(groups)
         self._check(groups)
-        state_dict = {**state_dict, "param_groups": groups}
+        entries = dict(zip(params, states, strict=False))
+        with foreign.all_or_nothing(self, self.base_optimizer):
+            self._take_over({**state_dict, "param_groups": groups}, entries)
+
+    def _take_over(self, state_dict: dict[str, Any], entries: dict[Tensor, Any]) -> None:
+        """Load what was found fit.
+
+        Args:
+            entries: the saved states, by parameter.
+        """
         containers = self.param_groups, self.state
         super().load_state_dict({**state_dict, "state": {}})
-        entries = dict(zip(params, states, strict=True))
         if self._traits.base:
             self.state.update((p, saving.without_published(x)) for p, x in entries.items() if x)
-            ids = {i for g in groups for i in g["params"]}
+            ids = {i for g in state_dict["param_groups"] for i in g["params"]}
             self.state.update((k, x) for k, x in state_dict["state"].items() if k not in ids)
         else:
             self.param_groups, self.state = foreign.load(
                 self.base_optimizer, state_dict, self._shared, (*self._traits.own, "sam_steps"))
         self._keep_containers(*containers)
         layout = self._phase.layout
-        saving.adopt(layout.shown, params, entries)
+        saving.adopt(layout.shown, list(entries), entries)
         layout.show(self.state)
         self._follow()
 

@@ -8,6 +8,7 @@ all go this way.
 from collections import OrderedDict
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from sys import getrefcount
 from typing import Any, cast
 
 import torch
@@ -273,23 +274,60 @@ class Shown:
     def put(self, state: dict[Tensor, State], stepped: Collection[Tensor] = ()) -> None:
         """Put every slot's tensors into the state. A base that is not fused takes a parameter's
         state for set up where there is any, so beside such a base they wait until it has set its
-        own up, or has `stepped` that parameter without one."""
+        own up, or has written these parameters, `stepped`, without one. A base may skip steps."""
         for p, tensors in self.tensors.items():
             if self.fused or state.get(p) or p in stepped:
                 state.setdefault(p, {}).update(tensors)
                 self.visible.add(p)
+            else:
+                self.visible.discard(p)
+
+    @contextmanager
+    def aside(self, state: dict[Tensor, State]) -> Iterator[None]:
+        """Around a step of a base that is not fused: where our tensors are all that a parameter's
+        state has, the base sees none, and sets its own up if it keeps any."""
+        ours = {p: state.pop(p) for p, tensors in self.tensors.items()
+                if (entry := state.get(p)) and entry.keys() <= tensors.keys()}
+        try:
+            yield
+        finally:
+            for p, entry in ours.items():
+                state.setdefault(p, entry).update(entry)
 
     def hidden(self) -> dict[Tensor, State]:
         """What is not in the state yet."""
         return {p: tensors for p, tensors in self.tensors.items()
                 if tensors and p not in self.visible}
 
+    def marks(self, params: Sequence[Tensor]) -> list[tuple[int, float]]:
+        """What changes when a base writes these parameters, also through `.data`, whose writes
+        torch does not count. Waits for the device."""
+        return [(p._version, float(local(p).sum(dtype=self.places[p][0].kind.acc)))
+                for p in params]
+
     def missing(self, state: dict[Tensor, State]) -> list[Tensor]:
         """The parameters in whose state something else is found, or nothing; or an m where there
-        was none."""
-        return [p for p, tensors in self.tensors.items() if p in self.visible
-                and (not is_shown(tensors, state.get(p))
-                     or not self.has_m and self._m_in(state.get(p)))]
+        was none. Where ours is not shown yet, the base may have loaded a state with it."""
+        return [p for p, tensors in self.tensors.items()
+                if (p in self.visible or tensors.keys() & (state.get(p) or {}))
+                and not is_shown(tensors, state.get(p))
+                or not self.has_m and self._m_in(state.get(p))]
+
+
+    def count_references(self) -> None:
+        """Note what refers to our tensors while nobody else has them: before they are shown."""
+        self.references = {id(t): n for tensors in self.tensors.values()
+                           for t, n in zip(tensors.values(), references(tensors), strict=True)}
+
+    def is_held(self, p: Tensor, entry: object) -> bool:
+        """Whether somebody else refers to a tensor of ours that is not in p's entry any more."""
+        tensors, there = self.tensors[p], entry if isinstance(entry, dict) else {}
+        return any(there.get(name) is not t and n > self.references.get(id(t), 0)
+                   for (name, t), n in zip(tensors.items(), references(tensors), strict=True))
+
+
+def references(tensors: dict[str, Tensor]) -> list[int]:
+    return [getrefcount(t) for t in tensors.values()]
 
 
 def is_shown(tensors: dict[str, Tensor], entry: object) -> bool:

@@ -77,7 +77,8 @@ def run(loop: Callable, p: Pass, f: Frame, steps: np.ndarray, *more,
     Args:
         ticket: (1,), 0: where the loops take their blocks' numbers. Then not 0, if any began.
     """
-    arguments = (np.zeros(1, np.int64) if ticket is None else ticket, f.blocks, f.layout, f.hyper, f.scalings, f.control,
+    ticket = np.zeros(1, np.int64) if ticket is None else ticket
+    arguments = (ticket, f.blocks, f.layout, f.hyper, f.scalings, f.control,
                  steps, p.w_table.numpy(), p.g_table.numpy(), *more)
     threads = min(torch.get_num_threads(), p.space.size * 2 // INLINE, len(f.blocks))
     if threads < 2:

@@ -61,7 +61,8 @@ def sgd(w, g, v, mask, hyper, count, ok, HAS_MOMENTUM: tl.constexpr):
     stored = g
     if HAS_MOMENTUM:
         old_v = read(v, mask)
-        new_v = tl.where(count == 0, g, momentum * old_v + momentum_share * g)
+        begins = (count == 0) & (momentum_share != 1)  # else the formula gives g, from a v of 0
+        new_v = tl.where(begins, g, momentum * old_v + momentum_share * g)
         has_momentum = momentum != 0
         stored = tl.where(ok & has_momentum, new_v, old_v)
         tl.store(v, stored, mask)

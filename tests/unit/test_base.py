@@ -1,12 +1,13 @@
 """The base optimizer itself, which users save, load and step, and on which they put hooks."""
 
 import copy
+import pickle
 
 import pytest
 import torch
 from torch import nn
 
-from fastsam import SAM
+from fastsam import SAM, FriendlySAM, PhaseError
 from fastsam.choose import BACKENDS
 
 BASES = {"sgd": (torch.optim.SGD, dict(lr=0.1, momentum=0.9, weight_decay=0.01)),
@@ -125,3 +126,240 @@ def test_masters_whose_memory_was_moved_are_followed(backend, device):
     train(1)
     for p, state in opt.state.items():
         assert torch.equal(state["master"].to(p.dtype), p)
+
+
+# ---- keys that SAM and the base both have
+
+
+def a_group_without_the_bases_rho(opt, q):
+    opt.param_groups.append({**opt.param_groups[0], "params": [q]})
+    del opt.param_groups[1]["base_rho"]
+
+
+def the_first_without_it(opt, q):
+    opt.param_groups.append({**opt.param_groups[0], "params": [q]})
+    del opt.param_groups[0]["base_rho"]
+
+
+def without_either(opt, q):
+    opt.param_groups.append({"params": [q], "lr": 0.1})
+
+
+def deleted(opt, q):
+    del opt.param_groups[0]["base_rho"]
+
+
+@pytest.mark.parametrize("edit", [a_group_without_the_bases_rho, the_first_without_it,
+                                  without_either, deleted])
+@pytest.mark.parametrize("perturbed", [False, True])
+def test_a_group_that_lacks_the_bases_own_value_is_refused_by_name(edit, perturbed):
+    """Found while the values were in each other's places, it left them there for good."""
+    p, q = (nn.Parameter(torch.ones(3)) for _ in range(2))
+    opt = SAM([p], torch.optim.Adadelta, rho=0.05, base_rho=0.9, lr=0.1)
+    kept = [dict(opt.param_groups[0])]
+    p.grad, q.grad = torch.ones(3), torch.ones(3)
+    if perturbed:
+        opt.first_step()
+    edit(opt, q)
+    with pytest.raises((ValueError, PhaseError), match="lacks '(base_)?rho'|perturbed"):
+        opt.step()
+    if not perturbed:
+        for call in (opt.first_step, opt.state_dict):
+            with pytest.raises(ValueError, match="lacks '(base_)?rho'"):
+                call()
+    assert all((group.get("rho", 0.05), group.get("base_rho", 0.9)) == (0.05, 0.9)
+               for group in opt.param_groups)
+    opt.restore()
+    assert torch.equal(p, torch.ones(3)) and torch.equal(q, torch.ones(3))
+    opt.param_groups[:] = kept
+    opt.first_step()
+    assert opt.last_radius == pytest.approx(0.05, rel=1e-5)
+    opt.second_step()
+
+
+def test_a_base_a_group_of_which_lacks_the_value_is_not_wrapped():
+    p, q = (nn.Parameter(torch.ones(3)) for _ in range(2))
+    base = torch.optim.Adadelta([p], lr=0.1)
+    base.param_groups.append({"params": [q], "lr": 0.1})
+    before = [dict(group) for group in base.param_groups]
+    with pytest.raises(ValueError, match="lacks 'rho'"):
+        SAM.wrap(base, rho=0.1)
+    assert base.param_groups == before
+
+
+class Fails(torch.optim.Adadelta):
+    """Fails in the middle of its step, and in adding a group that it has added."""
+
+    def step(self, closure=None):
+        assert all(group["rho"] == 0.9 for group in self.param_groups)
+        raise ArithmeticError
+
+    def add_param_group(self, param_group):
+        super().add_param_group(param_group)
+        if len(self.param_groups) > 1:
+            assert [group["rho"] for group in self.param_groups] == [0.9, 0.8]
+            raise ArithmeticError
+
+
+def test_the_values_are_in_their_places_after_a_base_that_fails():
+    p, q = (nn.Parameter(torch.ones(3)) for _ in range(2))
+    opt = SAM([p], Fails, rho=0.05, base_rho=0.9, lr=0.1)
+    mine = dict(opt.param_groups[0])
+    p.grad = torch.ones(3)
+    with pytest.raises(ArithmeticError):
+        opt.step()
+    with pytest.raises(ArithmeticError):
+        opt.add_param_group({"params": [q], "base_rho": 0.8})
+    assert opt.param_groups == [mine]
+
+
+# ---- SAM's own state beside that of a base that is not fused
+
+
+class Skips(torch.optim.AdamW):
+    """Gives up a step whose gradients are not finite."""
+
+    def step(self, closure=None):
+        if all(p.grad.isfinite().all() for g in self.param_groups for p in g["params"]):
+            super().step()
+
+
+class Counts(torch.optim.SGD):
+    """Keeps an entry that is no parameter's, as MADGRAD does."""
+
+    def step(self, closure=None):
+        super().step()
+        self.state["k"] = torch.tensor(1.0)
+
+
+def copied(p, opt):
+    return copy.deepcopy((p, opt))
+
+
+def pickled(p, opt):
+    return pickle.loads(pickle.dumps((p, opt)))
+
+
+def saved(p, opt):
+    """By SAM, and loaded into another."""
+    other = nn.Parameter(p.detach().clone())
+    again = FriendlySAM([other], type(opt.base_optimizer), lr=0.1, lmbda=0.5)
+    again.load_state_dict(copy.deepcopy(opt.state_dict()))
+    return other, again
+
+
+def saved_by_the_base(p, opt):
+    other = nn.Parameter(p.detach().clone())
+    again = FriendlySAM([other], type(opt.base_optimizer), lr=0.1, lmbda=0.5)
+    again.base_optimizer.load_state_dict(copy.deepcopy(opt.base_optimizer.state_dict()))
+    return other, again
+
+
+def another_layout(p, opt):
+    opt.add_param_group({"params": [nn.Parameter(torch.ones(1))]})
+    del opt.param_groups[1]
+    return p, opt
+
+
+def as_it_is(p, opt):
+    return p, opt
+
+
+def climb_and_step(p, opt, g, second):
+    p.grad = g.clone()
+    opt.first_step()
+    p.grad = second.clone()
+    opt.second_step()
+
+
+@pytest.mark.parametrize("way, skips", [
+    (way, n) for way in (as_it_is, copied, pickled, saved, another_layout) for n in (0, 1, 2)
+] + [(saved_by_the_base, 0)])
+def test_a_base_that_skips_its_first_steps_sets_its_state_up_later(way, skips):
+    """As it does alone; and the average, of which every first gradient is a part, goes on."""
+    p, q = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    opt, alone, m = FriendlySAM([p], Skips, lr=0.1, lmbda=0.5), Skips([q], lr=0.1), 0
+    for i in range(skips + 3):
+        second = torch.full((3,), float("inf") if i < skips else 1.0 + i)
+        g = torch.arange(1.0, 4.0).add(i).cos()
+        m = 0.5 * m + 0.5 * g
+        climb_and_step(p, opt, g, second)
+        q.grad = second
+        alone.step()
+        assert torch.equal(p, q)
+        torch.testing.assert_close(opt.state_dict()["state"][0]["sam_ema"], m)
+        assert ("sam_ema" in opt.state[p]) == (i >= skips)
+        p, opt = way(p, opt)
+
+
+def test_the_base_itself_may_step_after_a_skip():
+    p, q = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    opt, alone = FriendlySAM([p], Skips, lr=0.1), Skips([q], lr=0.1)
+    climb_and_step(p, opt, torch.ones(3), torch.full((3,), float("inf")))
+    p.grad, q.grad = torch.ones(3), torch.ones(3)
+    opt.base_optimizer.step()
+    alone.step()
+    assert torch.equal(p, q)
+
+
+def test_a_state_of_which_only_the_average_is_left_begins_anew_in_the_base():
+    p, q = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    opt, alone = FriendlySAM([p], Skips, lr=0.1), Skips([q], lr=0.1)
+    for _ in range(2):
+        climb_and_step(p, opt, torch.ones(3), torch.ones(3))
+        q.grad = torch.ones(3)
+        alone.step()
+        for name in ("step", "exp_avg", "exp_avg_sq"):
+            del opt.state[p][name]
+        alone.state.clear()
+        m = opt.state[p]["sam_ema"]
+    assert torch.equal(p, q) and m.all()
+
+
+class Plain(torch.optim.SGD):
+    """Keeps nothing, and fails without a learning rate."""
+
+    def step(self, closure=None):
+        assert not self.state
+        if not self.param_groups[0]["lr"]:
+            raise ArithmeticError
+        for p in self.param_groups[0]["params"]:
+            self.written(p).sub_(p.grad, alpha=self.param_groups[0]["lr"])
+
+    def written(self, p):
+        return p
+
+
+class Data(Plain):
+    """Writes as old code does, which torch does not count."""
+
+    def written(self, p):
+        return p.data
+
+
+@pytest.mark.parametrize("base", [Plain, Data])
+def test_the_average_beside_a_base_that_keeps_nothing_and_fails(base):
+    p = nn.Parameter(torch.ones(3))
+    opt = FriendlySAM([p], base, lr=0.1)
+    climb_and_step(p, opt, torch.ones(3), torch.ones(3))
+    m = opt.state[p]["sam_ema"]
+    opt.param_groups[0]["lr"] = 0.0
+    with pytest.raises(ArithmeticError):
+        opt.step()
+    assert opt.state[p]["sam_ema"] is m and m.all()
+
+
+@pytest.mark.parametrize("base", [Counts, torch.optim.RMSprop])
+@pytest.mark.parametrize("clear", [lambda opt, p: opt.state.clear(),
+                                   lambda opt, p: opt.state.pop(p)])
+def test_an_average_begins_anew_once_where_the_state_is_cleared(base, clear):
+    """And not again in the second half of that step."""
+    p = nn.Parameter(torch.ones(3))
+    opt = FriendlySAM([p], base, lr=0.0, lmbda=0.5, momentum=0.9)
+    for g in (1.0, 2.0):
+        climb_and_step(p, opt, torch.full((3,), g), torch.ones(3))
+    clear(opt, p)
+    opt.state["k"] = torch.tensor(0.0)
+    for g, m in ((4.0, 2.0), (4.0, 3.0)):
+        climb_and_step(p, opt, torch.full((3,), g), torch.ones(3))
+        torch.testing.assert_close(opt.state[p]["sam_ema"], torch.full((3,), m))

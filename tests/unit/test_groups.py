@@ -432,3 +432,122 @@ def test_names_that_are_loaded_edited_or_copied_decide_asams_scaling(backend):
     del nameless.param_groups[0]["param_names"]
     for opt, expected in ((loaded, weight), (renamed, shift), (nameless, shift)):
         assert radius(opt) == radius(copy.deepcopy(opt)) == pytest.approx(expected)
+
+
+# ---- the very dicts that the user passed in
+
+OVER = {"sgd": (torch.optim.SGD, dict(lr=0.1, momentum=0.9)),
+        "adamw": (torch.optim.AdamW, dict(lr=0.1)),
+        "rmsprop": (torch.optim.RMSprop, dict(lr=0.1)),
+        "adadelta": (torch.optim.Adadelta, dict(lr=0.1))}
+
+
+def in_the_constructor(kind, hyper, groups):
+    return SAM(groups, kind, rho=0.0, backend="reference", **hyper)
+
+
+def in_wrap(kind, hyper, groups):
+    return SAM.wrap(kind(groups, **hyper), rho=0.0, backend="reference")
+
+
+@pytest.mark.parametrize("make", [in_the_constructor, in_wrap])
+@pytest.mark.parametrize("base", OVER)
+def test_groups_are_the_dicts_that_were_given(base, make):
+    """As torch's: filled in, with their parameters in a list, and followed when they are edited."""
+    kind, hyper = OVER[base]
+    sides = []
+    for build in (make, lambda kind, hyper, groups: kind(groups, **hyper)):
+        params = [nn.Parameter(torch.ones(2)) for _ in range(3)]
+        dicts = [{"params": iter(params[:1]), "lr": 0.2}, {"params": params[1]},
+                 {"params": iter(params[2:])}]
+        opt = build(kind, hyper, iter(dicts[:2]))
+        opt.add_param_group(dicts[2])
+        assert all(x is y for x, y in zip(opt.param_groups, dicts, strict=True))
+        sides.append((params, dicts, opt))
+    (params, dicts, opt), (theirs, their_dicts, alone) = sides
+    for mine, torchs in zip(dicts, their_dicts, strict=True):
+        assert type(mine["params"]) is list and torchs.keys() <= mine.keys()
+    for i in range(3):
+        for group in (dicts[i], their_dicts[i]):
+            group["lr"] = 0.5 + i
+        for p in (*params, *theirs):
+            p.grad = torch.full((2,), 1.0 + i)
+        opt.step()
+        alone.step()
+        for p, q in zip(params, theirs, strict=True):
+            close(p, q, base)
+
+
+@pytest.mark.parametrize("base", OVER)
+@pytest.mark.parametrize("bad", [dict(rho=-1.0), dict(lr=-1.0), dict(backend="none")])
+def test_dicts_of_a_failed_construction_are_as_they_were(base, bad):
+    """So that the right values, given after it, are not those of the failure."""
+    kind, hyper = OVER[base]
+    p, q = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    groups = [{"params": [("p", p)], "lr": 0.2, "adaptive": True}, {"params": iter([("q", q)])}]
+    with pytest.raises(ValueError, match=r"rho|lr|learning rate|backend"):
+        SAM(groups, kind, **{**hyper, **bad})
+    values = [{k: x for k, x in group.items() if not k.startswith("param")} for group in groups]
+    assert values == [{"lr": 0.2, "adaptive": True}, {}]
+    opt = SAM(groups, kind, rho=0.3, **hyper)
+    assert [group["rho"] for group in opt.param_groups] == [0.3, 0.3]
+
+
+@pytest.mark.parametrize("base", OVER)
+def test_a_base_whose_wrapping_fails_is_as_it_was(base):
+    kind, hyper = OVER[base]
+    alone = kind([nn.Parameter(torch.ones(2))], **hyper)
+    before = dict(alone.param_groups[0])
+    with pytest.raises(ValueError, match="backend"):
+        FriendlySAM.wrap(alone, rho=0.3, backend="none")
+    assert alone.param_groups == [before] and not alone.state
+
+
+@pytest.mark.parametrize("base", OVER)
+@pytest.mark.parametrize("bad", [
+    lambda p: dict(rho=-1.0), lambda p: dict(params=[p]),
+    lambda p: dict(params=[torch.ones(2, dtype=torch.int64)])], ids=["rho", "twice", "integers"])
+def test_a_group_that_cannot_be_added_is_as_it_was(base, bad):
+    kind, hyper = OVER[base]
+    p, q = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    opt = SAM([p], kind, rho=0.3, **hyper)
+    mine = dict(opt.param_groups[0])
+    group = {"params": [q], "lr": 0.2, **bad(p)}
+    before = dict(group)
+    with pytest.raises(ValueError, match="rho|more than one|int64"):
+        opt.add_param_group(group)
+    assert group == before and opt.param_groups == [mine]
+    with pytest.raises(TypeError, match="list"):
+        opt.add_param_group([q])
+    group.update(params=[q], rho=0.1)
+    opt.add_param_group(group)
+    assert opt.param_groups[1] is group and group["rho"] == 0.1
+
+
+@pytest.mark.parametrize("base", OVER)
+def test_a_group_is_added_to_groups_that_were_replaced(base):
+    kind, hyper = OVER[base]
+    p, q = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    opt = SAM([p], kind, **hyper)
+    opt.param_groups = [dict(group) for group in opt.param_groups]
+    opt.add_param_group({"params": [q]})
+    assert [group["params"] for group in opt.param_groups] == [[p], [q]]
+
+
+class Copies(torch.optim.SGD):
+    """Keeps dicts of its own, as some bases of other people's do."""
+
+    def __init__(self, params, **hyper):
+        super().__init__([dict(group) for group in params], **hyper)
+
+    def add_param_group(self, param_group):
+        super().add_param_group(dict(param_group))
+
+
+def test_dicts_that_a_base_does_not_keep_are_left_alone():
+    p, q = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    groups, more = [{"params": [p], "rho": 0.2}], {"params": [q], "rho": 0.3}
+    opt = SAM(groups, Copies, lr=0.1)
+    opt.add_param_group(more)
+    assert groups == [{"params": [p], "rho": 0.2}] and more == {"params": [q], "rho": 0.3}
+    assert [group["rho"] for group in opt.param_groups] == [0.2, 0.3]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastsam import SAM, FriendlySAM
+from fastsam import SAM, FriendlySAM, FullGradientSAM
 
 from ..helpers.contract import (
     HYPER,
@@ -174,3 +174,136 @@ def test_momentum_that_begins_after_a_reordering_leaves_the_average_alone(device
     opt.first_step()
     opt.restore()
     assert torch.equal(opt.state[p]["ema"], 0.9 * before["ema"])
+
+
+# ---- a load that fails
+
+
+class OwnAdam(torch.optim.Adam):
+    """Not fused. Adam's own load fails on another's state when it has put that in."""
+
+
+class OwnAdadelta(torch.optim.Adadelta):
+    pass
+
+
+class Around(torch.optim.Optimizer):
+    """Wraps another, which loads first."""
+
+    def __init__(self, params, **hyper):
+        self.inner = OwnAdam(params, **hyper)
+        super().__init__(self.inner.param_groups, {})
+        self.param_groups, self.state = self.inner.param_groups, self.inner.state
+
+    def step(self, closure=None):
+        self.inner.step()
+
+    def load_state_dict(self, state_dict):
+        self.inner.load_state_dict(state_dict)
+        self.param_groups, self.state = self.inner.param_groups, self.inner.state
+        raise ArithmeticError
+
+
+def of_another_base(opt, state):
+    """SGD's state, which neither OwnAdam nor OwnAdadelta can use."""
+    state["state"] = {i: {"momentum_buffer": torch.ones(s["sam_ema"].shape)}
+                      for i, s in state["state"].items()}
+
+
+def a_hook(opt, state):
+    def fail(*_):
+        raise ArithmeticError
+    return opt.base_optimizer.register_load_state_dict_pre_hook(fail)
+
+
+def a_late_hook(opt, state):
+    def fail(*_):
+        raise ArithmeticError
+    return opt.base_optimizer.register_load_state_dict_post_hook(fail)
+
+
+def no_steps(opt, state):
+    state["param_groups"][0]["sam_steps"] = "x"
+
+
+def no_key(opt, state):
+    """Neither the state nor the optimizer has it."""
+    del state["param_groups"][0]["lmbda"]
+    lmbda = opt.param_groups[0].pop("lmbda")
+    return lambda: opt.param_groups[0].update(lmbda=lmbda)
+
+
+def built(base):
+    params = [nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2, 2))]
+    return params, FriendlySAM([{"params": [p]} for p in params], base, rho=0.1, lr=0.1)
+
+
+def assert_steps_alike(params, opt, theirs, other):
+    for i in range(2):
+        for half in (opt.first_step, opt.second_step), (other.first_step, other.second_step):
+            for step in half:
+                for p in (*params, *theirs):
+                    p.grad = (p.detach() + i).cos()
+                step()
+    for p, q in zip(params, theirs, strict=True):
+        assert torch.equal(p, q)
+
+
+# Adadelta finds another's state out in its next step, and a fused base loads nothing itself
+@pytest.mark.parametrize("base, fault", [
+    *((OwnAdam, x) for x in (of_another_base, a_hook, a_late_hook, no_steps, no_key)),
+    *((Around, x) for x in (of_another_base, a_hook, a_late_hook, no_steps, no_key)),
+    *((OwnAdadelta, x) for x in (a_hook, a_late_hook, no_steps, no_key)),
+    *((torch.optim.AdamW, x) for x in (no_steps, no_key))])
+def test_a_load_that_fails_changes_nothing(base, fault):
+    params, opt = built(base)
+    theirs, other = built(base)
+    assert_steps_alike(params, opt, theirs, other)
+    state = copy.deepcopy(opt.state_dict())
+    for group in state["param_groups"]:
+        group.update(lr=7.0, rho=0.7)
+    undo = fault(opt, state)
+    lists, groups = opt.param_groups, [dict(group) for group in opt.param_groups]
+    dicts, whole = list(opt.param_groups), opt.state
+    entries = {p: (s, dict(s)) for p, s in opt.state.items()}
+    with pytest.raises((ValueError, KeyError, ArithmeticError)):
+        opt.load_state_dict(state)
+    assert opt.param_groups is opt.base_optimizer.param_groups is lists
+    assert all(x is y for x, y in zip(lists, dicts, strict=True)) and lists == groups
+    assert opt.state is opt.base_optimizer.state is whole and whole.keys() == entries.keys()
+    for p, (entry, was) in entries.items():
+        assert whole[p] is entry and entry.keys() == was.keys()
+        assert all(entry[name] is x for name, x in was.items())
+    if undo is not None:
+        undo.remove() if hasattr(undo, "remove") else undo()
+    assert_steps_alike(params, opt, theirs, other)
+
+
+def test_a_state_loads_into_groups_that_were_replaced():
+    params, opt = built(OwnAdam)
+    opt.param_groups = [{**opt.param_groups[0], "params": params}]
+    theirs, other = built(OwnAdam)
+    other.param_groups = [{**other.param_groups[0], "params": theirs}]
+    assert_steps_alike(params, opt, theirs, other)
+    state = copy.deepcopy(opt.state_dict())
+    theirs, other = built(OwnAdam)
+    other.param_groups = [{**other.param_groups[0], "params": theirs}]
+    other.load_state_dict(state)
+    for p, q in zip(params, theirs, strict=True):
+        q.data.copy_(p)
+    assert_steps_alike(params, opt, theirs, other)
+
+
+def test_a_full_gradient_is_found_beside_an_entry_that_is_no_parameters():
+    class Counts(OwnAdam):
+        def step(self, closure=None):
+            super().step()
+            self.state["k"] = torch.ones(2)
+
+    p = nn.Parameter(torch.ones(3))
+    opt = FullGradientSAM([p], Counts, part="full", lr=0.1)
+    p.grad = torch.ones(3)
+    opt.step()
+    state = copy.deepcopy(opt.state_dict())
+    opt.load_state_dict(state)
+    assert torch.equal(opt.state["k"], torch.ones(2))

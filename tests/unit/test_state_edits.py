@@ -6,6 +6,7 @@ from collections import defaultdict
 
 import pytest
 import torch
+from torch import nn
 
 from fastsam import SAM, FriendlySAM, PhaseError
 
@@ -487,3 +488,34 @@ def test_the_state_of_masters_may_change_between_steps_only(edit, backend):
         opt.second_step()
     opt.restore()
     assert torch.equal(p, w)
+
+
+# ---- what docs/drop-in.md says that differs from torch
+
+
+def test_a_tensor_that_was_assigned_is_copied():
+    p = nn.Parameter(torch.ones(1))
+    opt = SAM([p], torch.optim.SGD, lr=0.1, momentum=0.5)
+    mine = opt.state[p]["momentum_buffer"] = torch.full((1,), 4.0)
+    p.grad = torch.ones(1)
+    opt.step()  # v = 0.5 * 4 + 1
+    mine.zero_()
+    assert opt.state[p]["momentum_buffer"].item() == 3
+    opt.state[p]["momentum_buffer"].zero_()
+    opt.step()
+    assert opt.state[p]["momentum_buffer"].item() == 1
+
+
+@pytest.mark.parametrize("dampening, in_place", [(0.0, 3.0), (0.5, 1.0)])
+def test_a_momentum_that_is_given_before_the_first_update(dampening, in_place, backend):
+    for assigned, v in ((True, 2 + 1 - dampening), (False, in_place)):
+        p = nn.Parameter(torch.ones(1))
+        opt = SAM([p], torch.optim.SGD, lr=0.1, momentum=0.5, dampening=dampening,
+                  backend=backend)
+        if assigned:
+            opt.state[p]["momentum_buffer"] = torch.full((1,), 4.0)
+        else:
+            opt.state[p]["momentum_buffer"].fill_(4.0)
+        p.grad = torch.ones(1)
+        opt.step()
+        assert opt.state[p]["momentum_buffer"].item() == v
