@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import state_dict
 from .checks import check_containers
 from .layout import Group, Layout, Traits
 from .passes import Pass
 from .phase import Phase
+from .shown import adopt, merged
 
 State = dict[Tensor, Any]
 
@@ -50,7 +50,7 @@ def lay_out(phase: Phase, traits: Traits, groups: Sequence[Group], state: State,
     old, new = phase.layout, Layout(traits, groups)
     new.follow_values(groups)
     if old is None:
-        state_dict.adopt(new.shown, new.params, state_dict.merged(state, hidden or {}))
+        adopt(new.shown, new.params, merged(state, hidden or {}))
     else:
         phase.climbs = new.inherit(old, state, phase.climbs)
     new.show(state)

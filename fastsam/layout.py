@@ -13,13 +13,14 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from . import distributed, state_dict
+from . import distributed
 from .checks import check_groups, names_of, refuse_shared, refuse_twice, refuse_unusable
 from .choose import choose
 from .gradients import PLAIN, in_one_dtype, only, out_of, readable
 from .hyper import Hyper, hyper_row, scaling_of
 from .memory import Memory, addresses, forms, is_part, lies_as, table_of
 from .passes import Climb, Pass
+from .shown import Shown, adopt, merged, places
 from .space import NOWHERE, Kind, Space, Tables, local, upload
 
 Group = dict[str, Any]
@@ -136,7 +137,7 @@ class Layout:
                           traits.masters and dtype.itemsize == 2), members, len(groups))
             for (device, dtype, shards), members in kinds.items())
         self.backend, self.report = choose(traits.backend, self.spaces)
-        self.shown = state_dict.Shown(self.spaces)
+        self.shown = Shown(self.spaces)
         self.tables = [Tables(space) for space in self.spaces]
         if traits.along_v:
             for space in self.spaces:
@@ -150,7 +151,7 @@ class Layout:
         self._normed: list | None = None  # the v and the slots whose norm is in the partials
         self._buffers = [  # the views that are in the state, and where in which buffer each is
             (*place, place[0].stride()) for space in self.spaces
-            for i, slot in enumerate(space.slots) for place in state_dict.places(space, slot, i)]
+            for i, slot in enumerate(space.slots) for place in places(space, slot, i)]
         self._views = [view for view, *_ in self._buffers]
         self._addresses, self._have_same_forms = addresses(self._views), forms(self._views)
         self._plain = [PLAIN.issuperset(map(type, space.params))
@@ -257,7 +258,7 @@ class Layout:
             if any(self.shown.is_held(p, state.get(p)) for p in changed):
                 return False
             if changed:
-                state_dict.adopt(self.shown, changed, state)
+                adopt(self.shown, changed, state)
             self.show(state)
         return True
 
@@ -307,8 +308,7 @@ class Layout:
         Returns:
             The climbs in this layout.
         """
-        state_dict.adopt(self.shown, self.params, state_dict.merged(
-            state, old.shown.hidden()))
+        adopt(self.shown, self.params, merged(state, old.shown.hidden()))
         first, was = self.spaces[0], old.spaces[0]
         first.cells.skipped.copy_(was.cells.skipped)
         first.radii[0, 0] = sum(space.radii[0].sum().to(first.radii) for space in old.spaces)
@@ -391,8 +391,8 @@ class Layout:
             w = [local(p) for p in space.params]
             if not all(map(lies_as, w, space.slots)):
                 return None
-            places = table_of(w)
-            if tables.held("w") != places or not space.dense:
+            w_at = table_of(w)
+            if tables.held("w") != w_at or not space.dense:
                 refuse_shared(self.params)
             usable = grads if along_v else out_of(
                 self.params, [None if g is None else readable(slot, g)
@@ -402,7 +402,7 @@ class Layout:
         taken = only(takes_part, usable)
         p = Pass(space, w, taken, dtype, values.rows, values.scaling[i], values.ab[i],
                  space.cells.inv_scale1 if along_v else None,
-                 tables.bring("w", places), tables.bring(column, table_of(taken)),
+                 tables.bring("w", w_at), tables.bring(column, table_of(taken)),
                  along_v=along_v)
         if self._plain[i] and all(map(is_, usable, grads)):
             self._last[i, first] = Last(Memory(space.params, grads), values, tables,

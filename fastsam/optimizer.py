@@ -25,6 +25,7 @@ from .grad_scaler import inverse_scale, report_overflow
 from .layout import Layout, Traits
 from .passes import Pass
 from .phase import Phase, PhaseError, restoring
+from .shown import adopt
 from .space import Space, Tables
 
 Loss = TypeVar("Loss")  # what a closure returns
@@ -637,7 +638,7 @@ class SAM(Optimizer):
                 self.base_optimizer, state_dict, self._shared, (*self._traits.own, "sam_steps"))
         self._keep_containers(*containers)
         layout = self._phase.layout
-        saving.adopt(layout.shown, list(entries), entries)
+        adopt(layout.shown, list(entries), entries)
         layout.show(self.state)
         self._follow()
 

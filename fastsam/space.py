@@ -5,7 +5,7 @@ at a multiple of PAD elements of flat buffers: the saved weights, the moving ave
 optimizer's v and u, and the gradient that GSAM and LookSAM keep. Weights and gradients stay where
 their owners have them, and are reached through columns of addresses (`Tables`). Spaces and slots do
 not change: what moves a parameter to another place makes new ones, and the state follows
-(`fastsam.state_dict.adopt`).
+(`fastsam.shown.adopt`).
 """
 
 from collections.abc import Sequence

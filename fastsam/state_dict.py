@@ -1,14 +1,8 @@
-"""What of a slot is public, under which name, and how a state that others changed comes back.
-
-`optimizer.state` is the truth: `public` are the tensors that a layout puts there, and `adopt` takes
-over whatever else is found in their place. Loading, copying, editing by hand and laying out anew
-all go this way.
-"""
+"""Saved states: the names and forms they may have, what is refused of them, and their hooks."""
 
 from collections import OrderedDict
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from sys import getrefcount
 from typing import Any, cast
 
 import torch
@@ -16,53 +10,17 @@ from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
 from .checks import is_number
-from .distributed import is_sharded, like
-from .hyper import FRIENDLY, GIVEN, KEEPING
+from .distributed import is_sharded
+from .hyper import FRIENDLY, KEEPING
 from .memory import has_storage
-from .space import Slot, Space, local
+from .space import local
 
 State = dict[str, Any]  # of one parameter
 M = ("ema", "full_gradient", "g_v")  # m's names: each is another thing
 OWN = (*M, "ema_steps")  # SAM's own names
 FOREIGN = "sam_"  # begins them beside a base that is not fused, which may use any name itself
-# averages and momenta, and the counts of their updates
-COUNTED = (("ema", "ema_steps"), ("sam_ema", "sam_ema_steps"),
-           ("momentum_buffer", "momentum_steps"))
 ADAMS = ("step", "exp_avg", "exp_avg_sq")
 PUBLISHED = ("old_p", "momentum")  # what the public SAM and F-SAM classes save, and no base
-
-
-def public(space: Space, slot: Slot, with_m: bool) -> dict[str, Tensor]:
-    """The slot's own tensors as `optimizer.state` has them: v and u under the names that torch's
-    optimizers use, m if there is one, the float32 master, and how often m and v were updated."""
-    kind, state = space.kind, dict[str, Tensor]()
-    prefix = "" if kind.base else FOREIGN
-    if slot.m is not None and with_m:
-        state[f"{prefix}{name_of_m(kind.mode)}"] = like(slot.param, slot.m)
-    if kind.mode in FRIENDLY:
-        state[prefix + "ema_steps"] = slot.m_steps
-    if kind.base == "sgd-momentum":
-        state.update(momentum_buffer=like(slot.param, slot.v), momentum_steps=slot.v_steps)
-    if kind.base == "adam":
-        state.update(step=slot.v_steps, exp_avg=like(slot.param, slot.v),
-                     exp_avg_sq=like(slot.param, slot.u))
-    if kind.masters:
-        state["master"] = like(slot.param, slot.saved)
-    return state
-
-
-def places(space: Space, slot: Slot, i: int) -> list[tuple[Tensor, Tensor, int]]:
-    """Those of the tensors of space.slots[i] that `public` names and a pass reads, with the buffer
-    that each is a part of and the element at which it begins there. Of the counts it is Adam's and
-    that of the official Friendly-SAM: to ask where the others are would cost every step host time,
-    and no other code knows them by name."""
-    kind, n = space.kind, len(space.slots)
-    parts = [(slot.m, space.m, slot.offset), (slot.v, space.v, slot.offset),
-             (slot.u, space.u, slot.offset),
-             (slot.saved, space.saved if kind.masters else None, slot.offset),
-             (slot.m_steps, space.steps if kind.mode == "official" else None, i),
-             (slot.v_steps, space.steps if kind.base == "adam" else None, n + i)]
-    return [(view, flat, at) for view, flat, at in parts if view is not None and flat is not None]
 
 
 def bases_part(state: Any) -> Any:
@@ -237,176 +195,6 @@ def fitting(state_dict: State, groups: list[State], params: Sequence[Tensor], ba
     for p, state in zip(params, states, strict=False):
         check_entry(p, state, base, mode)
     return groups, states
-
-
-class Shown:
-    """The tensors that a layout shows in `optimizer.state`, by parameter, and the whole of the
-    state as it was when they were last put there.
-
-    Args:
-        spaces: of the layout.
-    """
-
-    def __init__(self, spaces: Sequence[Space]):
-        self.places = {slot.param: (space, slot) for space in spaces for slot in space.slots}
-        self.fused = all(space.kind.base for space in spaces)
-        self.mode = spaces[0].kind.mode
-        self.show_m(self.mode not in GIVEN)
-        self.visible = set[Tensor]()  # the parameters whose tensors are in the state (see `put`)
-
-    def show_m(self, has_m: bool) -> None:
-        """m is among the tensors, of every parameter, if there is one: all of it or none, since
-        what is given for one parameter is 0 for the others."""
-        self.has_m = has_m
-        self.tensors = {p: public(*place, has_m) for p, place in self.places.items()}
-
-    def keep_m(self, taken: dict[Tensor, State]) -> None:
-        """See whether there is an m after the state of these parameters was taken over."""
-        has_m = self.mode not in GIVEN or any(
-            self._m_in(entry) for entry in taken.values()) or (
-            self.has_m and any(p not in taken for p in self.places))
-        if has_m != self.has_m:
-            self.show_m(has_m)
-
-    def _m_in(self, entry: object) -> bool:
-        return isinstance(entry, dict) and saved_m(entry, self.fused, self.mode) is not None
-
-    def put(self, state: dict[Tensor, State], stepped: Collection[Tensor] = ()) -> None:
-        """Put every slot's tensors into the state. A base that is not fused takes a parameter's
-        state for set up where there is any, so beside such a base they wait until it has set its
-        own up, or has written these parameters, `stepped`, without one. A base may skip steps."""
-        for p, tensors in self.tensors.items():
-            if self.fused or state.get(p) or p in stepped:
-                state.setdefault(p, {}).update(tensors)
-                self.visible.add(p)
-            else:
-                self.visible.discard(p)
-
-    @contextmanager
-    def aside(self, state: dict[Tensor, State]) -> Iterator[None]:
-        """Around a step of a base that is not fused: where our tensors are all that a parameter's
-        state has, the base sees none, and sets its own up if it keeps any."""
-        ours = {p: state.pop(p) for p, tensors in self.tensors.items()
-                if (entry := state.get(p)) and entry.keys() <= tensors.keys()}
-        try:
-            yield
-        finally:
-            for p, entry in ours.items():
-                state.setdefault(p, entry).update(entry)
-
-    def hidden(self) -> dict[Tensor, State]:
-        """What is not in the state yet."""
-        return {p: tensors for p, tensors in self.tensors.items()
-                if tensors and p not in self.visible}
-
-    def marks(self, params: Sequence[Tensor]) -> list[tuple[int, float]]:
-        """What changes when a base writes these parameters, also through `.data`, whose writes
-        torch does not count. Waits for the device."""
-        return [(p._version, float(local(p).sum(dtype=self.places[p][0].kind.acc)))
-                for p in params]
-
-    def missing(self, state: dict[Tensor, State]) -> list[Tensor]:
-        """The parameters in whose state something else is found, or nothing; or an m where there
-        was none. Where ours is not shown yet, the base may have loaded a state with it."""
-        return [p for p, tensors in self.tensors.items()
-                if (p in self.visible or tensors.keys() & (state.get(p) or {}))
-                and not is_shown(tensors, state.get(p))
-                or not self.has_m and self._m_in(state.get(p))]
-
-
-    def count_references(self) -> None:
-        """Note what refers to our tensors while nobody else has them: before they are shown."""
-        self.references = {id(t): n for tensors in self.tensors.values()
-                           for t, n in zip(tensors.values(), references(tensors), strict=True)}
-
-    def is_held(self, p: Tensor, entry: object) -> bool:
-        """Whether somebody else refers to a tensor of ours that is not in p's entry any more."""
-        tensors, there = self.tensors[p], entry if isinstance(entry, dict) else {}
-        return any(there.get(name) is not t and n > self.references.get(id(t), 0)
-                   for (name, t), n in zip(tensors.items(), references(tensors), strict=True))
-
-
-def references(tensors: dict[str, Tensor]) -> list[int]:
-    return [getrefcount(t) for t in tensors.values()]
-
-
-def is_shown(tensors: dict[str, Tensor], entry: object) -> bool:
-    """Whether a parameter's state has these very tensors."""
-    return isinstance(entry, dict) and all(entry.get(name) is t for name, t in tensors.items())
-
-
-def merged(state: dict[Tensor, State], hidden: dict[Tensor, State]) -> dict[Tensor, State]:
-    """The state with what is `hidden`, too; where both have something, the state's."""
-    return {**state, **{p: {**own, **(state.get(p) or {})} for p, own in hidden.items()}}
-
-
-@torch.no_grad()
-def adopt(shown: Shown, params: Sequence[Tensor], state: dict[Tensor, State]) -> None:
-    """Take over the state of these parameters where it is not what is shown; what it lacks starts
-    anew, as in torch.
-
-    Raises:
-        ValueError: a tensor that does not fit its parameter; nothing has changed then.
-    """
-    entries = [state.get(p) or {} for p in params]
-    for p, entry in zip(params, entries, strict=True):
-        kind = shown.places[p][0].kind
-        check_entry(p, entry, kind.base and kind.base.partition("-")[0], kind.mode)
-    flats = {flat.untyped_storage().data_ptr() for p in params
-             for flat in buffers(shown.places[p][0])}
-    entries = [apart(without_stale_counts(entry, shown.tensors[p]), flats)
-               for p, entry in zip(params, entries, strict=True)]
-    for p, entry in zip(params, entries, strict=True):
-        load(*shown.places[p], entry)
-    shown.keep_m(dict(zip(params, entries, strict=True)))
-
-
-def without_stale_counts(entry: State, own: dict[str, Tensor]) -> State:
-    """The state without a count of ours beside an average or momentum of somebody else's, which
-    was updated once at least."""
-    pairs = [(name, count) for name, count in COUNTED if name in own
-             and entry.get(name) is not own[name] and entry.get(count) is own[count]]
-    return {k: x for k, x in entry.items() if k not in {count for _, count in pairs}}
-
-
-def buffers(space: Space) -> list[Tensor]:
-    """The flat buffers of which parts are in the state."""
-    return [t for t in (space.saved, space.m, space.v, space.u, space.steps) if t is not None]
-
-
-def apart(entry: State, flats: set[int]) -> State:
-    """The same state, with copies of what lies in these buffers, which loading writes: two entries
-    may have changed places."""
-    return {name: x.clone() if isinstance(x, Tensor) and not is_sharded(x)
-            and x.untyped_storage().data_ptr() in flats else x for name, x in entry.items()}
-
-
-def load(space: Space, slot: Slot, state: State) -> None:
-    """Copy a state into the slot; what is not in `state` starts anew."""
-    v_name, v_count = (("exp_avg", "step") if space.kind.base == "adam"
-                       else ("momentum_buffer", "momentum_steps"))
-    fused = bool(space.kind.base)
-    m, v = saved_m(state, fused, space.kind.mode), state.get(v_name) if fused else None
-    fill(slot.m, m)
-    fill(slot.v, v)
-    fill(slot.u, state.get("exp_avg_sq"))
-    m_count = state.get(FOREIGN + "ema_steps", state.get("ema_steps", 1))
-    set_count(slot.m_steps, 0 if m is None else m_count)
-    set_count(slot.v_steps, 0 if v is None else state.get(v_count, 1))
-    if space.kind.masters:
-        slot.saved.copy_(local(state["master"]) if "master" in state else local(slot.param))
-
-
-def set_count(own: Tensor, count: Any) -> None:
-    if isinstance(count, Tensor):
-        own.copy_(count.reshape(()))
-    else:
-        own.fill_(int(count))
-
-
-def fill(own: Tensor | None, value: Tensor | None) -> None:
-    if own is not None:
-        own.zero_() if value is None else own.copy_(local(value))
 
 
 def as_torch_saves(state: State) -> State:

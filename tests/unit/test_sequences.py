@@ -7,7 +7,7 @@
 import pytest
 import torch
 
-from fastsam import all_spaces, choose, layout, reference, state_dict
+from fastsam import all_spaces, choose, layout, reference, shown
 
 from ..helpers.rounding import Rounded
 from ..helpers.sequences import EVENTS, METHODS, run
@@ -80,7 +80,7 @@ def order_of_memory_unseen(lies_as):
 MUTATIONS = [(reference, "direction", wrong_sigma), (reference, "climb", forgotten_average),
              (reference, "adam", wrong_bias_correction),
              (all_spaces, "go_back", one_weight_left_perturbed),
-             (state_dict, "load", lost_step_counts), (layout.Layout, "set_cell", overflow_unseen)]
+             (shown, "load", lost_step_counts), (layout.Layout, "set_cell", overflow_unseen)]
 
 
 @pytest.mark.parametrize("owner, name, mutate", MUTATIONS, ids=lambda x: getattr(x, "__name__", x))
