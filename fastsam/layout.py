@@ -254,6 +254,7 @@ class Layout:
         if not isinstance(state, dict):
             raise ValueError(f"the state is a {type(state).__name__}: use a dict of parameters")
         if not self._is_as_seen(state):
+            self._state = (None, [])  # which refers to what was there
             changed = self.shown.missing(state)
             if any(self.shown.is_held(p, state.get(p)) for p in changed):
                 return False
@@ -308,7 +309,7 @@ class Layout:
         Returns:
             The climbs in this layout.
         """
-        adopt(self.shown, self.params, merged(state, old.shown.hidden()))
+        adopt(self.shown, self.params, old.shown.counted(merged(state, old.shown.hidden())))
         first, was = self.spaces[0], old.spaces[0]
         first.cells.skipped.copy_(was.cells.skipped)
         first.radii[0, 0] = sum(space.radii[0].sum().to(first.radii) for space in old.spaces)

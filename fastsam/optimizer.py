@@ -401,8 +401,8 @@ class SAM(Optimizer):
               foreign.as_base_sees(self.base_optimizer, self._shared)):
             self.base_optimizer.step()
         after = layout.shown.marks(waiting)
-        layout.show(self.state, {p for p, x, y in zip(waiting, before, after, strict=True)
-                                 if x != y})
+        written = {p for p, x, y in zip(waiting, before, after, strict=True) if x != y}
+        layout.show(self.state, written | layout.shown.nothing_of_ours())
 
     # ---- several first passes for one step
 

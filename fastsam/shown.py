@@ -116,6 +116,11 @@ class Shown:
         return {p: tensors for p, tensors in self.tensors.items()
                 if tensors and p not in self.visible}
 
+    def nothing_of_ours(self) -> set[Tensor]:
+        """The parameters with a gradient of which nothing is kept: an empty entry is in nobody's
+        way, and tells torch.distributed.checkpoint that the optimizer has stepped."""
+        return {p for p, tensors in self.tensors.items() if not tensors and p.grad is not None}
+
     def marks(self, params: Sequence[Tensor]) -> list[tuple[int, float]]:
         """What changes when a base writes these parameters, also through `.data`, whose writes
         torch does not count. Waits for the device."""
@@ -130,6 +135,12 @@ class Shown:
                 and not is_shown(tensors, state.get(p))
                 or not self.has_m and self._m_in(state.get(p))]
 
+
+    def counted(self, state: dict[Tensor, State]) -> dict[Tensor, State]:
+        """The state as another layout is to take it over (see `without_stale_counts`)."""
+        return {p: without_stale_counts(entry, self.tensors[p])
+                if p in self.tensors and isinstance(entry, dict) else entry
+                for p, entry in state.items()}
 
     def count_references(self) -> None:
         """Note what refers to our tensors while nobody else has them: before they are shown."""

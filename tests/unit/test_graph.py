@@ -420,6 +420,8 @@ class Launches:
         if self.graph is None:
             self.done.append(name)
             return getattr(self.kernels, name)(p, *others)
+        # as a graph: it has addresses, and keeps no tensor
+        p = p._replace(g=[None if g is None else True for g in p.g])
         self.graph.append((name, lambda: getattr(self.kernels, name)(p, *others)))
         return Climb.of(p)
 

@@ -506,12 +506,14 @@ def test_a_tensor_that_was_assigned_is_copied():
     assert opt.state[p]["momentum_buffer"].item() == 1
 
 
+@pytest.mark.parametrize("held", [False, True])
 @pytest.mark.parametrize("dampening, in_place", [(0.0, 3.0), (0.5, 1.0)])
-def test_a_momentum_that_is_given_before_the_first_update(dampening, in_place, backend):
+def test_a_momentum_that_is_given_before_the_first_update(dampening, in_place, held, backend):
     for assigned, v in ((True, 2 + 1 - dampening), (False, in_place)):
         p = nn.Parameter(torch.ones(1))
         opt = SAM([p], torch.optim.SGD, lr=0.1, momentum=0.5, dampening=dampening,
                   backend=backend)
+        before = opt.state[p]["momentum_buffer"] if held else None
         if assigned:
             opt.state[p]["momentum_buffer"] = torch.full((1,), 4.0)
         else:
@@ -519,3 +521,4 @@ def test_a_momentum_that_is_given_before_the_first_update(dampening, in_place, b
         p.grad = torch.ones(1)
         opt.step()
         assert opt.state[p]["momentum_buffer"].item() == v
+        assert before is None or before.item() == (0 if assigned else v)
