@@ -148,7 +148,7 @@ def check_base(params: object, kind: Any, own: type, kwargs: dict[str, Any]) -> 
         TypeError: it is no optimizer class, or an argument is unknown.
         ValueError: it needs a closure of its own (LBFGS) or is UNFIT, or is a SAM itself.
     """
-    if isinstance(params, torch.nn.Module):
+    if isinstance(params, torch.nn.Module) and not isinstance(params, torch.nn.ParameterList):
         raise TypeError(f"params is a {type(params).__name__}: pass its parameters()")
     if not (isinstance(kind, type) and issubclass(kind, Optimizer)):
         raise TypeError(f"base_optimizer={kind!r} is not an optimizer class: "

@@ -32,9 +32,9 @@ def follow(phase: Phase, traits: Traits, groups: Sequence[Group], state: State) 
         layout = lay_out(phase, traits, groups, state)
     if phase.perturbed and traits.masters and not layout.is_untouched(state):
         phase.need(False, "changing the state of float32 masters")
-    while not (layout.follow_values(groups) and layout.has_its_memory()
-               and layout.follows_state(state)):
+    while not (layout.follow_values(groups) and layout.has_its_memory()):
         layout = lay_out(phase, traits, groups, state)
+    layout.follow_state(state)
     layout.containers = groups, state
     return layout
 

@@ -27,6 +27,14 @@ def plain_names(kwargs: dict[str, Any], own: Group) -> dict[str, Any]:
             for key, name in names.items()}
 
 
+def unless_counted(group: Any) -> Any:
+    """What was given as a group: itself, or a copy of a dict in which another optimizer of ours
+    counts its steps."""
+    if isinstance(group, dict) and "sam_steps" in group:
+        return {k: x for k, x in group.items() if k != "sam_steps"}
+    return group
+
+
 @contextmanager
 def lent(optimizer: Optimizer, params: Any) -> Iterator[None]:
     """Around a call that takes groups over. Of the user's dicts, those that the optimizer does not

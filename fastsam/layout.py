@@ -20,7 +20,7 @@ from .gradients import PLAIN, in_one_dtype, only, out_of, readable
 from .hyper import Hyper, hyper_row, scaling_of
 from .memory import Memory, addresses, forms, is_part, lies_as, table_of
 from .passes import Climb, Pass
-from .shown import Shown, adopt, merged, places
+from .shown import Shown, adopt, merged
 from .space import NOWHERE, Kind, Space, Tables, local, upload
 
 Group = dict[str, Any]
@@ -149,14 +149,16 @@ class Layout:
         self._state: tuple = (None, [])  # the state, and all keys and values in it, as last shown
         self.containers: tuple = (groups, None)  # of groups and state, as they were last seen
         self._normed: list | None = None  # the v and the slots whose norm is in the partials
-        self._buffers = [  # the views that are in the state, and where in which buffer each is
-            (*place, place[0].stride()) for space in self.spaces
-            for i, slot in enumerate(space.slots) for place in places(space, slot, i)]
-        self._views = [view for view, *_ in self._buffers]
-        self._addresses, self._have_same_forms = addresses(self._views), forms(self._views)
+        self._watch()
         self._plain = [PLAIN.issuperset(map(type, space.params))
                        for space in self.spaces]
-        self.shown.count_references()
+
+    def _watch(self) -> None:
+        """Remember where the views that are in the state lie, and in which buffer."""
+        self._buffers = [(*place, place[0].stride()) for place in self.shown.watched()]
+        self._views = [view for view, *_ in self._buffers]
+        self._addresses, self._have_same_forms = addresses(self._views), forms(self._views)
+        self.shown.renewed = False
 
     @property
     def params(self) -> list[Tensor]:
@@ -241,12 +243,8 @@ class Layout:
 
     # ---- the state
 
-    def follows_state(self, state: dict[Tensor, Any]) -> bool:
+    def follow_state(self, state: dict[Tensor, Any]) -> None:
         """Take over what others changed in the optimizer's state.
-
-        Returns:
-            Whether this layout can: False where somebody still holds what was there, and may put
-            it back one day. Nothing is taken over then.
 
         Raises:
             ValueError: a tensor that does not fit its parameter; nothing has changed then.
@@ -254,14 +252,10 @@ class Layout:
         if not isinstance(state, dict):
             raise ValueError(f"the state is a {type(state).__name__}: use a dict of parameters")
         if not self._is_as_seen(state):
-            self._state = (None, [])  # which refers to what was there
             changed = self.shown.missing(state)
-            if any(self.shown.is_held(p, state.get(p)) for p in changed):
-                return False
             if changed:
                 adopt(self.shown, changed, state)
             self.show(state)
-        return True
 
     def is_untouched(self, state: dict[Tensor, Any]) -> bool:
         """Whether the state has what is shown there, where it was."""
@@ -282,6 +276,8 @@ class Layout:
     def show(self, state: dict[Tensor, Any], stepped: Collection[Tensor] = ()) -> None:
         """Put the slots' tensors into the state (see `Shown.put`), and remember it."""
         self.shown.put(state, stepped)
+        if self.shown.renewed:
+            self._watch()
         try:
             self._state = (state, all_in(state))
         except TypeError:  # an entry that is no dict: look closely every time
@@ -309,7 +305,7 @@ class Layout:
         Returns:
             The climbs in this layout.
         """
-        adopt(self.shown, self.params, old.shown.counted(merged(state, old.shown.hidden())))
+        adopt(self.shown, self.params, merged(state, old.shown.hidden()))
         first, was = self.spaces[0], old.spaces[0]
         first.cells.skipped.copy_(was.cells.skipped)
         first.radii[0, 0] = sum(space.radii[0].sum().to(first.radii) for space in old.spaces)

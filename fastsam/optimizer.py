@@ -104,8 +104,8 @@ class SAM(Optimizer):
         self._interval, self._start = interval, start
         self._phase = Phase()
         self._built = False
-        if not isinstance(params, (list, Tensor)):
-            params = list(params)
+        if not (wrapped or isinstance(params, Tensor)):
+            params = [foreign.unless_counted(x) for x in params]
         with foreign.lent(self, params):
             super().__init__(foreign.own_part(base_optimizer, own) if wrapped else params, own)
             mine = [dict(group) for group in self.param_groups]
@@ -149,7 +149,8 @@ class SAM(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, in mid-training too. It shares the kernel launches of the others, and is
-        this very dict, filled in, as in torch.
+        this very dict, filled in, as in torch; a copy, where another of these optimizers counts
+        its steps in it.
 
         Raises:
             TypeError: no dict.
@@ -164,6 +165,7 @@ class SAM(Optimizer):
         if not isinstance(param_group, dict):
             raise TypeError(f"a parameter group is a {type(param_group).__name__}: use a dict")
         self._join_containers()
+        param_group = foreign.unless_counted(param_group)
         merged = {**self.defaults, **param_group, "sam_steps": steps_of(self.param_groups)}
         self._check([merged])
         count = len(self.param_groups)

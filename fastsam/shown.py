@@ -7,8 +7,7 @@ all go this way.
 
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from sys import getrefcount
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -23,37 +22,34 @@ COUNTED = (("ema", "ema_steps"), ("sam_ema", "sam_ema_steps"),
            ("momentum_buffer", "momentum_steps"))
 
 
-def public(space: Space, slot: Slot, with_m: bool) -> dict[str, Tensor]:
-    """The slot's own tensors as `optimizer.state` has them: v and u under the names that torch's
-    optimizers use, m if there is one, the float32 master, and how often m and v were updated."""
-    kind, state = space.kind, dict[str, Tensor]()
+COUNTS = ("ema_steps", "sam_ema_steps", "momentum_steps", "step")
+
+
+def named(space: Space, slot: Slot, with_m: bool) -> dict[str, Tensor]:
+    """The slot's own tensors by the names that `optimizer.state` has them under: v and u as torch's
+    optimizers call them, m if there is one, the float32 master, and how often m and v were
+    updated."""
+    kind, own = space.kind, dict[str, Tensor]()
     prefix = "" if kind.base else FOREIGN
     if slot.m is not None and with_m:
-        state[f"{prefix}{name_of_m(kind.mode)}"] = like(slot.param, slot.m)
+        own[f"{prefix}{name_of_m(kind.mode)}"] = slot.m
     if kind.mode in FRIENDLY:
-        state[prefix + "ema_steps"] = slot.m_steps
+        own[prefix + "ema_steps"] = slot.m_steps
     if kind.base == "sgd-momentum":
-        state.update(momentum_buffer=like(slot.param, slot.v), momentum_steps=slot.v_steps)
+        own.update(momentum_buffer=cast(Tensor, slot.v), momentum_steps=slot.v_steps)
     if kind.base == "adam":
-        state.update(step=slot.v_steps, exp_avg=like(slot.param, slot.v),
-                     exp_avg_sq=like(slot.param, slot.u))
+        own.update(step=slot.v_steps, exp_avg=cast(Tensor, slot.v),
+                   exp_avg_sq=cast(Tensor, slot.u))
     if kind.masters:
-        state["master"] = like(slot.param, slot.saved)
-    return state
+        own["master"] = slot.saved
+    return own
 
 
-def places(space: Space, slot: Slot, i: int) -> list[tuple[Tensor, Tensor, int]]:
-    """Those of the tensors of space.slots[i] that `public` names and a pass reads, with the buffer
-    that each is a part of and the element at which it begins there. Of the counts it is Adam's and
-    that of the official Friendly-SAM: to ask where the others are would cost every step host time,
-    and no other code knows them by name."""
-    kind, n = space.kind, len(space.slots)
-    parts = [(slot.m, space.m, slot.offset), (slot.v, space.v, slot.offset),
-             (slot.u, space.u, slot.offset),
-             (slot.saved, space.saved if kind.masters else None, slot.offset),
-             (slot.m_steps, space.steps if kind.mode == "official" else None, i),
-             (slot.v_steps, space.steps if kind.base == "adam" else None, n + i)]
-    return [(view, flat, at) for view, flat, at in parts if view is not None and flat is not None]
+def public(space: Space, slot: Slot, with_m: bool) -> dict[str, Tensor]:
+    """The tensors that are put into `optimizer.state`: others over the same memory, or sharded as
+    the parameter is."""
+    return {name: like(slot.param, t) if is_sharded(slot.param) and name not in COUNTS
+            else t.detach() for name, t in named(space, slot, with_m).items()}
 
 
 class Shown:
@@ -74,7 +70,7 @@ class Shown:
     def show_m(self, has_m: bool) -> None:
         """m is among the tensors, of every parameter, if there is one: all of it or none, since
         what is given for one parameter is 0 for the others."""
-        self.has_m = has_m
+        self.has_m, self.renewed = has_m, True
         self.tensors = {p: public(*place, has_m) for p, place in self.places.items()}
 
     def keep_m(self, taken: dict[Tensor, State]) -> None:
@@ -103,9 +99,12 @@ class Shown:
     def aside(self, state: dict[Tensor, State]) -> Iterator[None]:
         """Around a step of a base that is not fused: where our tensors are all that a parameter's
         state has, the base sees none, and sets its own up if it keeps any."""
-        ours = {p: state.pop(p) for p, tensors in self.tensors.items()
-                if (entry := state.get(p)) and entry.keys() <= tensors.keys()}
+        ours = dict[Tensor, State]()
         try:
+            for p, tensors in self.tensors.items():
+                if (entry := state.get(p)) and entry.keys() <= tensors.keys():
+                    ours[p] = entry
+                    del state[p]
             yield
         finally:
             for p, entry in ours.items():
@@ -136,26 +135,39 @@ class Shown:
                 or not self.has_m and self._m_in(state.get(p))]
 
 
-    def counted(self, state: dict[Tensor, State]) -> dict[Tensor, State]:
-        """The state as another layout is to take it over (see `without_stale_counts`)."""
-        return {p: without_stale_counts(entry, self.tensors[p])
-                if p in self.tensors and isinstance(entry, dict) else entry
-                for p, entry in state.items()}
+    def watched(self) -> list[tuple[Tensor, Tensor, int]]:
+        """Those of the tensors that a pass reads, with the buffer that each is a part of and the
+        element at which it begins there. Of the counts it is Adam's and that of the official
+        Friendly-SAM: to ask where the others are would cost every step host time, and no other
+        code knows them by name."""
+        found = []
+        for p, (space, slot) in self.places.items():
+            kind, n = space.kind, len(space.slots)
+            flats = {id(slot.m): (space.m, slot.offset), id(slot.v): (space.v, slot.offset),
+                     id(slot.u): (space.u, slot.offset), id(slot.saved): (space.saved, slot.offset)}
+            if kind.mode == "official":
+                flats[id(slot.m_steps)] = space.steps, slot.number
+            if kind.base == "adam":
+                flats[id(slot.v_steps)] = space.steps, n + slot.number
+            for name, t in named(space, slot, self.has_m).items():
+                flat, at = flats.get(id(t), (None, 0))
+                if flat is not None:
+                    found.append((t if is_sharded(p) else self.tensors[p][name], flat, at))
+        return found
 
-    def count_references(self) -> None:
-        """Note what refers to our tensors while nobody else has them: before they are shown."""
-        self.references = {id(t): n for tensors in self.tensors.values()
-                           for t, n in zip(tensors.values(), references(tensors), strict=True)}
-
-    def is_held(self, p: Tensor, entry: object) -> bool:
-        """Whether somebody else refers to a tensor of ours that is not in p's entry any more."""
-        tensors, there = self.tensors[p], entry if isinstance(entry, dict) else {}
-        return any(there.get(name) is not t and n > self.references.get(id(t), 0)
-                   for (name, t), n in zip(tensors.items(), references(tensors), strict=True))
-
-
-def references(tensors: dict[str, Tensor]) -> list[int]:
-    return [getrefcount(t) for t in tensors.values()]
+    def let_go(self, params: Sequence[Tensor], state: dict[Tensor, State]) -> None:
+        """Give tensors of ours that are no longer in these parameters' state memory of their own:
+        somebody may hold them, and put them back one day."""
+        for p in params:
+            there, own = state.get(p), self.tensors[p]
+            if p not in self.visible or is_sharded(p) or is_shown(own, there):
+                continue
+            fresh = public(*self.places[p], self.has_m)
+            for name, t in own.items():
+                if not (isinstance(there, dict) and there.get(name) is t):
+                    t.data = t.clone()
+                    own[name] = fresh[name]
+            self.renewed = True
 
 
 def is_shown(tensors: dict[str, Tensor], entry: object) -> bool:
@@ -180,10 +192,12 @@ def adopt(shown: Shown, params: Sequence[Tensor], state: dict[Tensor, State]) ->
     for p, entry in zip(params, entries, strict=True):
         kind = shown.places[p][0].kind
         check_entry(p, entry, kind.base and kind.base.partition("-")[0], kind.mode)
+    entries = [without_stale_counts(entry, shown.tensors[p])
+               for p, entry in zip(params, entries, strict=True)]
+    shown.let_go(params, state)
     flats = {flat.untyped_storage().data_ptr() for p in params
              for flat in buffers(shown.places[p][0])}
-    entries = [apart(without_stale_counts(entry, shown.tensors[p]), flats)
-               for p, entry in zip(params, entries, strict=True)]
+    entries = [apart(entry, flats) for entry in entries]
     for p, entry in zip(params, entries, strict=True):
         load(*shown.places[p], entry)
     shown.keep_m(dict(zip(params, entries, strict=True)))

@@ -551,3 +551,44 @@ def test_dicts_that_a_base_does_not_keep_are_left_alone():
     opt.add_param_group(more)
     assert groups == [{"params": [p], "rho": 0.2}] and more == {"params": [q], "rho": 0.3}
     assert [group["rho"] for group in opt.param_groups] == [0.2, 0.3]
+
+
+def climbs(opt: SAM, steps: int) -> list[bool]:
+    """Whether each of these steps climbed."""
+    found = []
+    for _ in range(steps):
+        found.append(opt.climbs_next)
+        for group in opt.param_groups:
+            for p in group["params"]:
+                p.grad = torch.ones_like(p)
+        if opt.climbs_next:
+            opt.first_step()
+        opt.step()
+    return found
+
+
+@pytest.mark.filterwarnings("ignore:10 steps without a climb")
+def test_optimizers_that_are_given_the_same_dict_count_their_own_steps():
+    """One after the other, at once, and added to another."""
+    group = {"params": [nn.Parameter(torch.ones(3))]}
+    first = SAM([group], torch.optim.SGD, lr=0.01, start=3)
+    assert climbs(first, 5) == [False, False, False, True, True]
+    assert climbs(SAM([group], torch.optim.SGD, lr=0.01, start=3), 4) == [False, False, False, True]
+    group = {"params": [nn.Parameter(torch.ones(3))]}
+    two = [SAM([group], torch.optim.SGD, lr=0.01, interval=2) for _ in range(2)]
+    for i in range(4):
+        assert [climbs(opt, 1) for opt in two] == [[i % 2 == 0]] * 2
+    other = SAM([nn.Parameter(torch.ones(2))], torch.optim.SGD, lr=0.01)
+    other.add_param_group(group)
+    assert [x["sam_steps"] for x in (*two[0].param_groups, *other.param_groups)] == [4, 0, 0]
+    mixed = SAM([{"params": [nn.Parameter(torch.ones(2))]}, group], torch.optim.SGD, lr=0.01,
+                start=2)
+    assert climbs(mixed, 3) == [False, False, True]
+
+
+def test_a_list_of_parameters_that_is_a_module_is_a_list():
+    params = nn.ParameterList([torch.ones(2), torch.ones(3)])
+    opt = SAM(params, torch.optim.SGD, lr=0.1)
+    assert all(p is q for p, q in zip(opt.param_groups[0]["params"], params, strict=True))
+    with pytest.raises(TypeError, match="pass its parameters"):
+        SAM(nn.Linear(2, 2), torch.optim.SGD, lr=0.1)

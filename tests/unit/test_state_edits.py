@@ -203,6 +203,38 @@ def test_a_momentum_under_another_name_is_none(backend):
     pair.step(2)
 
 
+def test_a_live_state_dict_stays_as_it_is_when_another_is_loaded(backend):
+    pair = Beside("adamw", backend)
+    pair.step()
+    first = copy.deepcopy([side.opt.state_dict() for side in (pair.ours, pair.torch)])
+    pair.step()
+    live = [side.opt.state_dict() for side in (pair.ours, pair.torch)]
+    for opt, state in zip((pair.ours.opt, pair.torch.opt), first, strict=True):
+        opt.load_state_dict(state)
+    pair.step()
+    for opt, state in zip((pair.ours.opt, pair.torch.opt), live, strict=True):
+        opt.load_state_dict(state)
+    pair.compare()
+    pair.step()
+
+
+def test_what_is_held_stays_alive_where_another_entry_is_replaced(backend):
+    """And what is replaced costs no new layout."""
+    pair = Beside("sgd", backend)
+    pair.step()
+    held = [side.opt.state[side.params[0]]["momentum_buffer"] for side in (pair.ours, pair.torch)]
+
+    def replace(opt, params):
+        opt.state[params[1]]["momentum_buffer"] = opt.state[params[1]]["momentum_buffer"] * 0.5
+
+    spaces = pair.ours.opt.spaces
+    for _ in range(3):
+        pair.both(replace)
+        pair.step()
+        close(*held, "the momentum that is held")
+    assert pair.ours.opt.spaces is spaces
+
+
 def t_(x):
     x.t_()
 
