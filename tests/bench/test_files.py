@@ -158,6 +158,7 @@ def test_what_another_process_is_writing_is_not_removed(tmp_path):
     assert os.listdir(tmp_path) == ["table.md"] and path.read_text() == "whole"
 
 
+@pytest.mark.long
 def test_a_comparison_leaves_out_what_another_process_makes_and_takes_it_up(tmp_path):
     """The locked run is waited for, not refused; where its process dies, this one makes it."""
     out, rows = tmp_path / "out", tmp_path / "rows.jsonl"

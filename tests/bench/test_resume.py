@@ -99,6 +99,7 @@ def test_small_runs_write_no_checkpoint_within_an_epoch(tmp_path, monkeypatch):
     assert [p and p["done"] for p in saved] == [1, 2, 3, None] * 2
 
 
+@pytest.mark.long
 def test_killed_at_random_moments_and_terminated(tmp_path):
     """Real processes; `python -m tests.helpers.survive` does it longer and with more methods."""
     hits = [signal.SIGKILL, signal.SIGTERM, signal.SIGKILL]
