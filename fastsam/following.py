@@ -32,7 +32,8 @@ def follow(phase: Phase, traits: Traits, groups: Sequence[Group], state: State) 
         layout = lay_out(phase, traits, groups, state)
     if phase.perturbed and traits.masters and not layout.is_untouched(state):
         phase.need(False, "changing the state of float32 masters")
-    while not (layout.follow_values(groups) and layout.has_its_memory()):
+    # what is turned between the halves of a step is seen after it: to ask twice costs host time
+    while not (layout.follow_values(groups) and layout.has_its_memory(not phase.perturbed)):
         layout = lay_out(phase, traits, groups, state)
     layout.follow_state(state)
     layout.containers = groups, state

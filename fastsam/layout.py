@@ -146,7 +146,7 @@ class Layout:
         self._brought: list[list | None] = [None] * len(self.spaces)  # see Space.bring_hyper
         self._set = set[tuple[int, str]]()  # cells that are not at their neutral value
         self._last: dict[tuple[int, bool], Last] = {}  # by space, and whether a first pass
-        self._state: tuple = (None, [])  # the state, and all keys and values in it, as last shown
+        self._state: tuple = (None, [], [])  # the state, all in it, and names, as last shown
         self.containers: tuple = (groups, None)  # of groups and state, as they were last seen
         self._normed: list | None = None  # the v and the slots whose norm is in the partials
         self._watch()
@@ -262,11 +262,15 @@ class Layout:
         return self.has_its_memory() and (
             self._is_as_seen(state) or not self.shown.missing(state))
 
-    def has_its_memory(self) -> bool:
-        """Whether averages, momenta, masters and counts are still in the buffers, in their order:
-        `.data = ...` takes one out. A whole buffer may move, as by `share_memory_()`."""
+    def has_its_memory(self, in_order: bool = True) -> bool:
+        """Whether averages, momenta, masters and counts are still in the buffers: `.data = ...`
+        takes one out. A whole buffer may move, as by `share_memory_()`.
+
+        Args:
+            in_order: look also whether one was turned where it lies.
+        """
         now = addresses(self._views)
-        if now == self._addresses and self._have_same_forms(*self._views):
+        if now == self._addresses and (not in_order or self._have_same_forms(*self._views)):
             return True
         if not all(is_part(*place) for place in self._buffers):
             return False
@@ -279,19 +283,19 @@ class Layout:
         if self.shown.renewed:
             self._watch()
         try:
-            self._state = (state, all_in(state))
+            self._state = (state, *all_in(state))
         except TypeError:  # an entry that is no dict: look closely every time
-            self._state = (None, [])
+            self._state = (None, [], [])
 
     def _is_as_seen(self, state: dict[Tensor, Any]) -> bool:
-        seen, values = self._state
+        seen, values, names = self._state
         if state is not seen:
             return False
         try:
-            now = all_in(state)
+            now, names_now = all_in(state)
         except TypeError:
             return False
-        return len(now) == len(values) and all(map(is_, now, values))
+        return names_now == names and len(now) == len(values) and all(map(is_, now, values))
 
     def inherit(self, old: "Layout", state: dict[Tensor, Any], climbs: Sequence[Climb],
                 ) -> list[Climb]:
@@ -414,10 +418,12 @@ class Layout:
         return p._replace(g=g, g_table=self.tables[i].bring("part", table_of(g)))
 
 
-def all_in(state: dict[Tensor, Any]) -> list:
-    """The state's parameters, and the keys and values of their entries. TypeError: one is none."""
+def all_in(state: dict[Tensor, Any]) -> tuple[list, list]:
+    """The state's parameters and the values of their entries; and these values' names. TypeError:
+    an entry is no dict."""
     entries = state.values()
-    return [*state, *chain.from_iterable(map(dict.values, entries)), *chain.from_iterable(entries)]
+    return ([*state, *chain.from_iterable(map(dict.values, entries))],
+            [*chain.from_iterable(entries)])
 
 
 def version(t: Tensor | None) -> object:

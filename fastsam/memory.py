@@ -19,7 +19,7 @@ class Memory:
     Attributes:
         w, g: the addresses, of gradients that are there.
         begins, ends: where each parameter's memory does, in order, a 0 before the ends.
-        lengths: of the gradients' memory, in bytes.
+        lengths, longest: of the gradients' memory, in bytes.
     """
 
     def __init__(self, params: Sequence[Tensor], grads: Sequence[Tensor | None]):
@@ -31,6 +31,7 @@ class Memory:
         self.begins = np.array([begin for begin, _ in owned])
         self.ends = np.array([0, *(end for _, end in owned)])  # of the i parameters before a place
         self.lengths = np.array([in_bytes(g) for g in there])
+        self.longest = max(self.lengths, default=0)
         self.have_same_forms = forms([*params, *there])
 
     def gradients_now(self, params: Sequence[Tensor], grads: Sequence[Tensor | None],
@@ -48,6 +49,8 @@ class Memory:
 
     def are_apart(self, gradients: Sequence[int]) -> bool:
         """Whether gradients of the same forms at these addresses share no byte with a parameter."""
+        if min(gradients) >= self.ends[-1] or max(gradients) + self.longest <= self.begins[0]:
+            return True
         begins = np.array(gradients)
         before_its_end = np.searchsorted(self.begins, begins + self.lengths)
         return not (begins < self.ends[before_its_end]).any()
