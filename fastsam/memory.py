@@ -9,6 +9,9 @@ from torch import Tensor
 from .space import NOWHERE, Slot, is_dense, same_layout
 
 
+KNOWN = 16  # places of all gradients that are remembered
+
+
 class Memory:
     """Parameters' and gradients' addresses, and their forms: dtypes, devices, shapes, strides and
     bits such as the negative one.
@@ -19,7 +22,8 @@ class Memory:
     Attributes:
         w, g: the addresses, of gradients that are there.
         begins, ends: where each parameter's memory does, in order, a 0 before the ends.
-        lengths, longest: of the gradients' memory, in bytes.
+        lengths: of the gradients' memory, in bytes.
+        known: where gradients have lain apart from the parameters: allocators take turns.
     """
 
     def __init__(self, params: Sequence[Tensor], grads: Sequence[Tensor | None]):
@@ -31,7 +35,7 @@ class Memory:
         self.begins = np.array([begin for begin, _ in owned])
         self.ends = np.array([0, *(end for _, end in owned)])  # of the i parameters before a place
         self.lengths = np.array([in_bytes(g) for g in there])
-        self.longest = max(self.lengths, default=0)
+        self.known = set[tuple[int, ...]]()
         self.have_same_forms = forms([*params, *there])
 
     def gradients_now(self, params: Sequence[Tensor], grads: Sequence[Tensor | None],
@@ -49,11 +53,17 @@ class Memory:
 
     def are_apart(self, gradients: Sequence[int]) -> bool:
         """Whether gradients of the same forms at these addresses share no byte with a parameter."""
-        if min(gradients) >= self.ends[-1] or max(gradients) + self.longest <= self.begins[0]:
+        places = tuple(gradients)
+        if places in self.known:
             return True
         begins = np.array(gradients)
         before_its_end = np.searchsorted(self.begins, begins + self.lengths)
-        return not (begins < self.ends[before_its_end]).any()
+        if (begins < self.ends[before_its_end]).any():
+            return False
+        if len(self.known) == KNOWN:
+            self.known.clear()
+        self.known.add(places)
+        return True
 
 
 def addresses(tensors: Sequence[Tensor]) -> list[int]:
