@@ -8,7 +8,6 @@ from torch import Tensor
 
 from .space import NOWHERE, Slot, is_dense, same_layout
 
-
 KNOWN = 16  # places of all gradients that are remembered
 
 
