@@ -20,9 +20,7 @@ from .state_dict import FOREIGN, State, check_entry, name_of_m, saved_m
 # averages and momenta, and the counts of their updates
 COUNTED = (("ema", "ema_steps"), ("sam_ema", "sam_ema_steps"),
            ("momentum_buffer", "momentum_steps"))
-
-
-COUNTS = ("ema_steps", "sam_ema_steps", "momentum_steps", "step")
+COUNTS = (*(count for _, count in COUNTED), "step")
 
 
 def named(space: Space, slot: Slot, with_m: bool) -> dict[str, Tensor]:
@@ -133,7 +131,6 @@ class Shown:
                 if (p in self.visible or tensors.keys() & (state.get(p) or {}))
                 and not is_shown(tensors, state.get(p))
                 or not self.has_m and self._m_in(state.get(p))]
-
 
     def watched(self) -> list[tuple[Tensor, Tensor, int]]:
         """Those of the tensors that a pass reads, with the buffer that each is a part of and the

@@ -15,8 +15,9 @@ from bench.reports.claims import CANNOT, NOT, SHOWS, Claim, cost, differences_of
 from bench.settings.config import resolve
 
 
-def row(method, seed, natural):
-    return {"method": method, "config": {"seed": seed}, "natural": natural, "robust": {}}
+def row(method, seed, natural, linf=None):
+    radii = {} if linf is None else {"linf": {"1/255": linf}}
+    return {"method": method, "config": {"seed": seed}, "natural": natural, "robust": radii}
 
 
 def rows(more, less):

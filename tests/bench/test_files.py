@@ -216,14 +216,16 @@ def test_a_run_that_was_finished_meanwhile_is_not_made_again(tmp_path, monkeypat
 
 
 def limited():
-    """No file may grow beyond what a config needs."""
+    """No file may grow beyond what a config needs. (Nor may Python's bytecode be written then: it
+    would be kept, cut off.)"""
     resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000))
 
 
 def test_a_disk_that_is_full_is_one_sentence_and_the_run_goes_on(tmp_path):
     config, cut = resolve("fsam", "digits", OPTIONS), tmp_path / "cut"
     arguments = command("train", "--method", "fsam", *TINY, "--out", cut)
-    full = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True,
+    env = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
+    full = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, env=env,
                           preexec_fn=limited)  # fmt: skip
     said = [line for line in full.stderr.splitlines() if line.startswith("error: ")]
     assert full.returncode == 2 and len(said) == 1 and "Traceback" not in full.stderr
