@@ -101,6 +101,20 @@ def assert_step(opt, params, first, second):
         torch.testing.assert_close(p.detach().double(), v - 0.1 * g, rtol=2e-5, atol=2e-6)
 
 
+def assert_half(opt, params, w, second):
+    """One half of a step with rho = 50 and lr = 0.1, from w, by the gradients as they are now."""
+    g = [p.grad.clone() for p in params]
+    if second:
+        opt.second_step()
+        expected = [x - 0.1 * y for x, y in zip(w, g, strict=True)]
+    else:
+        opt.first_step()
+        norm = torch.stack([y.norm() for y in g]).norm()
+        expected = [x + 50 * y / norm for x, y in zip(w, g, strict=True)]
+    for p, x in zip(params, expected, strict=True):
+        torch.testing.assert_close(p.detach(), x, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("form", FORMS, ids=lambda f: f.__name__)
 def test_a_gradient_is_what_torch_says_it_is(form, backend):
     params = parameters()
@@ -278,15 +292,7 @@ def test_a_gradient_inside_another_parameters_memory_is_read_before_that_moves(
         w = [p.detach().clone() for p in params]
     give_own()
     params[0].grad = whole[n + start:2 * n + start]
-    g = [p.grad.clone() for p in params]
-    if second:
-        opt.second_step()
-        expected = [x - 0.1 * y for x, y in zip(w, g, strict=True)]
-    else:
-        opt.first_step()
-        expected = [x + 50 * y / torch.cat(g).norm() for x, y in zip(w, g, strict=True)]
-    for p, x in zip(params, expected, strict=True):
-        torch.testing.assert_close(p.detach(), x, rtol=1e-5, atol=1e-5)
+    assert_half(opt, params, w, second)
 
 
 # ---- parameters with the negative bit
@@ -576,16 +582,7 @@ def test_a_gradient_in_the_memory_of_weights_is_read_before_they_move(known, ali
     if second:
         opt.first_step()
     alias(params)
-    g = [p.grad.clone() for p in params]
-    if second:
-        opt.second_step()
-        expected = [x - 0.1 * y for x, y in zip(w, g, strict=True)]
-    else:
-        opt.first_step()
-        norm = torch.stack([y.norm() for y in g]).norm()
-        expected = [x + 50 * y / norm for x, y in zip(w, g, strict=True)]
-    for p, x in zip(params, expected, strict=True):
-        torch.testing.assert_close(p.detach(), x, rtol=1e-5, atol=1e-5)
+    assert_half(opt, params, w, second)
 
 
 @pytest.mark.parametrize("start, overlap", [(1, False), (2, True)])
