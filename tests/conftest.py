@@ -88,10 +88,18 @@ LONGEST = ("test_optimizer", "test_contract", "test_distributed", "test_sequence
            "test_state_edits", "test_packaging", "test_resume", "test_recipes", "test_aot")
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list) -> None:
-    """The longest files first, so that two processes end at about the same time."""
+    """The longest files first, so that two processes end at about the same time; and what only
+    `make prove` asks Triton's interpreter, which takes a second where numba takes milliseconds."""
     order = {name: i for i, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+    for item in items if os.environ.get("TRITON_INTERPRET") == "1" else ():
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        for few in item.iter_markers("interpreted"):
+            if parameters["backend"] == "triton" and any(
+                    parameters[name] not in values for name, values in few.kwargs.items()):
+                item.add_marker("long")
 
 
 @pytest.fixture

@@ -84,6 +84,7 @@ def test_adam_and_adamw(name, base, dtype, backend, device):
 
 @pytest.mark.parametrize("name, base", [
     *((name, "sgd") for name in VARIANTS), ("sam", "adamw"), ("fasam-official", "adamw")])
+@pytest.mark.interpreted(name=["sam", "fsam", "fasam-official"])
 def test_float32_masters_of_16_bit_weights(name, base, backend, device):
     """The step starts from the master, to float32's precision; the model sees it rounded."""
     groups = deal(len(SHAPES), GROUPS if base == "sgd" else ADAM_GROUPS)

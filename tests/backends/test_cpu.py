@@ -327,7 +327,7 @@ def test_what_one_process_compiled_no_other_compiles_again(tmp_path):
     be written alike in every process."""
     code = """
 import torch
-from fastsam import FriendlySAM, LookSAM, MomentumSAM
+from fastsam import FriendlySAM, LookSAM
 
 def closure():
     opt.zero_grad()
@@ -336,8 +336,7 @@ def closure():
     return loss
 
 for cls, base, own in ((FriendlySAM, torch.optim.SGD, dict(projection="cosine", adaptive=True)),
-                       (LookSAM, torch.optim.AdamW, dict(k=2, alpha=0.5)),
-                       (MomentumSAM, torch.optim.SGD, dict(momentum=0.9))):
+                       (LookSAM, torch.optim.AdamW, dict(k=2, alpha=0.5))):
     w = torch.nn.Parameter(torch.linspace(-1, 1, 20_000))
     opt = cls([w], base, lr=0.01, backend="numba", **own)
     for _ in range(2):
@@ -350,7 +349,7 @@ for cls, base, own in ((FriendlySAM, torch.optim.SGD, dict(projection="cosine", 
         return {file.name: file.stat().st_mtime_ns for file in tmp_path.rglob("*.nb?")}
 
     first = kept()
-    assert sum(name.endswith("nbc") for name in first) >= 10
+    assert sum(name.endswith("nbc") for name in first) >= 8
     assert kept() == first
 
 

@@ -21,7 +21,8 @@ BASES = {  # the last is not fused
 # A case is a variant, with SGD, or "variant on base". All of them on the reference; elsewhere one
 # of each mode, scaling and base: the kernels' tests and the drawn sequences cover the rest. A climb
 # and a base's update have nothing in common: each variant meets SGD and one other base for every
-# change, and the others for `make prove`.
+# change, and the others for `make prove`; so do those that Triton's interpreter, the slowest, does
+# not take.
 PAIRS = {f"{name} on {base}": i % 3 == j for i, name in enumerate(VARIANTS)
          for j, base in enumerate(("adam", "adamw", "rmsprop"))}
 EVERY = [*VARIANTS, *PAIRS]
@@ -31,19 +32,25 @@ CASES = [(case, backend) for backend in BACKENDS
 CASES += [(f"{name} on {base}", backend) for name in RELATIVES for backend in BACKENDS
           for base in (("sgd", "adam", "adamw") if backend == "reference" else
                        ("adamw",) if name == "looksam" else ("sgd",))]
+INTERPRETED = ["sam", "fasam on adamw", "looksam on adamw"]
 
 
 def variant_of(case: str) -> Variant:
     return ALL[case.partition(" on ")[0]]
 
 
+def marks(case: str, backend: str):
+    if backend == "triton":
+        return pytest.mark.interpreted(variant=INTERPRETED)
+    return pytest.mark.long if backend == "reference" and not PAIRS.get(case, True) else ()
+
+
 def pytest_generate_tests(metafunc):
     if {"variant", "backend"} <= set(metafunc.fixturenames):
         name = metafunc.function.__name__
         metafunc.parametrize("variant, backend", [
-            pytest.param(*case, marks=() if case[1] != "reference" or PAIRS.get(case[0], True)
-                         else pytest.mark.long)
-            for case in CASES if name not in variant_of(case[0]).exempt])
+            pytest.param(*case, marks=marks(*case)) for case in CASES
+            if name not in variant_of(case[0]).exempt])
     elif "backend" in metafunc.fixturenames:
         metafunc.parametrize("backend", BACKENDS)
 

@@ -392,6 +392,7 @@ def test_restore_gives_up_what_was_set_aside(backend, device):
 
 @pytest.mark.parametrize("interval, start, climbing", [
     (1, 0, "1111111"), (3, 0, "1001001"), (1, 2, "0011111"), (2, 3, "0001010")])
+@pytest.mark.interpreted(interval=[2])
 def test_interval_and_start_say_which_steps_climb(backend, device, interval, start, climbing):
     """Through closures, in a loop of one's own, and after loading; the rest are plain steps."""
     net, twin, third = (network(device) for _ in range(3))

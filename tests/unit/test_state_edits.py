@@ -136,6 +136,7 @@ def edit_both(pair, edit):
 
 @pytest.mark.parametrize("edit", FOLLOWED, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("base", ["sgd", "adamw"])
+@pytest.mark.interpreted(base=["sgd"])
 def test_an_edited_state_is_followed(edit, base, backend):
     pair = Beside(base, backend)
     pair.step(2)
@@ -468,6 +469,7 @@ REFUSED = {  # name: base, edit, message
 
 @pytest.mark.parametrize("perturbed", [False, True])
 @pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.interpreted(perturbed=[True])
 def test_a_state_that_is_refused_changes_nothing(name, perturbed, backend):
     base, edit, match = REFUSED[name]
     pair = Beside(base, backend)
