@@ -12,7 +12,7 @@ from triton import knobs
 
 from fastsam.kernels import triton as kernels
 
-from ..helpers.passes import Course
+from ..helpers.passes import Passes
 from ..helpers.pretended import Launched, Launcher, pretend
 from ..helpers.variants import VARIANTS
 
@@ -29,12 +29,12 @@ def driver():
     return pretend()
 
 
-def course(sizes=(5, 1030), name="fsam", dtype=FP32, **kwargs) -> Course:
+def course(sizes=(5, 1030), name="fsam", dtype=FP32, **kwargs) -> Passes:
     params = [torch.nn.Parameter(torch.ones(n, dtype=dtype)) for n in sizes]
-    return Course(params, [{"params": [*range(len(sizes))], **GROUP}], name, kernels, **kwargs)
+    return Passes(params, [{"params": [*range(len(sizes))], **GROUP}], name, kernels, **kwargs)
 
 
-def passes(of: Course, column="g1", g_dtype=FP32) -> list:
+def passes(of: Passes, column="g1", g_dtype=FP32) -> list:
     of.kept = [torch.ones(p.shape, dtype=g_dtype) for p in of.params]
     return of.passes(of.kept, column)
 
@@ -47,7 +47,7 @@ def launched(call, *args) -> Launched:
     return one
 
 
-def two_phases(of: Course, g_dtype=FP32) -> list[Launched]:
+def two_phases(of: Passes, g_dtype=FP32) -> list[Launched]:
     Launcher.seen.clear()
     (p,), space = passes(of, "g1", g_dtype), of.spaces[0]
     if of.projection is not None:
@@ -60,7 +60,7 @@ def two_phases(of: Course, g_dtype=FP32) -> list[Launched]:
     return list(Launcher.seen)
 
 
-def ordinary(of: Course, **kwargs) -> list[Launched]:
+def ordinary(of: Passes, **kwargs) -> list[Launched]:
     launch.PREPARED.clear()
     found = two_phases(of, **kwargs)
     assert not any(one.prepared for one in found)

@@ -17,6 +17,7 @@ import torch
 from fastsam import reference
 from fastsam.choose import MODULES
 
+from ..helpers.drawn import normals
 from ..helpers.oracle import exact
 from ..helpers.pairs import (
     BF16,
@@ -26,12 +27,11 @@ from ..helpers.pairs import (
     SIZES,
     Pair,
     judge,
-    normals,
     parameters,
     run,
     ulp,
 )
-from ..helpers.passes import Course
+from ..helpers.passes import Passes
 from ..helpers.variants import ADAM_GROUPS, GROUPS, VARIANTS, deal
 
 # the same sizes with weights and biases among them, which ASAM's "weights" form tells apart
@@ -138,7 +138,7 @@ def test_a_gradient_is_read_in_its_own_dtype(name, w_dtype, g_dtype, backend, de
 @pytest.mark.parametrize("g", [1e5, 1e-9])
 def test_a_float32_gradient_of_float16_weights_is_not_rounded_to_them(g, backend, device):
     """Float16 has neither number: one would be a skip, the other a norm of 0."""
-    course = Course(parameters([torch.ones(BLOCK + 3, device=device, dtype=FP16)]),
+    course = Passes(parameters([torch.ones(BLOCK + 3, device=device, dtype=FP16)]),
                     deal(1, [dict(rho=0.5, lr=0.1 / g, momentum=0.0)]), "sam", backend)
     course.first_step([torch.full((BLOCK + 3,), g, device=device)])
     assert course.norm == pytest.approx(g * math.sqrt(BLOCK + 3), rel=1e-5)
@@ -159,7 +159,7 @@ def test_norm_and_climb_give_sums_norm_radius_and_cells(backend, device):
     shapes, groups = [BLOCK + 3, 40], deal(2, [dict(rho=0.25, lr=0.1, sigma=0.5, lmbda=0.9)])
     tensors, grads = (normals(shapes, seed, FP32, device) for seed in (1, 2))
     for name, share in (("sam", 1.0), ("fsam", 1 - 0.5 * 0.1)):
-        course = Course(parameters(tensors), groups, name, backend)
+        course = Passes(parameters(tensors), groups, name, backend)
         (own,) = course.spaces
         size = math.sqrt(sum(float(exact(g).square().sum()) for g in grads))
         course.first_step(grads)
@@ -213,7 +213,7 @@ def test_the_loss_scale_is_divided_out_of_both_passes(name, dtype, backend, devi
 @pytest.mark.parametrize("climb", [True, False])
 def test_found_inf_skips_the_step_bit_for_bit(climb, backend, device):
     shapes = [20, BLOCK + 1]
-    course = Course(parameters(normals(shapes, 0, FP32, device)), deal(2, GROUPS), "sam", backend)
+    course = Passes(parameters(normals(shapes, 0, FP32, device)), deal(2, GROUPS), "sam", backend)
     for s in (30, 31):
         course.first_step(normals(shapes, s, FP32, device))
         course.second_step(normals(shapes, s, FP32, device))
@@ -228,10 +228,10 @@ def test_found_inf_skips_the_step_bit_for_bit(climb, backend, device):
 # ---- a direction that is rounding noise
 
 
-def noisy(backend, device, sigma: float, lmbda=0.6, name="fsam", dtype=FP32) -> tuple[Course, list]:
+def noisy(backend, device, sigma: float, lmbda=0.6, name="fsam", dtype=FP32) -> tuple[Passes, list]:
     """A first climb with m = 0, after which d = (1 - sigma (1 - lmbda)) g."""
     shapes = [20, BLOCK + 1]
-    course = Course(parameters(normals(shapes, 0, dtype, device)),
+    course = Passes(parameters(normals(shapes, 0, dtype, device)),
                     deal(2, [dict(rho=100.0, lr=0.1, sigma=sigma, lmbda=lmbda)]), name, backend)
     before = [p.detach().clone() for p in course.params]
     course.first_step(normals(shapes, 1, dtype, device))
@@ -268,7 +268,7 @@ def test_a_small_direction_that_is_no_noise_climbs_by_the_radius(backend, device
     ("fsam-official", 0.0, False), ("sam", 2.0**-36, True)])
 def test_where_noise_ends(name, share, moves, backend, device):
     """At 64 unit roundoffs of ||T g||, the limit included; SAM's own d is g, and never noise."""
-    course = Course(parameters(normals([20, BLOCK], 0, FP32, device)),
+    course = Passes(parameters(normals([20, BLOCK], 0, FP32, device)),
                     deal(2, [dict(rho=1.0, lr=0.1, sigma=0.5, lmbda=0.5)]), name, backend)
     (own,) = course.spaces
     (p,) = course.passes(normals([20, BLOCK], 1, FP32, device), "g1")
@@ -403,7 +403,7 @@ def test_a_gradient_that_is_not_finite_skips_bit_for_bit(name, bad, dtype, backe
 
 
 def test_a_norm_that_overflows_float32_is_a_skip(backend, device):
-    course = Course(parameters(normals([20], 0, FP32, device)), deal(1, GROUPS), "sam", backend)
+    course = Passes(parameters(normals([20], 0, FP32, device)), deal(1, GROUPS), "sam", backend)
     before = course.params[0].detach().clone()
     huge = [torch.full((20,), 1e30, device=device)]
     course.first_step(huge)

@@ -14,6 +14,7 @@ from bench.training.step import step
 from bench.training.train import set_up
 
 from ..helpers import published
+from ..helpers.drawn import assert_close, give, normals
 
 TINY = {"data": "digits", "width": 4, "epochs": 1, "threads": 1}
 CLASSES = {
@@ -95,29 +96,15 @@ def test_an_epoch_on_the_command_line(method, option, tmp_path):
 
 
 SHAPES = [(7,), (4, 3), (), (33, 40)]
+F64 = torch.float64
 SGD = dict(lr=0.07, momentum=0.8)
-
-
-def normals(seed):
-    rng = torch.Generator().manual_seed(seed)
-    return [torch.randn(s, generator=rng, dtype=torch.float64) for s in SHAPES]
-
-
-def give(params, grads):
-    for p, g in zip(params, grads, strict=True):
-        p.grad = g.clone()
-
-
-def assert_close(params, expected):
-    for p, q in zip(params, expected, strict=True):
-        torch.testing.assert_close(p.detach(), q, rtol=1e-11, atol=1e-12)
 
 
 @pytest.mark.parametrize("method", ["msam", "looksam", "gsam"])
 def test_what_the_loops_are_held_against_is_the_authors(method):
     """The per-parameter forms, on given gradients. Momentum-SAM's without weight decay, which its
     authors take at the moved weights."""
-    w = [torch.nn.Parameter(t) for t in normals(0)]
+    w = [torch.nn.Parameter(t) for t in normals(SHAPES, 0, F64)]
     decay = 0.0 if method == "msam" else 0.02
     own = {"msam": {}, "gsam": dict(alpha=0.7), "looksam": dict(alpha=0.7)}[method]
     names = {"msam": "MomentumSAM", "looksam": "LookSAM", "gsam": "GSAM"}
@@ -127,7 +114,7 @@ def test_what_the_loops_are_held_against_is_the_authors(method):
         w, torch.optim.SGD, 0.3, **own, **({"k": 3} if method == "looksam" else {}),
         **SGD, weight_decay=decay)
     for t in range(8):
-        first, second = normals(10 + t), normals(50 + t)
+        first, second = (normals(SHAPES, seed + t, F64) for seed in (10, 50))
         climbs = opt.climbs_next
         if method == "msam":
             opt.first_step()

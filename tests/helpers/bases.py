@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
+from .drawn import give
+
 SHAPES = [(6, 4), (5,), (3, 2, 2, 2)]
 MATRICES = [(6, 4), (4, 6)]
 MOMENTUM = ("sgd", "sgdc", "sgdw", "csgdc", "csgdw", "nesterov", "nesterovw", "nlarc", "nlars")
@@ -86,11 +88,6 @@ def gradients(params: Sequence[Tensor], i: int) -> list[Tensor]:
     """The gradient of step i's function, at the weights as they are."""
     with torch.no_grad():
         return [0.3 * torch.sin(3 * p + i + 0.7 * k) + 0.1 * p for k, p in enumerate(params)]
-
-
-def give(params: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
-    for p, g in zip(params, grads, strict=True):
-        p.grad = g.clone()
 
 
 def seed(i: int) -> None:

@@ -7,17 +7,13 @@ import torch
 
 from fastsam import reference
 
+from .drawn import normals
 from .oracle import exact
-from .passes import Course
+from .passes import Passes
 
 BLOCK = 1024  # elements of the Triton kernels' blocks
 SIZES = [1, 15, 16, BLOCK - 1, BLOCK, BLOCK + 1, 4097]
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
-
-
-def normals(shapes, seed: int, dtype, device) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(s, generator=generator).to(device, dtype) for s in shapes]
 
 
 def parameters(tensors) -> list[torch.nn.Parameter]:
@@ -29,7 +25,7 @@ def ulp(t: torch.Tensor, dtype) -> torch.Tensor:
     return torch.finfo(dtype).eps * 2.0 ** t.abs().clamp_min(1e-30).log2().floor()
 
 
-def judge(ours: Course, plain: Course, step: str) -> None:
+def judge(ours: Passes, plain: Passes, step: str) -> None:
     """Hold a backend's course to twice the error of the plain one, each from its own oracle."""
     for (what, actual, expected), (_, plain_actual, plain_expected) in zip(
             ours.compared(), plain.compared(), strict=True):
@@ -49,8 +45,8 @@ class Pair:
     """A backend's and the plain course of the same parameters, stepped together and judged."""
 
     def __init__(self, backend: ModuleType, tensors, groups, name: str, make=parameters, **kwargs):
-        self.ours = Course(make(tensors), groups, name, backend, **kwargs)
-        self.plain = Course(parameters(tensors), groups, name, reference, **kwargs)
+        self.ours = Passes(make(tensors), groups, name, backend, **kwargs)
+        self.plain = Passes(parameters(tensors), groups, name, reference, **kwargs)
 
     def __iter__(self):
         return iter((self.ours, self.plain))

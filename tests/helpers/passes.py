@@ -70,7 +70,7 @@ def laid_out(g: torch.Tensor | None, w: torch.Tensor) -> torch.Tensor | None:
     return torch.empty_strided(w.shape, w.stride(), dtype=g.dtype, device=g.device).copy_(g)
 
 
-class Course(Lockstep):
+class Passes(Lockstep):
     """One backend, of a variant.
 
     Args:

@@ -15,6 +15,7 @@ from fastsam import GraphedStep, MomentumSAM
 from fastsam.choose import BACKENDS
 
 from ..helpers.contract import assert_bits, backward, batch, bits, network
+from ..helpers.drawn import normals
 
 BASES = {
     "sgd": (torch.optim.SGD, dict(lr=0.05, momentum=0.9, weight_decay=0.01, dampening=0.1)),
@@ -32,13 +33,9 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("backend", BACKENDS)
 
 
-def normals(seed: int, dtype=torch.float32, misaligned: bool = False) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    drawn = [torch.randn(s, generator=generator).to(dtype) for s in SHAPES]
-    if not misaligned:
-        return drawn
+def misaligned(tensors) -> list[torch.Tensor]:
     return [torch.cat([t.flatten()[:1], t.flatten()])[min(1, t.numel()):].view(t.shape)
-            for t in drawn]
+            for t in tensors]
 
 
 def optimizer(params, base: str, backend: str, **own) -> MomentumSAM:
@@ -48,7 +45,8 @@ def optimizer(params, base: str, backend: str, **own) -> MomentumSAM:
                        kind, rho=0.3, backend=backend, **{**hyper, **own})
 
 
-def give(params, grads) -> None:
+def hand_over(params, grads) -> None:
+    """As they are: a copy would be aligned."""
     for p, g in zip(params, grads, strict=True):
         p.grad = g
 
@@ -73,16 +71,16 @@ def assert_left_is_taken(opt) -> None:
 
 
 @pytest.mark.parametrize("base", BASES)
-@pytest.mark.parametrize("dtype, masters, misaligned", [
+@pytest.mark.parametrize("dtype, masters, shifted", [
     (torch.float32, False, True), (torch.bfloat16, True, False)], ids=str)
-def test_what_a_step_leaves_is_what_a_pass_takes(base, dtype, masters, misaligned, backend,
-                                                 device):
-    params = [nn.Parameter(t.to(device)) for t in normals(0, dtype)]
+def test_what_a_step_leaves_is_what_a_pass_takes(base, dtype, masters, shifted, backend, device):
+    params = [nn.Parameter(t.to(device)) for t in normals(SHAPES, 0, dtype)]
     opt = optimizer(params, base, backend, master_weights=masters)
     assert not left(opt)
     for t in range(3):
         opt.first_step()
-        give(params, [g.to(device) for g in normals(10 + t, dtype, misaligned)])
+        grads = normals(SHAPES, 10 + t, dtype, device)
+        hand_over(params, misaligned(grads) if shifted else grads)
         if t == 2:
             params[0].grad = params[5].grad = None
         if t == 1:
@@ -94,9 +92,9 @@ def test_what_a_step_leaves_is_what_a_pass_takes(base, dtype, masters, misaligne
 
 
 def test_a_v_that_is_not_finite_is_left_so(backend, device):
-    params = [nn.Parameter(t.to(device)) for t in normals(0)]
+    params = [nn.Parameter(t.to(device)) for t in normals(SHAPES, 0)]
     opt = optimizer(params, "sgd", backend)
-    give(params, [g.to(device) for g in normals(1)])
+    hand_over(params, normals(SHAPES, 1, device=device))
     params[0].grad[3] = torch.inf
     for _ in range(3):
         opt.first_step()
@@ -108,11 +106,11 @@ def test_a_v_that_is_not_finite_is_left_so(backend, device):
 @pytest.mark.parametrize("base", BASES)
 def test_a_skip_leaves_it_after_a_new_layout_too(base, backend, device):
     """What climbed is known there, but not where its v lay."""
-    params = [nn.Parameter(t.to(device)) for t in normals(0)]
+    params = [nn.Parameter(t.to(device)) for t in normals(SHAPES, 0)]
     opt = optimizer(params, base, backend)
     for t in range(3):
         opt.first_step()
-        give(params, [g.to(device) for g in normals(10 + t)])
+        hand_over(params, normals(SHAPES, 10 + t, device=device))
         if t == 2:
             v = opt.state[params[0]]["momentum_buffer" if base == "sgd" else "exp_avg"]
             v.data = v.data.clone()
@@ -124,9 +122,9 @@ def test_a_skip_leaves_it_after_a_new_layout_too(base, backend, device):
 
 
 def test_a_step_without_a_gradient_leaves_it_too(backend, device):
-    params = [nn.Parameter(t.to(device)) for t in normals(0)]
+    params = [nn.Parameter(t.to(device)) for t in normals(SHAPES, 0)]
     opt = optimizer(params, "sgd", backend)
-    give(params, [g.to(device) for g in normals(1)])
+    hand_over(params, normals(SHAPES, 1, device=device))
     for _ in range(2):
         opt.first_step()
         opt.second_step(zero_grad=True)
@@ -164,7 +162,7 @@ NOT_SEEN = {
 def test_a_write_that_torch_does_not_count_is_climbed_along_by_the_old_length_once(
         name, way, alone):
     """As the class says; `increment_version` tells of it."""
-    params = [nn.Parameter(t) for t in normals(0)[:3]]
+    params = [nn.Parameter(t) for t in normals(SHAPES, 0)[:3]]
     opt = MomentumSAM(params, torch.optim.SGD, rho=0.5, lr=0.1, momentum=0.9, backend=name)
     write = SEEN.get(way) or NOT_SEEN[way]
 
@@ -180,7 +178,7 @@ def test_a_write_that_torch_does_not_count_is_climbed_along_by_the_old_length_on
 
     def a_step_and_a_write() -> list:
         opt.first_step()
-        give(params, normals(1)[:3])
+        hand_over(params, normals(SHAPES, 1)[:3])
         opt.second_step()
         vs = [opt.state[p]["momentum_buffer"] for p in params]
         for v in vs:
@@ -293,12 +291,12 @@ def test_nor_in_triton_s_interpreter(base):
 
 def a_course_of_events(base, backend, events):
     draws = [random.Random(3), random.Random(3)]
-    params = [[nn.Parameter(t) for t in normals(0)] for _ in draws]
+    params = [[nn.Parameter(t) for t in normals(SHAPES, 0)] for _ in draws]
     opt, twin = (optimizer(ps, base, backend) for ps in params)
     times_left = 0
     for t in range(events):
         for ps in params:
-            give(ps, normals(20 + t))
+            hand_over(ps, normals(SHAPES, 20 + t))
         event = draws[0].choice(EVENTS)
         assert draws[1].choice(EVENTS) is event
         for o, rng in ((opt, draws[0]), (twin, draws[1])):
@@ -322,9 +320,9 @@ def a_course_of_events(base, backend, events):
 
 def test_what_makes_a_climb_take_the_norm_itself():
     backend = "reference"  # the host sees to it
-    params = [nn.Parameter(t) for t in normals(0)]
+    params = [nn.Parameter(t) for t in normals(SHAPES, 0)]
     opt = optimizer(params, "sgd", backend)
-    give(params, normals(1))
+    hand_over(params, normals(SHAPES, 1))
 
     def take_a_step():
         opt.first_step()

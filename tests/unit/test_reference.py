@@ -8,20 +8,17 @@ import torch
 import fastsam
 from fastsam import SAM, FriendlySAM
 
+from ..helpers.drawn import normals
 from ..helpers.lockstep import Course, build
 from ..helpers.oracle import Oracle, exact
 from ..helpers.variants import ADAM_GROUPS, BASES, GROUPS, VARIANTS, deal
 
 SHAPES = [(7,), (4, 3), (1,), (2, 3, 2, 2), (5, 5), (), (3,)]
-
-
-def normals(shapes, seed: int, dtype=torch.float64) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(s, generator=generator, dtype=torch.float64).to(dtype) for s in shapes]
+F64 = torch.float64
 
 
 def weights(seed: int = 0) -> list[torch.nn.Parameter]:
-    return [torch.nn.Parameter(t) for t in normals(SHAPES, seed)]
+    return [torch.nn.Parameter(t) for t in normals(SHAPES, seed, F64)]
 
 
 def assert_same(course, step: int) -> None:
@@ -43,7 +40,7 @@ def test_course_of_25_steps_equals_the_oracle(name):
     """Weights, moved weights, m and v at every step; missing and bad gradients on the way."""
     course = FreeCourse(weights(), deal(len(SHAPES), GROUPS), name, "reference")
     for t in range(25):
-        first, second = normals(SHAPES, 1000 + t), normals(SHAPES, 2000 + t)
+        first, second = (normals(SHAPES, seed + t, F64) for seed in (1000, 2000))
         if t == 7:
             first[1] = second[2] = first[3] = second[3] = None
         if t == 11:
@@ -64,7 +61,7 @@ def test_course_of_25_steps_equals_the_oracle(name):
 def test_adam_over_25_steps_equals_the_oracle(name, base):
     course = FreeCourse(weights(), deal(len(SHAPES), ADAM_GROUPS), name, "reference", base)
     for t in range(25):
-        first, second = normals(SHAPES, 1000 + t), normals(SHAPES, 2000 + t)
+        first, second = (normals(SHAPES, seed + t, F64) for seed in (1000, 2000))
         if t % 5 == 2:
             second[1] = first[3] = second[3] = None
         if t == 11:
@@ -86,7 +83,7 @@ def test_plain_steps_equal_torch_s_own_optimizer(base):
                          for g in deal(len(SHAPES), groups)], lr=0.1)
     for t in range(10):
         for params, o in ((ours, opt), (theirs, plain)):
-            for p, g in zip(params, normals(SHAPES, 70 + t), strict=True):
+            for p, g in zip(params, normals(SHAPES, 70 + t, F64), strict=True):
                 p.grad = g
             o.step()
     for p, q in zip(ours, theirs, strict=True):
@@ -102,7 +99,7 @@ def test_a_parameter_that_comes_late_starts_its_own_averages(name):
     """m and v count per parameter: the first gradient of one may come at step 3."""
     course = FreeCourse(weights(), deal(len(SHAPES), GROUPS), name, "reference")
     for t in range(6):
-        first, second = normals(SHAPES, 3000 + t), normals(SHAPES, 4000 + t)
+        first, second = (normals(SHAPES, seed + t, F64) for seed in (3000, 4000))
         if t < 3:
             first[0] = second[1] = None
         course.first_step(first)
@@ -114,7 +111,7 @@ def test_the_oracle_can_tell_wrong_mathematics():
     """The comparison fails when the optimizer's sigma differs by one percent."""
     course = FreeCourse(weights(), deal(len(SHAPES), GROUPS), "fsam", "reference")
     course.opt.param_groups[0]["sigma"] *= 1.01
-    course.first_step(normals(SHAPES, 1))
+    course.first_step(normals(SHAPES, 1, F64))
     with pytest.raises(AssertionError):
         assert_same(course, 0)
 
@@ -125,7 +122,7 @@ def test_adaptive_sam_is_asam_over_everything():
     opt = SAM([{**g, "params": [ours[i] for i in g["params"]]} for g in groups], torch.optim.SGD,
               adaptive=True, lr=0.1, backend="reference")
     oracle = Oracle(ours, groups, method="asam")
-    grads = normals(SHAPES, 5)
+    grads = normals(SHAPES, 5, F64)
     for p, g in zip(ours, grads, strict=True):
         p.grad = g
     opt.first_step()
@@ -258,7 +255,7 @@ def test_the_two_conventions_climb_alike_through_the_proved_mapping(sigma, lmbda
         opt = build(params, group, "fsam" if convention == "algorithm1" else "fsam-official",
                     "reference")
         for t in range(8):
-            for p, g in zip(params, normals(SHAPES, 50 + t), strict=True):
+            for p, g in zip(params, normals(SHAPES, 50 + t, F64), strict=True):
                 p.grad = g * (t > 0)
             opt.first_step()
             moved.append([exact(p) for p in params])

@@ -14,9 +14,11 @@ from fastsam.choose import BACKENDS
 
 from ..helpers import published
 from ..helpers.contract import assert_bits, backward, bits, network
+from ..helpers.drawn import assert_close, give, normals
 from ..helpers.variants import RELATIVES
 
 SHAPES = [(7,), (4, 3), (1,), (2, 3, 2, 2), (33, 40), ()]
+F64 = torch.float64
 HYPER = dict(lr=0.07, momentum=0.8, weight_decay=0.02)
 ADAM = dict(lr=0.02, betas=(0.8, 0.97), eps=1e-3)
 EXACT = ["reference", "numba"]  # take float64
@@ -27,23 +29,8 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("backend", BACKENDS)
 
 
-def normals(seed: int, dtype=torch.float64) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(s, generator=generator, dtype=torch.float64).to(dtype) for s in SHAPES]
-
-
 def parameters(seed: int = 0, dtype=torch.float64) -> list[nn.Parameter]:
-    return [nn.Parameter(t) for t in normals(seed, dtype)]
-
-
-def give(params, grads) -> None:
-    for p, g in zip(params, grads, strict=True):
-        p.grad = g.clone().to(p)
-
-
-def assert_close(params, expected, what: str = "") -> None:
-    for p, q in zip(params, expected, strict=True):
-        torch.testing.assert_close(p.detach(), q, rtol=1e-11, atol=1e-12, msg=lambda m: what + m)
+    return [nn.Parameter(t) for t in normals(SHAPES, seed, dtype)]
 
 
 # ---- the authors' code, on the same gradients, in float64
@@ -59,7 +46,7 @@ def test_momentum_sam_over_sgd_is_the_authors(exact):
         start = [p.detach().clone() for p in w]
         opt.first_step()
         assert_close(w, theirs.moved, f"moved at {t}: ")
-        grads = normals(10 + t)
+        grads = normals(SHAPES, 10 + t, F64)
         give(w, [g + HYPER["weight_decay"] * (moved.detach() - p)
                  for g, moved, p in zip(grads, w, start, strict=True)])
         opt.second_step(zero_grad=True)
@@ -75,9 +62,9 @@ def test_momentum_sam_over_adamw_is_the_authors(exact):
     for t in range(12):
         opt.first_step()
         assert_close(w, theirs.moved, f"moved at {t}: ")
-        give(w, normals(10 + t))
+        give(w, normals(SHAPES, 10 + t, F64))
         opt.second_step(zero_grad=True)
-        theirs.step(normals(10 + t))
+        theirs.step(normals(SHAPES, 10 + t, F64))
         assert_close(w, theirs.base.w, f"after step {t}: ")
 
 
@@ -90,7 +77,7 @@ def test_gsam_is_the_authors(exact, base):
     theirs = published.GSAM((published.SGD if sgd else published.AdamW)(w, **hyper), 0.3, 0.7)
     opt = GSAM(w, kind, rho=0.3, alpha=0.7, backend=exact, **{"weight_decay": 0.0, **hyper})
     for t in range(10):
-        first, second = normals(10 + t), normals(50 + t)
+        first, second = (normals(SHAPES, seed + t, F64) for seed in (10, 50))
         give(w, first)
         opt.first_step(zero_grad=True)
         assert_close(w, theirs.climbed(first), f"moved at {t}: ")
@@ -109,7 +96,7 @@ def test_looksam_is_the_authors(exact, base):
     theirs = published.LookSAM((published.SGD if sgd else published.AdamW)(w, **hyper), 0.3, 0.7)
     opt = LookSAM(w, kind, rho=0.3, alpha=0.7, k=4, backend=exact, **{"weight_decay": 0.0, **hyper})
     for t in range(11):
-        first, second = normals(10 + t), normals(50 + t)
+        first, second = (normals(SHAPES, seed + t, F64) for seed in (10, 50))
         assert opt.climbs_next == (t % 4 == 0)
         give(w, first)
         if opt.climbs_next:
@@ -145,7 +132,7 @@ def test_groups_climb_by_their_own_rho_and_mix_by_their_own_alpha(name, exact):
     x, v = [p.detach().clone() for p in w], [torch.zeros_like(p) for p in w]
     g_v = v
     for t in range(7):
-        first, second = normals(10 + t), normals(50 + t)
+        first, second = (normals(SHAPES, seed + t, F64) for seed in (10, 50))
         d = [-u for u in v] if name == "msam" else first
         climbs = opt.climbs_next
         if name != "msam":
@@ -245,7 +232,7 @@ def test_every_backend_errs_at_most_twice_as_much_as_plain_torch(name, base, dty
             truth.follow(ours)
         else:
             truth.follow(plain)
-        grads = [[g.to(dtype) for g in normals(seed + t)] for seed in (10, 50)]
+        grads = [[g.to(dtype) for g in normals(SHAPES, seed + t, F64)] for seed in (10, 50)]
         for trial in (ours, plain, truth):
             trial.step(*grads)
         for (what, x), y, z in zip(ours.found().items(), plain.found().values(),
@@ -518,7 +505,7 @@ def test_looksam_adds_nothing_where_both_gradients_are_parallel(share, backend):
     sam = SAM(twins, torch.optim.SGD, rho=0.1, interval=3, backend=backend, **HYPER)
     for t in range(5):
         for ps, o in ((params, opt), (twins, sam)):
-            grads = normals(10 + t, torch.float32)
+            grads = normals(SHAPES, 10 + t, torch.float32)
             give(ps, grads)
             if o.climbs_next:
                 o.first_step(zero_grad=True)
@@ -531,7 +518,7 @@ def test_looksam_adds_nothing_where_both_gradients_are_parallel(share, backend):
 def test_looksam_uses_a_g_v_that_is_small_but_no_noise(backend):
     params = parameters(0, torch.float32)
     opt = LookSAM(params, torch.optim.SGD, rho=0.1, alpha=1.0, k=2, lr=1.0, backend=backend)
-    g, other = normals(1, torch.float32), normals(2, torch.float32)
+    g, other = normals(SHAPES, 1, torch.float32), normals(SHAPES, 2, torch.float32)
     give(params, g)
     opt.first_step(zero_grad=True)
     give(params, [x + 1e-3 * y for x, y in zip(g, other, strict=True)])

@@ -13,6 +13,7 @@ from fastsam.choose import BACKENDS
 from fastsam.hyper import COLUMN
 from fastsam.space import PAD, Kind, Space, Tables, is_dense, same_layout
 
+from ..helpers.drawn import normals
 from ..helpers.oracle import Oracle, exact
 
 HYPER = dict(rho=0.3, sigma=0.7, lmbda=0.6, lr=0.1, momentum=0.9, weight_decay=0.02)
@@ -25,11 +26,6 @@ def backend(request):
     return request.param
 
 
-def normals(shapes, seed: int, device) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(s, generator=generator).to(device) for s in shapes]
-
-
 def optimizer(params, backend: str, **changes) -> FriendlySAM:
     return FriendlySAM(params, torch.optim.SGD, backend=backend, **{**HYPER, **changes})
 
@@ -40,7 +36,7 @@ def train(opt, params, steps=2, seed=10, shapes=None, picks=None) -> None:
     for t in range(steps):
         for which, step in ((0, opt.first_step), (100, opt.second_step)):
             grads = normals(shapes or [p.shape for p in params], seed + t + which,
-                            params[0].device)
+                            device=params[0].device)
             grads = [grads[i] for i in picks] if picks else grads
             for p, g in zip(params, grads, strict=True):
                 p.grad = g
@@ -61,24 +57,25 @@ def assert_trains_like_alone(params, backend: str) -> None:
 
 
 def odd_layouts(device) -> list[torch.nn.Parameter]:
-    a, b, c, d, e = normals([(4, 6, 3, 5), (7, 9), (13,), (2, 3, 4, 5, 6), ()], 0, device)
+    a, b, c, d, e = normals([(4, 6, 3, 5), (7, 9), (13,), (2, 3, 4, 5, 6), ()], 0, device=device)
     return [torch.nn.Parameter(t) for t in (
         a.contiguous(memory_format=torch.channels_last), b.t().contiguous().t(), c,
         d.contiguous(memory_format=torch.channels_last_3d), e)]
 
 
 def pieces_of_one_storage(device):
-    storage = normals([60], 0, device)[0]
+    storage = normals([60], 0, device=device)[0]
     return [torch.nn.Parameter(storage[:23]), torch.nn.Parameter(storage[23:57].view(2, 17))]
 
 
 def part_of_a_storage(device):
-    whole, other = normals([(8, 30), (5,)], 0, device)
+    whole, other = normals([(8, 30), (5,)], 0, device=device)
     return [torch.nn.Parameter(whole[2:6]), torch.nn.Parameter(other)]
 
 
 def in_shared_memory(device):
-    return [torch.nn.Parameter(t.share_memory_()) for t in normals([(4, 5), (7,)], 0, device)]
+    return [torch.nn.Parameter(t.share_memory_())
+            for t in normals([(4, 5), (7,)], 0, device=device)]
 
 
 class Subclass(torch.Tensor):
@@ -86,13 +83,13 @@ class Subclass(torch.Tensor):
 
 
 def of_a_tensor_subclass(device):
-    a, b = normals([(4, 5), (7,)], 0, device)
+    a, b = normals([(4, 5), (7,)], 0, device=device)
     return [torch.nn.Parameter(a.as_subclass(Subclass)), torch.nn.Parameter(b)]
 
 
 def views_of_numpy(device):
     return [torch.nn.Parameter(torch.from_numpy(t.cpu().numpy().copy()).to(device))
-            for t in normals([(4, 5), (7,)], 0, device)]
+            for t in normals([(4, 5), (7,)], 0, device=device)]
 
 
 MADE = [odd_layouts, pieces_of_one_storage, part_of_a_storage, in_shared_memory,
@@ -139,7 +136,7 @@ def test_no_memory_is_replaced_by_any_call(backend, device):
 
 
 def test_parameters_with_gaps_train_on_the_reference_beside_their_neighbours(device):
-    whole = normals([(6, 8)], 0, device)[0]
+    whole = normals([(6, 8)], 0, device=device)[0]
     kept = whole[:, 1::2].clone()
     params = [torch.nn.Parameter(whole[:, ::2]), torch.nn.Parameter(whole[:, 1:4:2].clone())]
     assert_trains_like_alone(params, "reference")
@@ -149,14 +146,14 @@ def test_parameters_with_gaps_train_on_the_reference_beside_their_neighbours(dev
 
 @pytest.mark.parametrize("backend", ["triton", "numba"])
 def test_kernels_refuse_parameters_with_gaps_by_name(backend, device):
-    whole = normals([(6, 8)], 0, device)[0]
+    whole = normals([(6, 8)], 0, device=device)[0]
     with pytest.raises(ValueError, match="one stretch of memory"):
         optimizer([torch.nn.Parameter(whole[:, ::2])], backend)
 
 
 @pytest.mark.parametrize("shape", [(0,), (0, 3), (3, 0)], ids=str)
 def test_an_empty_parameter_does_not_disturb_the_others(shape, backend, device):
-    params = [torch.nn.Parameter(t) for t in normals([5, shape, 7, shape], 0, device)]
+    params = [torch.nn.Parameter(t) for t in normals([5, shape, 7, shape], 0, device=device)]
     alone = [torch.nn.Parameter(params[i].detach().clone()) for i in (0, 2)]
     opt, other = optimizer(params, backend), optimizer(alone, backend)
     train(opt, params, shapes=[5, shape, 7, shape])
@@ -167,8 +164,8 @@ def test_an_empty_parameter_does_not_disturb_the_others(shape, backend, device):
 def test_parameters_that_someone_re_ordered_are_followed(backend, device):
     """`p.data = ...` and a change of layout in mid-training: state and course stay the same."""
     shapes = [(4, 6, 3, 5), (7,)]
-    params = [torch.nn.Parameter(t) for t in normals(shapes, 0, device)]
-    same = [torch.nn.Parameter(t) for t in normals(shapes, 0, device)]
+    params = [torch.nn.Parameter(t) for t in normals(shapes, 0, device=device)]
+    same = [torch.nn.Parameter(t) for t in normals(shapes, 0, device=device)]
     opt, other = optimizer(params, backend), optimizer(same, backend)
     train(opt, params)
     train(other, same)
@@ -187,7 +184,7 @@ def test_parameters_that_someone_re_ordered_are_followed(backend, device):
 
 
 def laid_out(shapes, **kind) -> Space:
-    params = [torch.nn.Parameter(t) for t in normals(shapes, 0, torch.device("cpu"))]
+    params = [torch.nn.Parameter(t) for t in normals(shapes, 0, device="cpu")]
     return Space.of(Kind(torch.device("cpu"), torch.float32, **kind),
                     [(p, None, 0) for p in params], 1)
 
@@ -324,7 +321,7 @@ def uploads(monkeypatch):
 
 
 def test_tables_are_uploaded_again_only_when_an_address_changed(uploads, backend, device):
-    params = [torch.nn.Parameter(t) for t in normals([5, 7, 40], 0, device)]
+    params = [torch.nn.Parameter(t) for t in normals([5, 7, 40], 0, device=device)]
     opt = optimizer(params, backend)
     for p in params:
         p.grad = torch.ones_like(p)
@@ -360,7 +357,7 @@ def test_tables_of_a_capture_are_filled_when_it_ends(uploads):
 
 
 def test_hyper_parameters_are_uploaded_again_only_when_one_changed(uploads, backend, device):
-    params = [torch.nn.Parameter(t) for t in normals([5, 7], 0, device)]
+    params = [torch.nn.Parameter(t) for t in normals([5, 7], 0, device=device)]
     opt = optimizer([{"params": params[:1]}, {"params": params[1:], "lr": 0.3}], backend)
     train(opt, params, steps=1)
     hyper = opt.spaces[0].hyper.data_ptr()
@@ -382,7 +379,7 @@ def test_hyper_parameters_are_uploaded_again_only_when_one_changed(uploads, back
 
 def test_a_tensor_learning_rate_is_followed_without_upload(uploads, backend, device):
     """In place on the device, as in a captured graph, and beside numbers that change."""
-    params = [torch.nn.Parameter(t) for t in normals([5, 7], 0, device)]
+    params = [torch.nn.Parameter(t) for t in normals([5, 7], 0, device=device)]
     lr = torch.tensor(0.1, device=device)
     opt = optimizer(params, backend, lr=lr)
     oracle = Oracle(params, [{**HYPER, "params": [0, 1]}], method="fsam")
@@ -395,16 +392,16 @@ def test_a_tensor_learning_rate_is_followed_without_upload(uploads, backend, dev
         assert uploads.count(opt.spaces[0].hyper.data_ptr()) == (t == 2)
         for h in oracle.h:
             h.update(lr=value, rho=rho)
-        oracle.first_step(normals([5, 7], 10 + t, device))
-        oracle.second_step(normals([5, 7], 110 + t, device))
+        oracle.first_step(normals([5, 7], 10 + t, device=device))
+        oracle.second_step(normals([5, 7], 110 + t, device=device))
         for p, w in zip(params, oracle.w, strict=True):
             torch.testing.assert_close(exact(p), w, rtol=1e-5, atol=1e-6)
 
 
 def test_a_default_device_of_the_users_is_not_where_tables_are_made(backend, device):
-    params = [torch.nn.Parameter(t) for t in normals([5, 40], 0, device)]
+    params = [torch.nn.Parameter(t) for t in normals([5, 40], 0, device=device)]
     before = [p.detach().clone() for p in params]
-    for p, g in zip(params, normals([5, 40], 1, device), strict=True):
+    for p, g in zip(params, normals([5, 40], 1, device=device), strict=True):
         p.grad = g
     with torch.device("meta"):  # torch.set_default_device("cuda") is the usual one
         opt = optimizer(params, backend)

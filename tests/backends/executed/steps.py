@@ -6,16 +6,13 @@ import torch
 
 from fastsam import FriendlySAM
 
+from ...helpers.drawn import normals
+
 BLOCK = 1024
 ROOM = 64  # bytes around every tensor, where NaN lies
 
 
-def normals(sizes, dtype=torch.float32, seed=0) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(n, generator=generator).to(dtype) for n in sizes]
-
-
-def signs(sizes, dtype=torch.float32, seed=0) -> list[torch.Tensor]:
+def signs(sizes, seed=0, dtype=torch.float32) -> list[torch.Tensor]:
     """-1 and 1 at BLOCK places together, else 0: their norm is 32, whatever the order."""
     generator = torch.Generator().manual_seed(seed)
     values = torch.zeros(sum(sizes))
@@ -82,9 +79,9 @@ class Steps:
         """All weights and state after each half of `steps` steps."""
         dtype, seen = self.params[0].dtype, []
         for t in range(steps):
-            self.climb(draw(sizes, dtype, 10 + t))
+            self.climb(draw(sizes, 10 + t, dtype))
             seen += [p.detach().clone() for p in self.params]
-            self.step(draw(sizes, dtype, 20 + t))
+            self.step(draw(sizes, 20 + t, dtype))
             seen += self.tensors()
         return seen
 

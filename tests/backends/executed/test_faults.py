@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 
+from ...helpers.drawn import normals
 from ...helpers.ptx.faults import (
     Divergence,
     Misaligned,
@@ -13,7 +14,7 @@ from ...helpers.ptx.faults import (
     Uninitialised,
     UnknownInstruction,
 )
-from .steps import BLOCK, Steps, gaps, normals
+from .steps import BLOCK, Steps, gaps
 
 SIZES = [2 * BLOCK + 52, 17]
 

@@ -9,8 +9,9 @@ import torch
 from fastsam import FriendlySAM, MomentumSAM
 from fastsam.kernels import triton as kernels
 
+from ...helpers.drawn import normals
 from ...helpers.variants import VARIANTS
-from .steps import BLOCK, Steps, gaps, normals, signs, untouched_around
+from .steps import BLOCK, Steps, gaps, signs, untouched_around
 
 SIZES = [1, 17, BLOCK - 1, 3 * BLOCK, BLOCK + 1]
 NAMES = ["sam", "asam-weights", "fisher", "fsam", "fsam-official", "fasam", "fsam-cosine"]
@@ -36,7 +37,7 @@ def test_the_reference_s_bits_where_the_norm_is_exact(executed, name, dtype, mas
     sizes = [4, 60, BLOCK]
 
     def course(backend):
-        steps = steps_of(name, normals(sizes, dtype), backend, **SGD, master_weights=masters)
+        steps = steps_of(name, normals(sizes, dtype=dtype), backend, **SGD, master_weights=masters)
         return steps.run(sizes, steps=1, draw=signs)
 
     assert equal(course("triton"), course("reference"))
@@ -62,7 +63,7 @@ def few_for_every_change():
 
 @pytest.mark.parametrize("name, base, dtype", list(few_for_every_change()))
 def test_nothing_but_the_tensors_elements_is_touched(executed, name, base, dtype):
-    steps = steps_of(name, normals(SIZES, dtype), "triton", **base)
+    steps = steps_of(name, normals(SIZES, dtype=dtype), "triton", **base)
     executed.gaps += gaps(steps.opt)
     seen = steps.run(SIZES, steps=1)
     executed.gaps[:] = gaps(steps.opt)  # the base optimizer's state is there now
@@ -75,12 +76,12 @@ def test_nothing_but_the_tensors_elements_is_touched(executed, name, base, dtype
 @pytest.mark.parametrize("offset", [1, 2])
 def test_neither_is_it_from_misaligned_tensors(executed, offset, dtype):
     sizes = [BLOCK + 5, 2 * BLOCK]
-    steps = Steps(normals(sizes, dtype), offset=offset, **SGD)
-    plain = Steps(normals(sizes, dtype), "reference", offset=offset, **SGD)
+    steps = Steps(normals(sizes, dtype=dtype), offset=offset, **SGD)
+    plain = Steps(normals(sizes, dtype=dtype), "reference", offset=offset, **SGD)
     executed.gaps += gaps(steps.opt)
     for course in (steps, plain):
-        course.climb(signs(sizes, dtype, 1), 3)
-        course.step(signs(sizes, dtype, 2), offset)
+        course.climb(signs(sizes, 1, dtype), 3)
+        course.step(signs(sizes, 2, dtype), offset)
     assert all(untouched_around(p) for p in steps.params)
     close = {torch.float32: 1e-6, torch.bfloat16: 1e-2}[dtype]
     for ours, theirs in zip(steps.tensors(), plain.tensors(), strict=True):
@@ -93,7 +94,7 @@ def test_the_schedule_changes_no_bit(executed, dtype):
     sizes = [BLOCK + 5, 40]
 
     def course():
-        return Steps(normals(sizes, dtype), **SGD).run(sizes, steps=1)
+        return Steps(normals(sizes, dtype=dtype), **SGD).run(sizes, steps=1)
 
     expected = course()
     executed.together = False
@@ -121,11 +122,11 @@ def test_the_norm_that_a_step_leaves_has_the_bits_of_one_that_is_taken(executed,
                                                                        masters):
     """From misaligned gradients, and from none, too."""
     sizes = [BLOCK + 7, 40, 2 * BLOCK]
-    steps = Steps(normals(sizes, dtype), "triton", MomentumSAM, rho=0.3, master_weights=masters,
-                  **base)
+    steps = Steps(normals(sizes, dtype=dtype), "triton", MomentumSAM, rho=0.3,
+                  master_weights=masters, **base)
     for offset in (0, 1):
-        steps.climb(normals(sizes, dtype, 1))
-        grads = normals(sizes, dtype, 2 + offset)
+        steps.climb(normals(sizes, 1, dtype))
+        grads = normals(sizes, 2 + offset, dtype)
         steps._set(grads, offset)
         if offset:
             steps.params[1].grad = None

@@ -6,7 +6,8 @@ import torch
 from fastsam import ASAM, SAM, FriendlySAM
 from fastsam.kernels import triton as kernels
 
-from .steps import BLOCK, Steps, normals
+from ...helpers.drawn import normals
+from .steps import BLOCK, Steps
 
 SIZES = [6 * BLOCK, 2 * BLOCK]
 ELEMENTS = sum(SIZES)
@@ -35,10 +36,10 @@ def moved(sectors, way: str) -> int:
 
 def traffic(executed, dtype=torch.float32, offset=0, **kwargs) -> list:
     """Of a step, with gradients `offset` elements beyond a multiple of 64 bytes."""
-    steps = Steps(normals(SIZES, dtype), **kwargs)
+    steps = Steps(normals(SIZES, dtype=dtype), **kwargs)
     executed.traffic.clear()  # the first optimizer of all has tried a kernel
-    steps.climb(normals(SIZES, dtype, 1), offset)
-    steps.step(normals(SIZES, dtype, 2), offset)
+    steps.climb(normals(SIZES, 1, dtype), offset)
+    steps.step(normals(SIZES, 2, dtype), offset)
     return executed.traffic
 
 
