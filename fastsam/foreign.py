@@ -7,16 +7,18 @@ A base that wraps another, as Lookahead does, may save itself in a form of its o
 whole under BASE, beside ours in torch's form.
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .interrupts import Result, surely
 from .state_dict import bases_part
 
 Group = dict[str, Any]
+Values = list[tuple[Group, Group]]  # groups, and what they are to have
 BASE = "base_optimizer"
 
 
@@ -89,24 +91,40 @@ def join(base: Optimizer, groups: Sequence[Group], own: Group, shared: Sequence[
 
 
 def exchanged(group: Group, shared: Sequence[str]) -> Group:
-    """The group with SAM's and the base's values in each other's places."""
-    return {**group, **{key: group["base_" + key] for key in shared},
-            **{"base_" + key: group[key] for key in shared}}
+    """SAM's and the base's values of the shared keys that a group has twice, in each other's
+    places."""
+    pairs = [(key, "base_" + key) for key in shared if {key, "base_" + key} <= group.keys()]
+    return {to: group[key] for pair in pairs for to, key in (pair, pair[::-1])}
 
 
-@contextmanager
-def as_base_sees(base: Optimizer, shared: Sequence[str]) -> Iterator[None]:
-    """While the block runs, a shared key has the base's value; after it SAM's, in the groups that
-    there were and in those that the block has put in."""
+def as_base_sees(base: Optimizer, shared: Sequence[str], call: Callable[[], Result]) -> Result:
+    """Call, while a shared key has the base's value; after it SAM's, in the groups that there were
+    and in those that the call has put in. What the call has written is kept."""
     groups = list(base.param_groups)
-    for group, theirs in zip(groups, [exchanged(x, shared) for x in groups], strict=True):
-        group.update(theirs)
-    try:
-        yield
-    finally:
-        before = {id(group) for group in groups}
-        for group in [*groups, *(x for x in base.param_groups if id(x) not in before)]:
-            group.update(exchanged(group, [k for k in shared if {k, "base_" + k} <= group.keys()]))
+    theirs = [exchanged(group, shared) for group in groups]
+    back: Values | None = [(group, {key: group[key] for key in values})
+                           for group, values in zip(groups, theirs, strict=True)]
+
+    def exchanged_call() -> Result:
+        nonlocal back
+        put_values(zip(groups, theirs, strict=True))
+        back = None
+        return call()
+
+    def put_back() -> None:
+        nonlocal back
+        if back is None:
+            known = {id(group) for group in groups}
+            new = [group for group in base.param_groups if id(group) not in known]
+            back = [(group, exchanged(group, shared)) for group in [*groups, *new]]
+        put_values(back)
+
+    return surely(exchanged_call, put_back)
+
+
+def put_values(values: Iterable[tuple[Group, Group]]) -> None:
+    for group, those in values:
+        group.update(those)
 
 
 def share(base: Optimizer, name: str, container: Any) -> None:
@@ -172,8 +190,7 @@ def all_or_nothing(optimizer: Optimizer, base: Optimizer) -> Iterator[None]:
 def saved(base: Optimizer, groups: Sequence[Group], own: dict[int, dict[str, Tensor]],
           shared: Sequence[str]) -> dict[str, Any]:
     """The base's whole saved state, and in it these groups and SAM's own tensors."""
-    with as_base_sees(base, shared):
-        state = base.state_dict()
+    state = as_base_sees(base, shared, base.state_dict)
     if "state" not in state or "param_groups" not in state:
         return {"state": {i: x for i, x in own.items() if x}, "param_groups": groups, BASE: state}
     theirs = state["state"]
@@ -213,11 +230,10 @@ def load(base: Optimizer, state_dict: dict[str, Any], shared: Sequence[str],
             group.update({key: mine[key] for key in own})
         return base.param_groups, base.state
     theirs = {i: bases_part(state) for i, state in state_dict["state"].items()}
-    groups = [exchanged(group, shared) for group in state_dict["param_groups"]]
-    with as_base_sees(base, shared):
-        base.load_state_dict({**state_dict, "param_groups": groups,
-                              "state": {i: part for i, part in theirs.items()
-                                        if not isinstance(part, dict) or part}})
+    groups = [{**group, **exchanged(group, shared)} for group in state_dict["param_groups"]]
+    part = {**state_dict, "param_groups": groups, "state": {
+        i: x for i, x in theirs.items() if not isinstance(x, dict) or x}}
+    as_base_sees(base, shared, lambda: base.load_state_dict(part))
     for p in [p for p, state in base.state.items() if state is None]:
         del base.state[p]  # ZeroRedundancyOptimizer's sign for another process's
     return base.param_groups, base.state

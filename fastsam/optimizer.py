@@ -171,9 +171,9 @@ class SAM(Optimizer):
         count = len(self.param_groups)
         with foreign.lent(self, [param_group]):
             try:
-                with foreign.as_base_sees(self.base_optimizer, self._shared):
-                    param_group.update(foreign.exchanged(merged, self._shared))
-                    self.base_optimizer.add_param_group(param_group)
+                param_group.update(merged, **foreign.exchanged(merged, self._shared))
+                foreign.as_base_sees(self.base_optimizer, self._shared,
+                                     lambda: self.base_optimizer.add_param_group(param_group))
                 self._follow()
             except BaseException:
                 del self.param_groups[count:]
@@ -399,9 +399,8 @@ class SAM(Optimizer):
                     p.grad.div_(grad_scale)
         waiting = [p for p in layout.shown.hidden() if p.grad is not None]
         before = layout.shown.marks(waiting)
-        with (layout.shown.aside(self.state),
-              foreign.as_base_sees(self.base_optimizer, self._shared)):
-            self.base_optimizer.step()
+        layout.shown.aside(self.state, lambda: foreign.as_base_sees(
+            self.base_optimizer, self._shared, self.base_optimizer.step))
         after = layout.shown.marks(waiting)
         written = {p for p, x, y in zip(waiting, before, after, strict=True) if x != y}
         layout.show(self.state, written | layout.shown.nothing_of_ours())

@@ -5,8 +5,7 @@ over whatever else is found in their place. Loading, copying, editing by hand an
 all go this way.
 """
 
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, cast
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from .distributed import is_sharded, like
 from .hyper import FRIENDLY, GIVEN
+from .interrupts import surely
 from .space import Slot, Space, local
 from .state_dict import FOREIGN, State, check_entry, name_of_m, saved_m
 
@@ -93,20 +93,23 @@ class Shown:
             else:
                 self.visible.discard(p)
 
-    @contextmanager
-    def aside(self, state: dict[Tensor, State]) -> Iterator[None]:
-        """Around a step of a base that is not fused: where our tensors are all that a parameter's
+    def aside(self, state: dict[Tensor, State], call: Callable[[], object]) -> None:
+        """Call a step of a base that is not fused: where our tensors are all that a parameter's
         state has, the base sees none, and sets its own up if it keeps any."""
         ours = dict[Tensor, State]()
-        try:
+
+        def call_without_ours() -> None:
             for p, tensors in self.tensors.items():
                 if (entry := state.get(p)) and entry.keys() <= tensors.keys():
                     ours[p] = entry
                     del state[p]
-            yield
-        finally:
+            call()
+
+        def put_back() -> None:
             for p, entry in ours.items():
                 state.setdefault(p, entry).update(entry)
+
+        surely(call_without_ours, put_back)
 
     def hidden(self) -> dict[Tensor, State]:
         """What is not in the state yet."""

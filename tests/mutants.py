@@ -152,6 +152,8 @@ MUTANTS = [Mutant(*fields) for fields in [
     ("fastsam/reference.py", "1 / (1 + a * g * g).sqrt()", "1 / (1 + a * g * g)", REFERENCE),
     ("fastsam/batchnorm.py", "            norm.track_running_stats = False", "            pass",
      "tests/unit/test_batchnorm.py"),
+    ("fastsam/interrupts.py", "    finally:\n        then()\n", "    finally:\n        pass\n",
+     "tests/unit/test_invariants.py -k own_value"),
 ]]  # fmt: skip
 
 

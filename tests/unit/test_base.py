@@ -213,6 +213,19 @@ def test_the_values_are_in_their_places_after_a_base_that_fails():
     assert opt.param_groups == [mine]
 
 
+def test_what_a_hook_writes_while_the_values_are_exchanged_is_kept():
+    p = nn.Parameter(torch.ones(3))
+    opt = SAM([p], torch.optim.Adadelta, rho=0.05, base_rho=0.9, lr=0.1)
+    hook = opt.base_optimizer.register_step_post_hook(
+        lambda base, *_: base.param_groups[0].update(rho=0.7, base_rho=0.2))
+    p.grad = torch.ones(3)
+    opt.step()
+    hook.remove()
+    assert (opt.param_groups[0]["rho"], opt.param_groups[0]["base_rho"]) == (0.2, 0.7)
+    opt.step()
+    assert (opt.param_groups[0]["rho"], opt.param_groups[0]["base_rho"]) == (0.2, 0.7)
+
+
 # ---- SAM's own state beside that of a base that is not fused
 
 

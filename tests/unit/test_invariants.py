@@ -151,7 +151,52 @@ def test_an_interrupt_at_any_line_of_a_step_leaves_the_weights(chosen, by_hand, 
     ps = [nn.Parameter(torch.randn(5, dtype=dtype)) for dtype in dtypes]
     opt = FriendlySAM(ps, torch.optim.SGD, rho=0.5, lr=0.0, momentum=0.9, backend=chosen,
                       master_weights=masters)
+    assert interrupt_every_line(ps, opt, by_hand) > 300
 
+
+class Turns(torch.optim.Adadelta):
+    """Changes its own rho in every step, and back in the next."""
+
+    def step(self, closure=None):
+        super().step()
+        for group in self.param_groups:
+            group["rho"] = 1 - group["rho"]
+
+
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_an_interrupt_at_any_line_leaves_each_its_own_value_of_a_shared_key(by_hand):
+    ps = [nn.Parameter(torch.randn(5)), nn.Parameter(torch.randn(5))]
+    groups = [{"params": ps[:1]}, {"params": ps[1:], "rho": 0.1, "base_rho": 0.75}]
+    opt = FriendlySAM(groups, Turns, rho=0.5, base_rho=0.875, lr=0.0, backend="reference")
+
+    def look(line):
+        for group, rho, theirs in zip(opt.param_groups, (0.5, 0.1), (0.875, 0.75), strict=True):
+            assert group["rho"] == rho and group["base_rho"] in (theirs, 1 - theirs), line
+
+    assert interrupt_every_line(ps, opt, by_hand, look) > 500
+
+
+class Stateless(torch.optim.SGD):
+    """Without momentum, what is kept of a parameter is SAM's alone, and put aside in a step."""
+
+
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_an_interrupt_at_any_line_leaves_what_is_kept_beside_a_base(by_hand):
+    ps = [nn.Parameter(torch.randn(5)), nn.Parameter(torch.randn(5))]
+    opt = FriendlySAM(ps, Stateless, rho=0.5, lr=0.0, backend="reference")
+
+    def look(line):
+        assert all(opt.state[p]["sam_ema"].any() for p in ps), line
+
+    assert interrupt_every_line(ps, opt, by_hand, look) > 500
+
+
+def interrupt_every_line(ps, opt, by_hand, look=lambda line: None) -> int:
+    """Interrupt a step at each of its lines in turn, and see what it leaves.
+
+    Returns:
+        The number of lines.
+    """
     def closure():
         for p in ps:
             p.grad = torch.ones_like(p)
@@ -169,11 +214,13 @@ def test_an_interrupt_at_any_line_of_a_step_leaves_the_weights(chosen, by_hand, 
         step()
     w, line = [p.detach().clone() for p in ps], 1
     while interrupted_at(line, step):
+        look(line)
         if by_hand:
             opt.restore()
         assert all(map(torch.equal, ps, w)) and not opt.is_perturbed, line
         line += 1
-    assert line > 300 and all(map(torch.equal, ps, w))
+    assert all(map(torch.equal, ps, w))
+    return line
 
 
 def test_a_zero_grad_that_raises_leaves_the_weights(backend, device):
