@@ -102,6 +102,11 @@ def steps_of(groups: Sequence[dict[str, Any]]) -> int:
     return int(max((group.get("sam_steps", 0) for group in groups), default=0))
 
 
+def params_of(groups: Sequence[dict[str, Any]]) -> list[Tensor]:
+    check_containers(groups)
+    return [p for group in groups for p in group["params"]]
+
+
 def names_of(group: dict[str, Any]) -> Sequence[str | None]:
     """The names of a group's parameters. Names that do not keep up with the parameters are none,
     as nothing but ASAM's weights asks for them."""
@@ -121,6 +126,17 @@ def check_call(zero_grad: object, scaler: object = None) -> None:
                         "goes through loss.backward() before, a closure into step(closure)")
     if scaler is not None and not hasattr(scaler, "is_enabled"):
         raise TypeError(f"scaler is a {type(scaler).__name__}: use a torch.amp.GradScaler")
+
+
+def check_closures(closure: object, ascent_closure: object) -> None:
+    """Refuse closures that cannot be called, and the ascent's alone."""
+    for name, f in (("closure", closure), ("ascent_closure", ascent_closure)):
+        if f is not None and not callable(f):
+            raise TypeError(f"{name} is a {type(f).__name__}, not a function: after "
+                            "loss.backward() call first_step() and second_step(), or pass a "
+                            "function that computes the loss and calls backward")
+    if closure is None and ascent_closure is not None:
+        raise ValueError("step(ascent_closure=...) needs a closure for the second pass")
 
 
 def is_number(x: object) -> bool:
@@ -177,6 +193,14 @@ def check_base(params: object, kind: Any, own: type, kwargs: dict[str, Any]) -> 
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise TypeError(f"{name!r} is an argument of neither {own.__name__} nor "
                             f"{kind.__name__}{hint}")
+
+
+def refuse_arguments_of_existing(params: object, base: Optimizer, own: type,
+                                 kwargs: dict[str, Any]) -> None:
+    """Refuse parameters and arguments for a base optimizer that exists and has its own."""
+    if kwargs or params is not base.param_groups:
+        raise TypeError(f"an existing {type(base).__name__} has its parameters and arguments: "
+                        f"use {own.__name__}.wrap(optimizer, rho=...)")
 
 
 def refuse_unusable(p: Tensor) -> None:

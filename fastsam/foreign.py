@@ -14,8 +14,9 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .entries import bases_part
 from .interrupts import Result, surely
-from .state_dict import bases_part
+from .shown import Shown
 
 Group = dict[str, Any]
 Values = list[tuple[Group, Group]]  # groups, and what they are to have
@@ -73,8 +74,8 @@ def own_part(base: Optimizer, own: Group) -> list[Group]:
             for group in base.param_groups]
 
 
-def shared_keys(base: Optimizer, own: Group) -> list[str]:
-    return [key for key in own if key in base.defaults]
+def shared_keys(base: Optimizer, own: Group) -> tuple[str, ...]:
+    return tuple(key for key in own if key in base.defaults)
 
 
 def join(base: Optimizer, groups: Sequence[Group], own: Group, shared: Sequence[str],
@@ -120,6 +121,21 @@ def as_base_sees(base: Optimizer, shared: Sequence[str], call: Callable[[], Resu
         put_values(back)
 
     return surely(exchanged_call, put_back)
+
+
+def step(base: Optimizer, shared: Sequence[str], shown: Shown, state: dict[Tensor, Any],
+         ) -> set[Tensor]:
+    """The base's own step, without what is SAM's alone in the state.
+
+    Returns:
+        The parameters beside whose state what is SAM's may stand from here on (see `Shown.put`).
+    """
+    waiting = [p for p in shown.hidden() if p.grad is not None]
+    before = shown.marks(waiting)
+    shown.aside(state, lambda: as_base_sees(base, shared, base.step))
+    after = shown.marks(waiting)
+    written = {p for p, x, y in zip(waiting, before, after, strict=True) if x != y}
+    return written | shown.nothing_of_ours()
 
 
 def put_values(values: Iterable[tuple[Group, Group]]) -> None:

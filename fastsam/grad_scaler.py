@@ -1,5 +1,6 @@
 """torch.amp.GradScaler, whose loss scale and overflow flags stay on the device."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -27,3 +28,10 @@ def report_overflow(scaler: Any, optimizer: Optimizer, ok: Tensor) -> None:
     found = scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"]
     for device, found_inf in found.items():
         found_inf.logical_or_(ok.to(device, non_blocking=True) == 0)
+
+
+def unscale(params: Sequence[Tensor], scale: Tensor) -> None:
+    """Divide the loss scale out of the gradients, for a base that knows nothing of it."""
+    for p in params:
+        if p.grad is not None:
+            p.grad.div_(scale)

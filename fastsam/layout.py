@@ -44,8 +44,8 @@ class Traits(NamedTuple):
         backend: the one that was asked for, or None.
         own: the names of its own group keys.
         along_v: the climb is along -v, the base's momentum, and comes before the pass.
-        theirs: the names of the group keys that keep the base's values where it has keys of those
-            names too, such as "base_rho".
+        shared: those of `own` that the base has too, as Adadelta has "rho"; its values are kept
+            under "base_" and the name.
     """
 
     mode: str | None
@@ -56,7 +56,7 @@ class Traits(NamedTuple):
     backend: str | None
     own: tuple[str, ...]
     along_v: bool = False
-    theirs: tuple[str, ...] = ()
+    shared: tuple[str, ...] = ()
 
 
 class Values(NamedTuple):
@@ -119,7 +119,8 @@ class Layout:
         self.names = self._names(groups)
         if not self.params:
             raise ValueError("the groups have no parameters: an optimizer needs one at least")
-        self.keys = itemgetter(*traits.own, *traits.theirs, *BASE_KEYS[traits.base])
+        self.keys = itemgetter(*traits.own, *("base_" + key for key in traits.shared),
+                               *BASE_KEYS[traits.base])
         self.seen(groups)
         refuse_twice(self.params)
         kinds: dict[tuple, list] = {}

@@ -1,4 +1,4 @@
-"""The torch optimizer: parameter groups, the two-phase step, closures and state."""
+"""The torch optimizer: parameter groups, the two-phase step and closures."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,18 +14,19 @@ from . import state_dict as saving
 from .checks import (
     check_base,
     check_call,
-    check_containers,
+    check_closures,
     check_group,
     check_groups,
     check_options,
+    params_of,
+    refuse_arguments_of_existing,
     refuse_hooks,
     steps_of,
 )
-from .grad_scaler import inverse_scale, report_overflow
+from .grad_scaler import inverse_scale, report_overflow, unscale
 from .layout import Layout, Traits
 from .passes import Pass
 from .phase import Phase, PhaseError, restoring
-from .shown import adopt
 from .space import Space, Tables
 
 Loss = TypeVar("Loss")  # what a closure returns
@@ -91,9 +92,8 @@ class SAM(Optimizer):
         kind = type(base_optimizer) if wrapped else base_optimizer
         kwargs = foreign.plain_names(kwargs, own)
         check_base(params, kind, type(self), kwargs)
-        if wrapped and (kwargs or params is not base_optimizer.param_groups):
-            raise TypeError(f"an existing {kind.__name__} has its parameters and arguments: "
-                            f"use {type(self).__name__}.wrap(optimizer, rho=...)")
+        if wrapped:
+            refuse_arguments_of_existing(params, base_optimizer, type(self), kwargs)
         own = {**own, "perturb": True}
         check_group(own, own)
         fused = FUSED.get(kind)
@@ -102,8 +102,7 @@ class SAM(Optimizer):
                               tuple(own), along_v)
         own["sam_steps"] = 0
         self._interval, self._start = interval, start
-        self._phase = Phase()
-        self._built = False
+        self._phase, self._built = Phase(), False
         if not (wrapped or isinstance(params, Tensor)):
             params = [foreign.unless_counted(x) for x in params]
         with foreign.lent(self, params):
@@ -120,13 +119,14 @@ class SAM(Optimizer):
             mine: the groups' values of SAM's own keys.
             own: the defaults of these.
         """
-        self._shared = foreign.shared_keys(self.base_optimizer, own)
-        self._traits = self._traits._replace(theirs=tuple("base_" + key for key in self._shared))
-        self.param_groups = foreign.join(self.base_optimizer, mine, own, self._shared)
-        self.defaults = {**self.base_optimizer.defaults, **own, **{
-            "base_" + key: self.base_optimizer.defaults[key] for key in self._shared}}
+        base = self.base_optimizer
+        shared = foreign.shared_keys(base, own)
+        self._traits = self._traits._replace(shared=shared)
+        self.param_groups = foreign.join(base, mine, own, shared)
+        self.defaults = {**base.defaults, **own,
+                         **{"base_" + key: base.defaults[key] for key in shared}}
         self._check(self.param_groups)
-        self.state = self.base_optimizer.state
+        self.state = base.state
         self._built = True
         self._follow()
 
@@ -171,8 +171,8 @@ class SAM(Optimizer):
         count = len(self.param_groups)
         with foreign.lent(self, [param_group]):
             try:
-                param_group.update(merged, **foreign.exchanged(merged, self._shared))
-                foreign.as_base_sees(self.base_optimizer, self._shared,
+                param_group.update(merged, **foreign.exchanged(merged, self._traits.shared))
+                foreign.as_base_sees(self.base_optimizer, self._traits.shared,
                                      lambda: self.base_optimizer.add_param_group(param_group))
                 self._follow()
             except BaseException:
@@ -296,8 +296,6 @@ class SAM(Optimizer):
         """
         self._check_closures(closure, ascent_closure)
         if closure is None:
-            if ascent_closure is not None:
-                raise ValueError("step(ascent_closure=...) needs a closure for the second pass")
             self._base_step()
             return None
         self._phase.need(False, "step(closure)")
@@ -328,18 +326,14 @@ class SAM(Optimizer):
             raise
 
     def _check_closures(self, closure: Any, ascent_closure: Any) -> None:
-        for name, f in (("closure", closure), ("ascent_closure", ascent_closure)):
-            if f is not None and not callable(f):
-                raise TypeError(f"{name} is a {type(f).__name__}, not a function: after "
-                                "loss.backward() call first_step() and second_step(), or pass a "
-                                "function that computes the loss and calls backward")
+        check_closures(closure, ascent_closure)
 
     def _call(self, closure: Callable[[], Loss]) -> Loss:
         """Call a closure with cleared gradients; say so where it leaves none."""
         with torch.enable_grad():
             self.zero_grad()
             loss = closure()
-        if all(p.grad is None for p in self._parameters()):
+        if all(p.grad is None for p in params_of(self.param_groups)):
             self._phase.warn("closure", "the closure left no gradients, so this step changes "
                              "nothing: a closure computes the loss and calls backward; without "
                              "one, call first_step and second_step")
@@ -394,16 +388,9 @@ class SAM(Optimizer):
             cells.skipped += 1
             return
         if grad_scale is not None:
-            for p in self._parameters():
-                if p.grad is not None:
-                    p.grad.div_(grad_scale)
-        waiting = [p for p in layout.shown.hidden() if p.grad is not None]
-        before = layout.shown.marks(waiting)
-        layout.shown.aside(self.state, lambda: foreign.as_base_sees(
-            self.base_optimizer, self._shared, self.base_optimizer.step))
-        after = layout.shown.marks(waiting)
-        written = {p for p, x, y in zip(waiting, before, after, strict=True) if x != y}
-        layout.show(self.state, written | layout.shown.nothing_of_ours())
+            unscale(params_of(self.param_groups), grad_scale)
+        layout.show(self.state, foreign.step(self.base_optimizer, self._traits.shared,
+                                             layout.shown, self.state))
 
     # ---- several first passes for one step
 
@@ -416,7 +403,7 @@ class SAM(Optimizer):
         step is given up, as by `restore`.
         """
         with restoring(self.restore):
-            micro_batches.stash(self._phase, self._parameters(), self._go_back)
+            micro_batches.stash(self._phase, params_of(self.param_groups), self._go_back)
 
     def unstash_grad(self) -> None:
         """Put the sums of the gradients set aside into `.grad`, in place of what is there.
@@ -426,7 +413,7 @@ class SAM(Optimizer):
             ValueError: a parameter has another shape or device by now; nothing has changed then.
         """
         self._phase.need(False, "unstash_grad")
-        micro_batches.unstash(self._phase, self._parameters())
+        micro_batches.unstash(self._phase, params_of(self.param_groups))
 
     @contextmanager
     def local_first_pass(self, model: torch.nn.parallel.DistributedDataParallel) -> Iterator[None]:
@@ -507,10 +494,6 @@ class SAM(Optimizer):
 
     # ---- what can be asked
 
-    def _parameters(self) -> list[Tensor]:
-        check_containers(self.param_groups)
-        return [p for group in self.param_groups for p in group["params"]]
-
     @property
     def spaces(self) -> tuple[Space, ...]:
         """Where fastsam's own buffers lie, by device, dtype and sharding of the parameters. Brings
@@ -559,13 +542,8 @@ class SAM(Optimizer):
         return reports.memory(self._follow().spaces)
 
     def __repr__(self) -> str:
-        head, _, groups = super().__repr__().partition("(")
-        report = self._phase.layout.report if self._phase.layout else {}
-        options = "".join(f", {name}={value}" for name, value, usual in (
-            ("interval", self._interval, 1), ("start", self._start, 0),
-            ("master_weights", self._traits.masters, False)) if value != usual)
-        return (f"{head}(base={type(self.base_optimizer).__name__}, "
-                f"backend={report.get('backend')!r}{options}{groups}")
+        options = self._interval, self._start, self._traits.masters
+        return reports.line(super().__repr__(), self.base_optimizer, self._phase.layout, *options)
 
     # ---- saving and loading
 
@@ -577,18 +555,8 @@ class SAM(Optimizer):
                 with gradients set aside.
         """
         self._phase.need(False, "state_dict")
-        layout = self._follow()
-        with saving.without_hooks(self, "_optimizer_state_dict_post_hooks") as (hooks,):
-            state = super().state_dict()
-        if self._traits.base:
-            state["state"] = {i: saving.as_torch_saves(x) for i, x in state["state"].items()}
-        else:
-            own = {i: layout.shown.tensors[p] for i, p in enumerate(self._parameters())}
-            state = foreign.saved(self.base_optimizer, state["param_groups"], own,
-                                  self._shared)
-        for hook in hooks.values():
-            state = hook(self, state) or state
-        return state
+        return saving.save(self, self.base_optimizer, self._traits, self._follow(),
+                           super().state_dict)
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -604,53 +572,12 @@ class SAM(Optimizer):
         """
         self._phase.need(False, "load_state_dict")
         with saving.hooks_around(self, state_dict) as state_dict:
-            self._load(state_dict)
-
-    def _load(self, state_dict: dict[str, Any]) -> None:
-        self._join_containers()
-        if not self._traits.base:
-            state_dict = foreign.as_saved(state_dict, self.param_groups, self._shared)
-        params = self._parameters()
-        groups, states = saving.fitting(state_dict, self.param_groups, params, self._traits.base,
-                                        self._traits.mode)
-        saving.keep_decoupled(groups, self.base_optimizer)
-        if len(groups) == len(self.param_groups):  # torch has words of its own for others
-            self._phase.layout.seen(groups)
-        check_containers(groups)
-        self._check(groups)
-        entries = dict(zip(params, states, strict=False))
-        with foreign.all_or_nothing(self, self.base_optimizer):
-            self._take_over({**state_dict, "param_groups": groups}, entries)
-
-    def _take_over(self, state_dict: dict[str, Any], entries: dict[Tensor, Any]) -> None:
-        """Load what was found fit.
-
-        Args:
-            entries: the saved states, by parameter.
-        """
-        containers = self.param_groups, self.state
-        super().load_state_dict({**state_dict, "state": {}})
-        if self._traits.base:
-            self.state.update((p, saving.without_published(x)) for p, x in entries.items() if x)
-            ids = {i for g in state_dict["param_groups"] for i in g["params"]}
-            self.state.update((k, x) for k, x in state_dict["state"].items() if k not in ids)
-        else:
-            self.param_groups, self.state = foreign.load(
-                self.base_optimizer, state_dict, self._shared, (*self._traits.own, "sam_steps"))
-        self._keep_containers(*containers)
-        layout = self._phase.layout
-        adopt(layout.shown, list(entries), entries)
-        layout.show(self.state)
-        self._follow()
-
-    def _keep_containers(self, groups: list[dict], state: Any) -> None:
-        """Go on with these containers, which others hold, such as Lightning's wrapper."""
-        new_groups, new_state = list(self.param_groups), dict(self.state)
-        groups[:] = new_groups
-        state.clear()
-        state.update(new_state)
-        self.param_groups, self.state = groups, state
-        foreign.join_containers(self, self.base_optimizer)
+            self._join_containers()
+            base, traits, layout = self.base_optimizer, self._traits, self._phase.layout
+            fit, entries = saving.fitting(state_dict, self.param_groups, base, traits, layout)
+            with foreign.all_or_nothing(self, base):
+                saving.load(self, base, traits, layout, fit, entries, super().load_state_dict)
+                self._follow()
 
     def __getstate__(self) -> dict[str, Any]:
         self._phase.need(False, "copying or pickling")

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+from torch.optim import Optimizer
+
 from .layout import Layout, Traits
 from .space import Space
 
@@ -26,3 +28,15 @@ def memory(spaces: Sequence[Space]) -> dict[str, int]:
             s.steps, s.partials, s.radii, s.dots, s.control, s.counters, s.hyper, s.scalings,
             s.layout))
     return report
+
+
+def line(torchs: str, base: Optimizer, layout: Layout | None, interval: int, start: int,
+         masters: bool) -> str:
+    """The optimizer in words: torch's own, and before the groups what was chosen."""
+    head, _, groups = torchs.partition("(")
+    report = layout.report if layout else {}
+    options = "".join(f", {name}={value}" for name, value, usual in (
+        ("interval", interval, 1), ("start", start, 0), ("master_weights", masters, False),
+    ) if value != usual)
+    return (f"{head}(base={type(base).__name__}, backend={report.get('backend')!r}{options}"
+            f"{groups}")

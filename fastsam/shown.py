@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from .distributed import is_sharded, like
+from .entries import FOREIGN, State, check_entry, name_of_m, saved_m
 from .hyper import FRIENDLY, GIVEN
 from .interrupts import surely
 from .space import Slot, Space, local
-from .state_dict import FOREIGN, State, check_entry, name_of_m, saved_m
 
 # averages and momenta, and the counts of their updates
 COUNTED = (("ema", "ema_steps"), ("sam_ema", "sam_ema_steps"),

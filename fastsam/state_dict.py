@@ -1,155 +1,100 @@
-"""Saved states: the names and forms they may have, what is refused of them, and their hooks."""
+"""Saving and loading an optimizer: its state and its base's, and its hooks around them."""
 
 from collections import OrderedDict
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
-from .checks import is_number
-from .distributed import is_sharded
-from .hyper import FRIENDLY, KEEPING
-from .memory import has_storage
-from .space import local
+from . import foreign
+from .checks import check_containers, check_groups, params_of
+from .entries import FOREIGN, State, as_torch_saves, check_entry, without_published
+from .hyper import KEEPING
+from .layout import Layout, Traits
+from .shown import adopt
 
-State = dict[str, Any]  # of one parameter
-M = ("ema", "full_gradient", "g_v")  # m's names: each is another thing
-OWN = (*M, "ema_steps")  # SAM's own names
-FOREIGN = "sam_"  # begins them beside a base that is not fused, which may use any name itself
-ADAMS = ("step", "exp_avg", "exp_avg_sq")
-PUBLISHED = ("old_p", "momentum")  # what the public SAM and F-SAM classes save, and no base
+HOOKS = "_optimizer_state_dict_post_hooks"
+LOADING = "_optimizer_load_state_dict_pre_hooks", "_optimizer_load_state_dict_post_hooks"
 
 
-def bases_part(state: Any) -> Any:
-    """One parameter's saved state without what is not the base optimizer's. An entry of no
-    parameter's, such as MADGRAD's counter, may be of any type."""
-    if not isinstance(state, dict):
-        return state
-    others = {FOREIGN + name for name in OWN} | (set(PUBLISHED) if "old_p" in state else set())
-    if is_old_form(state):
-        others |= set(OWN)
-    return {k: x for k, x in state.items() if k not in others}
-
-
-def is_old_form(state: State) -> bool:
-    """Whether SAM's own names stand without their prefix: saved by a fused optimizer, or by a
-    version of fastsam up to 0.1."""
-    return "ema_steps" in state or "full_gradient" in state or "g_v" in state
-
-
-def without_published(state: State) -> State:
-    """One parameter's saved state without what the public classes keep for a step's time."""
-    return {k: x for k, x in state.items() if k not in PUBLISHED or "old_p" not in state}
-
-
-def keep_decoupled(groups: list[State], base: Optimizer) -> None:
-    """AdamW stays AdamW, also with the groups of an Adam, as in torch."""
-    if type(base) is AdamW:
-        for group in groups:
-            group["decoupled_weight_decay"] = True
-
-
-def name_of_m(mode: str | None) -> str | None:
-    """m's public name; None where there is no m."""
-    if mode in (None, "gsam"):
-        return None
-    return "ema" if mode in FRIENDLY else "g_v" if mode == "looksam" else "full_gradient"
-
-
-def saved_ms(state: State, fused: bool) -> dict[str, tuple[str, Tensor]]:
-    """The m of every class in a saved state, by m's name, with the key that it has there: ours, or
-    that of the published F-SAM code ("momentum"). Beside a base that is not fused, a key without
-    our prefix may be the base's own."""
-    keys = [("ema", "momentum")] if "old_p" in state else []
-    if fused or is_old_form(state):
-        keys += [(name, name) for name in M]
-    keys += [(name, FOREIGN + name) for name in M]
-    return {name: (key, state[key]) for name, key in keys if isinstance(state.get(key), Tensor)}
-
-
-def saved_m(state: State, fused: bool, mode: str | None) -> Tensor | None:
-    """This class's m in a saved state."""
-    return saved_ms(state, fused).get(cast(str, name_of_m(mode)), (None, None))[1]
-
-
-def check_m(p: Tensor, state: State, base: str | None, mode: str | None) -> None:
-    """Refuse an m that does not fit, or that is another class's alone."""
-    mine, found = name_of_m(mode), saved_ms(state, bool(base))
-    if mine is None:
-        return
-    if found and mine not in found:
-        key = next(iter(found.values()))[0]
-        raise ValueError(f"a state has {key!r}, which is another class's, where this one keeps "
-                         f"{mine!r}: delete it from the state to begin {mine!r} anew")
-    check_tensor(p, mine, found.get(mine, (None, None))[1], base)
-
-
-def check_entry(p: Tensor, state: State, base: str | None, mode: str | None) -> None:
-    """Refuse the state of another parameter or class, and what no state can be.
+def save(optimizer: Optimizer, base: Optimizer, traits: Traits, layout: Layout,
+         torchs: Callable[[], State]) -> State:
+    """The optimizer's whole state, its base's included (see `SAM.state_dict`).
 
     Args:
-        base: the fused base optimizer, as in `Kind`; None: the base's part is its own affair.
-        mode: as `Kind.mode`.
+        torchs: torch's own `state_dict` of the optimizer.
+    """
+    with without_hooks(optimizer, HOOKS) as (hooks,):
+        state = torchs()
+    if traits.base:
+        state["state"] = {i: as_torch_saves(x) for i, x in state["state"].items()}
+    else:
+        own = {i: layout.shown.tensors[p] for i, p in enumerate(params_of(optimizer.param_groups))}
+        state = foreign.saved(base, state["param_groups"], own, traits.shared)
+    for hook in hooks.values():
+        state = hook(optimizer, state) or state
+    return state
+
+
+def fitting(state_dict: State, mine: list[State], base: Optimizer, traits: Traits, layout: Layout,
+            ) -> tuple[State, dict[Tensor, State]]:
+    """A saved state with the groups that it gives this optimizer, and its parameters' states.
+
+    Args:
+        mine: the optimizer's groups.
 
     Raises:
-        ValueError: no dict; a tensor whose shape differs, or that is whole where the parameter is
-            sharded; something else where a tensor or a count belongs; a part of Adam's state;
-            what another class keeps in m's place.
+        ValueError: it is another class's, or another model's, or has a value that is refused.
     """
-    if not isinstance(state, dict):
-        if base:
-            raise ValueError(f"the state of a parameter of shape {tuple(p.shape)} is a "
-                             f"{type(state).__name__}: use a dict")
-        return
-    check_m(p, state, base, mode)
-    if base:
-        for name in ("momentum_buffer", "exp_avg", "exp_avg_sq", "master"):
-            check_tensor(p, name, state.get(name), base)
-        for name in ("step", "momentum_steps", "ema_steps"):
-            check_count(name, state.get(name, 0))
-    if base == "adam":
-        missing = [name for name in ADAMS if state.get(name) is None]
-        if 0 < len(missing) < len(ADAMS):
-            raise ValueError(f"the state of a parameter of shape {tuple(p.shape)} lacks "
-                             f"{missing[0]!r}: Adam needs all of {', '.join(ADAMS)}, or none to "
-                             "begin anew")
+    if not traits.base:
+        state_dict = foreign.as_saved(state_dict, mine, traits.shared)
+    theirs, saved, params = state_dict["param_groups"], state_dict["state"], params_of(mine)
+    refuse_others_keys(mine, theirs, saved.values(), traits.mode)
+    groups = merged_groups(mine, theirs)
+    states = [saved.get(i, {}) for group in groups for i in group["params"]]
+    for p, state in zip(params, states, strict=False):
+        check_entry(p, state, traits.base, traits.mode)
+    keep_decoupled(groups, base)
+    if len(groups) == len(mine):  # torch has words of its own for others
+        layout.seen(groups)
+    check_containers(groups)
+    check_groups(groups, traits.own, traits.base, traits.along_v)
+    return {**state_dict, "param_groups": groups}, dict(zip(params, states, strict=False))
 
 
-def check_count(name: str, count: Any) -> None:
-    """Refuse what is no number of steps; a count on a GPU is not read."""
-    if isinstance(count, Tensor) and (count.numel() != 1 or count.is_complex()):
-        raise ValueError(f"{name} in a state is a tensor of shape {tuple(count.shape)}, "
-                         f"{count.dtype}: use a number of steps")
-    if isinstance(count, Tensor) and count.device.type == "cpu":
-        count = count.item()
-    if not isinstance(count, Tensor) and not (
-            is_number(count) and 0 <= count < 2**31 and int(count) == count):
-        if count is not None or name == "step":
-            raise ValueError(f"{name}={count!r} in a state: use a number of steps, at least 0")
+def load(optimizer: Optimizer, base: Optimizer, traits: Traits, layout: Layout, state_dict: State,
+         entries: dict[Tensor, State], torchs: Callable[[State], None]) -> None:
+    """Load what was found `fitting` (see `SAM.load_state_dict`).
+
+    Args:
+        entries: the saved states, by parameter.
+        torchs: torch's own `load_state_dict` of the optimizer.
+    """
+    containers = optimizer.param_groups, optimizer.state
+    torchs({**state_dict, "state": {}})
+    if traits.base:
+        optimizer.state.update((p, without_published(x)) for p, x in entries.items() if x)
+        ids = {i for group in state_dict["param_groups"] for i in group["params"]}
+        optimizer.state.update((k, x) for k, x in state_dict["state"].items() if k not in ids)
+    else:
+        optimizer.param_groups, optimizer.state = foreign.load(
+            base, state_dict, traits.shared, (*traits.own, "sam_steps"))
+    keep_containers(optimizer, base, *containers)
+    adopt(layout.shown, list(entries), entries)
+    layout.show(optimizer.state)
 
 
-def check_tensor(p: Tensor, name: str, value: object, base: str | None) -> None:
-    """Refuse what cannot be a state tensor of p."""
-    if not isinstance(value, Tensor):
-        if base and value is not None:
-            raise ValueError(f"{name} in a state is a {type(value).__name__}: use a tensor of "
-                             f"shape {tuple(p.shape)}")
-        return
-    if value.layout is not torch.strided or value.is_complex() or value.device.type == "meta":
-        raise ValueError(f"{name} in a state has {value.dtype}, {value.layout}, on {value.device}: "
-                         "use a real, dense tensor")
-    if not has_storage(local(value)):
-        raise ValueError(f"{name} in a state has lost its memory, whose storage was freed: delete "
-                         "it from the state to begin it anew")
-    if value.shape != p.shape:
-        raise ValueError(f"a saved state of shape {tuple(value.shape)} does not fit the "
-                         f"parameter of shape {tuple(p.shape)}: load the state of this model")
-    if is_sharded(p) and not is_sharded(value):
-        raise ValueError(f"a saved state of shape {tuple(value.shape)} is not sharded, its "
-                         "parameter is: load it through torch.distributed.checkpoint.state_dict")
+def keep_containers(optimizer: Optimizer, base: Optimizer, groups: list[State], state: Any,
+                    ) -> None:
+    """Go on with these containers, which others hold, such as Lightning's wrapper."""
+    new_groups, new_state = list(optimizer.param_groups), dict(optimizer.state)
+    groups[:] = new_groups
+    state.clear()
+    state.update(new_state)
+    optimizer.param_groups, optimizer.state = groups, state
+    foreign.join_containers(optimizer, base)
 
 
 def merged_groups(mine: list[State], theirs: list[State]) -> list[State]:
@@ -181,29 +126,11 @@ def refuse_others_keys(mine: list[State], theirs: list[State], states: Collectio
                                  f"delete it from the groups to keep {own[key]!r}")
 
 
-def fitting(state_dict: State, groups: list[State], params: Sequence[Tensor], base: str | None,
-            mode: str | None) -> tuple[list[State], list[State]]:
-    """The groups and the parameters' states that a saved state gives.
-
-    Raises:
-        ValueError: it is another class's, or another model's.
-    """
-    theirs, saved = state_dict["param_groups"], state_dict["state"]
-    refuse_others_keys(groups, theirs, saved.values(), mode)
-    groups = merged_groups(groups, theirs)
-    states = [saved.get(i, {}) for group in groups for i in group["params"]]
-    for p, state in zip(params, states, strict=False):
-        check_entry(p, state, base, mode)
-    return groups, states
-
-
-def as_torch_saves(state: State) -> State:
-    """One parameter's state with Adam's step counter as torch's Adam wants it: on the CPU, in
-    float32."""
-    if not isinstance(state, dict):
-        return state
-    step = {"step": state["step"].float().cpu()} if "exp_avg" in state else {}
-    return {**state, **step}
+def keep_decoupled(groups: list[State], base: Optimizer) -> None:
+    """AdamW stays AdamW, also with the groups of an Adam, as in torch."""
+    if type(base) is AdamW:
+        for group in groups:
+            group["decoupled_weight_decay"] = True
 
 
 @contextmanager
@@ -223,10 +150,9 @@ def without_hooks(optimizer: Any, *names: str) -> Iterator[list[OrderedDict]]:
 def hooks_around(optimizer: Any, state_dict: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Run the hooks of load_state_dict on the whole state, before the block and after it, and
     none of them inside."""
-    for hook in optimizer._optimizer_load_state_dict_pre_hooks.values():
+    for hook in getattr(optimizer, LOADING[0]).values():
         state_dict = hook(optimizer, state_dict) or state_dict
-    with without_hooks(optimizer, "_optimizer_load_state_dict_pre_hooks",
-                       "_optimizer_load_state_dict_post_hooks") as (_, after):
+    with without_hooks(optimizer, *LOADING) as (_, after):
         yield state_dict
     for hook in after.values():
         hook(optimizer)

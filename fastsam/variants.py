@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .checks import params_of
 from .distributed import placed_like
 from .optimizer import FUSED, SAM
 from .phase import PhaseError
@@ -354,7 +355,7 @@ class FullGradientSAM(SAM):
             PhaseError: while perturbed.
         """
         self._phase.need(False, "set_full_gradient")
-        params = self._parameters()
+        params = params_of(self.param_groups)
         gradients = [p.grad for p in params] if gradients is None else list(gradients)
         if len(gradients) != len(params):
             raise ValueError(f"{len(gradients)} gradients for {len(params)} parameters: "
@@ -395,7 +396,7 @@ class FullGradientSAM(SAM):
             total += n
         if total == 0:
             raise ValueError("batches is empty: give an iterable that can be walked again")
-        grads = [p.grad for p in self._parameters()]
+        grads = [p.grad for p in params_of(self.param_groups)]
         with torch.no_grad():
             torch._foreach_div_([g for g in grads if g is not None], total)
         self.set_full_gradient(grads)

@@ -58,7 +58,7 @@ def as_alone(opt: SAM, state: dict) -> dict:
     """A saved state of SAM's as the base alone would have saved it; ours may be in it too."""
     if "base_optimizer" in state:  # in a form of its own
         return state["base_optimizer"]
-    groups = [{**group, **{key: group["base_" + key] for key in opt._shared}}
+    groups = [{**group, **{key: group["base_" + key] for key in opt._traits.shared}}
               for group in state["param_groups"]]
     return {**state, "param_groups": groups}
 
