@@ -147,13 +147,13 @@ def announce(changed: Collection[Tensor]) -> None:
     torch.clear_autocast_cache()
 
 
-def moved(climbs: Sequence[Climb]) -> list[Tensor]:
+def moved_weights(climbs: Sequence[Climb]) -> list[Tensor]:
     """The weights that climbed."""
     return [local(slot.param) for climb in climbs
             for slot, moved in zip(climb.space.slots, climb.moved, strict=True) if moved]
 
 
-def written(passes: Sequence[Pass], climbs: Sequence[Climb | None]) -> list[Tensor]:
+def written_weights(passes: Sequence[Pass], climbs: Sequence[Climb | None]) -> list[Tensor]:
     """The weights that a step writes: those with a gradient, and those that climbed."""
     changed: list[Tensor] = []
     for p, climb in zip(passes, climbs, strict=True):

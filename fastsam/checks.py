@@ -243,7 +243,7 @@ def refuse_shared(params: Sequence[Tensor]) -> None:
         for near in neighbours([local(p) for p in params if p.numel()]):
             if len(near) == 1 and is_dense(near[0]):
                 continue
-            if all(map(is_dense, near)) or repeats(torch.cat([places(p) for p in near])):
+            if all(map(is_dense, near)) or repeats(torch.cat([byte_addresses(p) for p in near])):
                 raise ValueError("two parameters share memory, or one shares it with itself: tie "
                                  "weights by using one Parameter twice in the model, not two "
                                  "over the same tensor")
@@ -263,7 +263,7 @@ def neighbours(memory: list[Tensor]) -> Iterator[list[Tensor]]:
         yield near
 
 
-def places(p: Tensor) -> Tensor:
+def byte_addresses(p: Tensor) -> Tensor:
     """The addresses of p's bytes."""
     where = torch.arange(p.element_size(), device="cpu")
     for s, n in zip(p.stride(), p.shape, strict=True):

@@ -12,7 +12,7 @@ from .hyper import FRIENDLY
 from .memory import has_storage
 from .space import local
 
-State = dict[str, Any]  # of one parameter
+Entry = dict[str, Any]  # of one parameter
 M = ("ema", "full_gradient", "g_v")  # m's names: each is another thing
 OWN = (*M, "ema_steps")  # SAM's own names
 FOREIGN = "sam_"  # begins them beside a base that is not fused, which may use any name itself
@@ -31,18 +31,18 @@ def bases_part(state: Any) -> Any:
     return {k: x for k, x in state.items() if k not in others}
 
 
-def is_old_form(state: State) -> bool:
+def is_old_form(state: Entry) -> bool:
     """Whether SAM's own names stand without their prefix: saved by a fused optimizer, or by a
     version of fastsam up to 0.1."""
     return "ema_steps" in state or "full_gradient" in state or "g_v" in state
 
 
-def without_published(state: State) -> State:
+def without_published(state: Entry) -> Entry:
     """One parameter's saved state without what the public classes keep for a step's time."""
     return {k: x for k, x in state.items() if k not in PUBLISHED or "old_p" not in state}
 
 
-def as_torch_saves(state: State) -> State:
+def as_torch_saves(state: Entry) -> Entry:
     """One parameter's state with Adam's step counter as torch's Adam wants it: on the CPU, in
     float32."""
     if not isinstance(state, dict):
@@ -58,7 +58,7 @@ def name_of_m(mode: str | None) -> str | None:
     return "ema" if mode in FRIENDLY else "g_v" if mode == "looksam" else "full_gradient"
 
 
-def saved_ms(state: State, fused: bool) -> dict[str, tuple[str, Tensor]]:
+def saved_ms(state: Entry, fused: bool) -> dict[str, tuple[str, Tensor]]:
     """The m of every class in a saved state, by m's name, with the key that it has there: ours, or
     that of the published F-SAM code ("momentum"). Beside a base that is not fused, a key without
     our prefix may be the base's own."""
@@ -69,12 +69,12 @@ def saved_ms(state: State, fused: bool) -> dict[str, tuple[str, Tensor]]:
     return {name: (key, state[key]) for name, key in keys if isinstance(state.get(key), Tensor)}
 
 
-def saved_m(state: State, fused: bool, mode: str | None) -> Tensor | None:
+def saved_m(state: Entry, fused: bool, mode: str | None) -> Tensor | None:
     """This class's m in a saved state."""
     return saved_ms(state, fused).get(cast(str, name_of_m(mode)), (None, None))[1]
 
 
-def check_m(p: Tensor, state: State, base: str | None, mode: str | None) -> None:
+def check_m(p: Tensor, state: Entry, base: str | None, mode: str | None) -> None:
     """Refuse an m that does not fit, or that is another class's alone."""
     mine, found = name_of_m(mode), saved_ms(state, bool(base))
     if mine is None:
@@ -86,7 +86,7 @@ def check_m(p: Tensor, state: State, base: str | None, mode: str | None) -> None
     check_tensor(p, mine, found.get(mine, (None, None))[1], base)
 
 
-def check_entry(p: Tensor, state: State, base: str | None, mode: str | None) -> None:
+def check_entry(p: Tensor, state: Entry, base: str | None, mode: str | None) -> None:
     """Refuse the state of another parameter or class, and what no state can be.
 
     Args:

@@ -15,7 +15,7 @@ from .passes import Pass
 from .phase import Phase
 from .shown import adopt, merged
 
-State = dict[Tensor, Any]
+State = dict[Tensor, Any]  # of all parameters
 
 
 def follow(phase: Phase, traits: Traits, groups: Sequence[Group], state: State) -> Layout:

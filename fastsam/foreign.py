@@ -19,7 +19,6 @@ from .interrupts import Result, surely
 from .shown import Shown
 
 Group = dict[str, Any]
-Values = list[tuple[Group, Group]]  # groups, and what they are to have
 BASE = "base_optimizer"
 
 
@@ -103,8 +102,9 @@ def as_base_sees(base: Optimizer, shared: Sequence[str], call: Callable[[], Resu
     and in those that the call has put in. What the call has written is kept."""
     groups = list(base.param_groups)
     theirs = [exchanged(group, shared) for group in groups]
-    back: Values | None = [(group, {key: group[key] for key in values})
-                           for group, values in zip(groups, theirs, strict=True)]
+    back: list[tuple[Group, Group]] | None = [
+        (group, {key: group[key] for key in values})
+        for group, values in zip(groups, theirs, strict=True)]
 
     def exchanged_call() -> Result:
         nonlocal back
@@ -123,6 +123,11 @@ def as_base_sees(base: Optimizer, shared: Sequence[str], call: Callable[[], Resu
     return surely(exchanged_call, put_back)
 
 
+def put_values(values: Iterable[tuple[Group, Group]]) -> None:
+    for group, those in values:
+        group.update(those)
+
+
 def step(base: Optimizer, shared: Sequence[str], shown: Shown, state: dict[Tensor, Any],
          ) -> set[Tensor]:
     """The base's own step, without what is SAM's alone in the state.
@@ -138,12 +143,7 @@ def step(base: Optimizer, shared: Sequence[str], shown: Shown, state: dict[Tenso
     return written | shown.nothing_of_ours()
 
 
-def put_values(values: Iterable[tuple[Group, Group]]) -> None:
-    for group, those in values:
-        group.update(those)
-
-
-def share(base: Optimizer, name: str, container: Any) -> None:
+def set_container(base: Optimizer, name: str, container: Any) -> None:
     """Let a base, and one that it wraps and shares its container with, use this one.
 
     Args:
@@ -152,7 +152,7 @@ def share(base: Optimizer, name: str, container: Any) -> None:
     was = getattr(base, name)
     for inner in list(vars(base).values()):
         if isinstance(inner, Optimizer) and getattr(inner, name) is was:
-            share(inner, name, container)
+            set_container(inner, name, container)
     if getattr(base, name) is not container:  # it may be a property that asks the inner one
         setattr(base, name, container)
 
@@ -170,7 +170,7 @@ def join_containers(optimizer: Optimizer, base: Optimizer, groups: object = None
         if mine is not theirs:
             if mine is seen:
                 setattr(optimizer, name, theirs)
-            share(base, name, getattr(optimizer, name))
+            set_container(base, name, getattr(optimizer, name))
 
 
 def with_inner(base: Optimizer) -> list[Optimizer]:
@@ -203,8 +203,8 @@ def all_or_nothing(optimizer: Optimizer, base: Optimizer) -> Iterator[None]:
         raise
 
 
-def saved(base: Optimizer, groups: Sequence[Group], own: dict[int, dict[str, Tensor]],
-          shared: Sequence[str]) -> dict[str, Any]:
+def save(base: Optimizer, groups: Sequence[Group], own: dict[int, dict[str, Tensor]],
+         shared: Sequence[str]) -> dict[str, Any]:
     """The base's whole saved state, and in it these groups and SAM's own tensors."""
     state = as_base_sees(base, shared, base.state_dict)
     if "state" not in state or "param_groups" not in state:
@@ -216,7 +216,7 @@ def saved(base: Optimizer, groups: Sequence[Group], own: dict[int, dict[str, Ten
 
 def as_saved(state_dict: dict[str, Any], groups: Sequence[Group], shared: Sequence[str],
              ) -> dict[str, Any]:
-    """A state in the form that `saved` gives it, also where a base alone saved it: its `rho` is
+    """A state in the form that `save` gives it, also where a base alone saved it: its `rho` is
     Adadelta's own then, and its form may be Lookahead's."""
     if "state" in state_dict and "param_groups" in state_dict:
         return {**state_dict, "param_groups": [

@@ -29,6 +29,7 @@ BASE_KEYS = {None: (),
                      "differentiable"),
              "adam": ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize",
                       "differentiable", "decoupled_weight_decay")}
+COLUMN_OF = {True: "g1", False: "g2"}  # a first pass's gradients, and a second's, in `Tables`
 CONSTANTS = (int, float, bool, str, type(None))
 
 
@@ -122,21 +123,7 @@ class Layout:
         self.keys = itemgetter(*traits.own, *("base_" + key for key in traits.shared),
                                *BASE_KEYS[traits.base])
         self.seen(groups)
-        refuse_twice(self.params)
-        kinds: dict[tuple, list] = {}
-        for i, group in enumerate(groups):
-            for p, name in zip(group["params"], names_of(group), strict=True):
-                refuse_unusable(p)
-                key = p.device, p.dtype, distributed.shards_of(p)
-                kinds.setdefault(key, []).append((p, name, i))
-        refuse_shared(self.params)
-        base = traits.base
-        if base == "sgd" and any(group["momentum"] for group in groups):
-            base = "sgd-momentum"
-        self.spaces = tuple(
-            Space.of(Kind(device, dtype, shards, traits.mode, base,
-                          traits.masters and dtype.itemsize == 2), members, len(groups))
-            for (device, dtype, shards), members in kinds.items())
+        self.spaces = self._make_spaces(groups)
         self.backend, self.report = choose(traits.backend, self.spaces)
         self.shown = Shown(self.spaces)
         self.tables = [Tables(space) for space in self.spaces]
@@ -153,6 +140,24 @@ class Layout:
         self._watch()
         self._plain = [PLAIN.issuperset(map(type, space.params))
                        for space in self.spaces]
+
+    def _make_spaces(self, groups: Sequence[Group]) -> tuple[Space, ...]:
+        """One space for all parameters of one device, dtype and sharding."""
+        refuse_twice(self.params)
+        alike: dict[tuple, list] = {}
+        for i, group in enumerate(groups):
+            for p, name in zip(group["params"], names_of(group), strict=True):
+                refuse_unusable(p)
+                key = p.device, p.dtype, distributed.shards_of(p)
+                alike.setdefault(key, []).append((p, name, i))
+        refuse_shared(self.params)
+        base, masters = self.traits.base, self.traits.masters
+        if base == "sgd" and any(group["momentum"] for group in groups):
+            base = "sgd-momentum"
+        return tuple(
+            Space.of(Kind(device, dtype, shards, self.traits.mode, base,
+                          masters and dtype.itemsize == 2), members, len(groups))
+            for (device, dtype, shards), members in alike.items())
 
     def _watch(self) -> None:
         """Remember where the views that are in the state lie, and in which buffer."""
@@ -376,19 +381,24 @@ class Layout:
         grads: list[Tensor | None] = (
             [slot.v if slot.param.requires_grad else None for slot in space.slots] if along_v
             else [p.grad for p in space.params])
-        takes_part = values.perturb[i] if first else None
-        column = "g1" if first else "g2"
         last = self._last.get((i, first))
         now = None
         if last is not None and last.values is values and last.tables is tables and (
                 last.w is tables.held("w")):
             now = last.memory.gradients_now(space.params, grads)
         if last is not None and now is not None:
-            taken = only(takes_part, grads)
+            taken = only(values.perturb[i] if first else None, grads)
             if now != last.memory.g:
-                tables.bring(column, table_of(taken))
+                tables.bring(COLUMN_OF[first], table_of(taken))
                 last.memory.g = now
             return last.read._replace(g=taken)
+        return self._read_closely(i, first, grads, tables)
+
+    def _read_closely(self, i: int, first: bool, grads: list[Tensor | None], tables: Tables,
+                      ) -> Pass | None:
+        """`read`, with a look at the memory of everything."""
+        space, values = self.spaces[i], self.values
+        along_v = first and self.traits.along_v
         with torch.no_grad():
             w = [local(p) for p in space.params]
             if not all(map(lies_as, w, space.slots)):
@@ -401,11 +411,10 @@ class Layout:
                               for slot, g in zip(space.slots, grads, strict=True)])
             usable, dtype = in_one_dtype(usable, space.kind.acc)
         self._last.pop((i, first), None)
-        taken = only(takes_part, usable)
+        taken = only(values.perturb[i] if first else None, usable)
         p = Pass(space, w, taken, dtype, values.rows, values.scaling[i], values.ab[i],
-                 space.cells.inv_scale1 if along_v else None,
-                 tables.bring("w", w_at), tables.bring(column, table_of(taken)),
-                 along_v=along_v)
+                 space.cells.inv_scale1 if along_v else None, tables.bring("w", w_at),
+                 tables.bring(COLUMN_OF[first], table_of(taken)), along_v=along_v)
         if self._plain[i] and all(map(is_, usable, grads)):
             self._last[i, first] = Last(Memory(space.params, grads), values, tables,
                                         tables.held("w"), p._replace(g=[]))

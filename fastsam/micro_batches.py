@@ -48,11 +48,11 @@ def unstash(phase: Phase, params: Sequence[Tensor]) -> None:
                              f"a parameter that is now of shape {tuple(p.shape)} on {p.device}: "
                              "call restore() to give the step up")
     for p in dict.fromkeys([*params, *phase.stash]):
-        put(p, phase.stash.get(p))
+        set_grad(p, phase.stash.get(p))
     phase.stash.clear()
 
 
-def put(p: Tensor, g: Tensor | None) -> None:
+def set_grad(p: Tensor, g: Tensor | None) -> None:
     """p.grad = g. One of another dtype torch 2.9 takes only in the place of one that is there."""
     if g is None or g.dtype == p.dtype or hasattr(torch.Tensor, "grad_dtype"):
         p.grad = g

@@ -237,7 +237,7 @@ class SAM(Optimizer):
         try:
             climbs = all_spaces.climb(phase.layout, passes)
             phase.climbs, phase.perturbed, phase.scaler, phase.plain = climbs, True, scaler, None
-            all_spaces.announce(all_spaces.written(passes, climbs))
+            all_spaces.announce(all_spaces.written_weights(passes, climbs))
             phase.watch.note(phase.layout.spaces)
             if zero_grad:
                 self.zero_grad()
@@ -374,7 +374,7 @@ class SAM(Optimizer):
         all_spaces.step(phase.layout, passes, climbs, found_inf)
         vars(self.base_optimizer)["_opt_called"] = True  # for a scheduler that was built around it
         phase.leave()
-        all_spaces.announce(all_spaces.written(passes, climbs))
+        all_spaces.announce(all_spaces.written_weights(passes, climbs))
 
     def _foreign_step(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         """Restore and let the base optimizer step. Whether the step is a skip is read on the
@@ -453,7 +453,7 @@ class SAM(Optimizer):
                 self._phase.leave()
                 raise
             finally:
-                all_spaces.announce(all_spaces.moved(climbs))
+                all_spaces.announce(all_spaces.moved_weights(climbs))
 
     @contextmanager
     def capture(self) -> Iterator[list[Tables]]:

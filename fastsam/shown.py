@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .distributed import is_sharded, like
-from .entries import FOREIGN, State, check_entry, name_of_m, saved_m
+from .entries import FOREIGN, Entry, check_entry, name_of_m, saved_m
 from .hyper import FRIENDLY, GIVEN
 from .interrupts import surely
 from .space import Slot, Space, local
@@ -71,7 +71,7 @@ class Shown:
         self.has_m, self.renewed = has_m, True
         self.tensors = {p: public(*place, has_m) for p, place in self.places.items()}
 
-    def keep_m(self, taken: dict[Tensor, State]) -> None:
+    def keep_m(self, taken: dict[Tensor, Entry]) -> None:
         """See whether there is an m after the state of these parameters was taken over."""
         has_m = self.mode not in GIVEN or any(
             self._m_in(entry) for entry in taken.values()) or (
@@ -82,7 +82,7 @@ class Shown:
     def _m_in(self, entry: object) -> bool:
         return isinstance(entry, dict) and saved_m(entry, self.fused, self.mode) is not None
 
-    def put(self, state: dict[Tensor, State], stepped: Collection[Tensor] = ()) -> None:
+    def put(self, state: dict[Tensor, Entry], stepped: Collection[Tensor] = ()) -> None:
         """Put every slot's tensors into the state. A base that is not fused takes a parameter's
         state for set up where there is any, so beside such a base they wait until it has set its
         own up, or has written these parameters, `stepped`, without one. A base may skip steps."""
@@ -93,10 +93,10 @@ class Shown:
             else:
                 self.visible.discard(p)
 
-    def aside(self, state: dict[Tensor, State], call: Callable[[], object]) -> None:
+    def aside(self, state: dict[Tensor, Entry], call: Callable[[], object]) -> None:
         """Call a step of a base that is not fused: where our tensors are all that a parameter's
         state has, the base sees none, and sets its own up if it keeps any."""
-        ours = dict[Tensor, State]()
+        ours = dict[Tensor, Entry]()
 
         def call_without_ours() -> None:
             for p, tensors in self.tensors.items():
@@ -111,7 +111,7 @@ class Shown:
 
         surely(call_without_ours, put_back)
 
-    def hidden(self) -> dict[Tensor, State]:
+    def hidden(self) -> dict[Tensor, Entry]:
         """What is not in the state yet."""
         return {p: tensors for p, tensors in self.tensors.items()
                 if tensors and p not in self.visible}
@@ -127,7 +127,7 @@ class Shown:
         return [(p._version, float(local(p).sum(dtype=self.places[p][0].kind.acc)))
                 for p in params]
 
-    def missing(self, state: dict[Tensor, State]) -> list[Tensor]:
+    def missing(self, state: dict[Tensor, Entry]) -> list[Tensor]:
         """The parameters in whose state something else is found, or nothing; or an m where there
         was none. Where ours is not shown yet, the base may have loaded a state with it."""
         return [p for p, tensors in self.tensors.items()
@@ -155,7 +155,7 @@ class Shown:
                     found.append((t if is_sharded(p) else self.tensors[p][name], flat, at))
         return found
 
-    def let_go(self, params: Sequence[Tensor], state: dict[Tensor, State]) -> None:
+    def let_go(self, params: Sequence[Tensor], state: dict[Tensor, Entry]) -> None:
         """Give tensors of ours that are no longer in these parameters' state memory of their own:
         somebody may hold them, and put them back one day."""
         for p in params:
@@ -175,13 +175,13 @@ def is_shown(tensors: dict[str, Tensor], entry: object) -> bool:
     return isinstance(entry, dict) and all(entry.get(name) is t for name, t in tensors.items())
 
 
-def merged(state: dict[Tensor, State], hidden: dict[Tensor, State]) -> dict[Tensor, State]:
+def merged(state: dict[Tensor, Entry], hidden: dict[Tensor, Entry]) -> dict[Tensor, Entry]:
     """The state with what is `hidden`, too; where both have something, the state's."""
     return {**state, **{p: {**own, **(state.get(p) or {})} for p, own in hidden.items()}}
 
 
 @torch.no_grad()
-def adopt(shown: Shown, params: Sequence[Tensor], state: dict[Tensor, State]) -> None:
+def adopt(shown: Shown, params: Sequence[Tensor], state: dict[Tensor, Entry]) -> None:
     """Take over the state of these parameters where it is not what is shown; what it lacks starts
     anew, as in torch.
 
@@ -199,11 +199,11 @@ def adopt(shown: Shown, params: Sequence[Tensor], state: dict[Tensor, State]) ->
              for flat in buffers(shown.places[p][0])}
     entries = [apart(entry, flats) for entry in entries]
     for p, entry in zip(params, entries, strict=True):
-        load(*shown.places[p], entry)
+        load_slot(*shown.places[p], entry)
     shown.keep_m(dict(zip(params, entries, strict=True)))
 
 
-def without_stale_counts(entry: State, own: dict[str, Tensor]) -> State:
+def without_stale_counts(entry: Entry, own: dict[str, Tensor]) -> Entry:
     """The state without a count of ours beside an average or momentum of somebody else's, which
     was updated once at least."""
     pairs = [(name, count) for name, count in COUNTED if name in own
@@ -216,14 +216,14 @@ def buffers(space: Space) -> list[Tensor]:
     return [t for t in (space.saved, space.m, space.v, space.u, space.steps) if t is not None]
 
 
-def apart(entry: State, flats: set[int]) -> State:
+def apart(entry: Entry, flats: set[int]) -> Entry:
     """The same state, with copies of what lies in these buffers, which loading writes: two entries
     may have changed places."""
     return {name: x.clone() if isinstance(x, Tensor) and not is_sharded(x)
             and x.untyped_storage().data_ptr() in flats else x for name, x in entry.items()}
 
 
-def load(space: Space, slot: Slot, state: State) -> None:
+def load_slot(space: Space, slot: Slot, state: Entry) -> None:
     """Copy a state into the slot; what is not in `state` starts anew."""
     v_name, v_count = (("exp_avg", "step") if space.kind.base == "adam"
                        else ("momentum_buffer", "momentum_steps"))

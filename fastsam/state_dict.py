@@ -10,17 +10,18 @@ from torch.optim import AdamW, Optimizer
 
 from . import foreign
 from .checks import check_containers, check_groups, params_of
-from .entries import FOREIGN, State, as_torch_saves, check_entry, without_published
+from .entries import FOREIGN, Entry, as_torch_saves, check_entry, without_published
 from .hyper import KEEPING
-from .layout import Layout, Traits
+from .layout import Group, Layout, Traits
 from .shown import adopt
 
+Saved = dict[str, Any]  # a whole state
 HOOKS = "_optimizer_state_dict_post_hooks"
 LOADING = "_optimizer_load_state_dict_pre_hooks", "_optimizer_load_state_dict_post_hooks"
 
 
 def save(optimizer: Optimizer, base: Optimizer, traits: Traits, layout: Layout,
-         torchs: Callable[[], State]) -> State:
+         torchs: Callable[[], Saved]) -> Saved:
     """The optimizer's whole state, its base's included (see `SAM.state_dict`).
 
     Args:
@@ -32,14 +33,14 @@ def save(optimizer: Optimizer, base: Optimizer, traits: Traits, layout: Layout,
         state["state"] = {i: as_torch_saves(x) for i, x in state["state"].items()}
     else:
         own = {i: layout.shown.tensors[p] for i, p in enumerate(params_of(optimizer.param_groups))}
-        state = foreign.saved(base, state["param_groups"], own, traits.shared)
+        state = foreign.save(base, state["param_groups"], own, traits.shared)
     for hook in hooks.values():
         state = hook(optimizer, state) or state
     return state
 
 
-def fitting(state_dict: State, mine: list[State], base: Optimizer, traits: Traits, layout: Layout,
-            ) -> tuple[State, dict[Tensor, State]]:
+def fitting(state_dict: Saved, mine: list[Group], base: Optimizer, traits: Traits, layout: Layout,
+            ) -> tuple[Saved, dict[Tensor, Entry]]:
     """A saved state with the groups that it gives this optimizer, and its parameters' states.
 
     Args:
@@ -64,8 +65,8 @@ def fitting(state_dict: State, mine: list[State], base: Optimizer, traits: Trait
     return {**state_dict, "param_groups": groups}, dict(zip(params, states, strict=False))
 
 
-def load(optimizer: Optimizer, base: Optimizer, traits: Traits, layout: Layout, state_dict: State,
-         entries: dict[Tensor, State], torchs: Callable[[State], None]) -> None:
+def load(optimizer: Optimizer, base: Optimizer, traits: Traits, layout: Layout, state_dict: Saved,
+         entries: dict[Tensor, Entry], torchs: Callable[[Saved], None]) -> None:
     """Load what was found `fitting` (see `SAM.load_state_dict`).
 
     Args:
@@ -86,7 +87,7 @@ def load(optimizer: Optimizer, base: Optimizer, traits: Traits, layout: Layout, 
     layout.show(optimizer.state)
 
 
-def keep_containers(optimizer: Optimizer, base: Optimizer, groups: list[State], state: Any,
+def keep_containers(optimizer: Optimizer, base: Optimizer, groups: list[Group], state: Any,
                     ) -> None:
     """Go on with these containers, which others hold, such as Lightning's wrapper."""
     new_groups, new_state = list(optimizer.param_groups), dict(optimizer.state)
@@ -97,7 +98,7 @@ def keep_containers(optimizer: Optimizer, base: Optimizer, groups: list[State], 
     foreign.join_containers(optimizer, base)
 
 
-def merged_groups(mine: list[State], theirs: list[State]) -> list[State]:
+def merged_groups(mine: list[Group], theirs: list[Group]) -> list[Group]:
     """The saved groups, with this optimizer's value for every key that they lack. Another number
     of groups stays as it is, for torch to refuse in its own words."""
     if len(mine) != len(theirs):
@@ -106,7 +107,7 @@ def merged_groups(mine: list[State], theirs: list[State]) -> list[State]:
             for group, saved in zip(mine, theirs, strict=True)]
 
 
-def refuse_others_keys(mine: list[State], theirs: list[State], states: Collection[State],
+def refuse_others_keys(mine: list[Group], theirs: list[Group], states: Collection[Entry],
                        mode: str | None) -> None:
     """Refuse a group key that another class has under a name of this one's: `eta` is ASAM's, which
     has a `scale` too, or FisherSAM's; `alpha` is LookSAM's, whose states have a g_v, or GSAM's.
@@ -126,7 +127,7 @@ def refuse_others_keys(mine: list[State], theirs: list[State], states: Collectio
                                  f"delete it from the groups to keep {own[key]!r}")
 
 
-def keep_decoupled(groups: list[State], base: Optimizer) -> None:
+def keep_decoupled(groups: list[Group], base: Optimizer) -> None:
     """AdamW stays AdamW, also with the groups of an Adam, as in torch."""
     if type(base) is AdamW:
         for group in groups:

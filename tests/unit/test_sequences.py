@@ -80,7 +80,7 @@ def order_of_memory_unseen(lies_as):
 MUTATIONS = [(reference, "direction", wrong_sigma), (reference, "climb", forgotten_average),
              (reference, "adam", wrong_bias_correction),
              (all_spaces, "go_back", one_weight_left_perturbed),
-             (shown, "load", lost_step_counts), (layout.Layout, "set_cell", overflow_unseen)]
+             (shown, "load_slot", lost_step_counts), (layout.Layout, "set_cell", overflow_unseen)]
 
 
 @pytest.mark.parametrize("owner, name, mutate", MUTATIONS, ids=lambda x: getattr(x, "__name__", x))
