@@ -137,6 +137,7 @@ class Layout:
         self._state: tuple = (None, [], [])  # the state, all in it, and names, as last shown
         self.containers: tuple = (groups, None)  # of groups and state, as they were last seen
         self._normed: list | None = None  # the v and the slots whose norm is in the partials
+        self._dampened = False  # whether a pass reads how often v was updated, beside Adam's
         self._watch()
         self._plain = [PLAIN.issuperset(map(type, space.params))
                        for space in self.spaces]
@@ -161,7 +162,8 @@ class Layout:
 
     def _watch(self) -> None:
         """Remember where the views that are in the state lie, and in which buffer."""
-        self._buffers = [(*place, place[0].stride()) for place in self.shown.watched()]
+        self._buffers = [(*place, place[0].stride())
+                         for place in self.shown.watched(self._dampened)]
         self._views = [view for view, *_ in self._buffers]
         self._addresses, self._have_same_forms = addresses(self._views), forms(self._views)
         self.shown.renewed = False
@@ -211,6 +213,10 @@ class Layout:
         for i, space in enumerate(self.spaces):
             if old is None or self.values.ab[i] != old.ab[i]:
                 upload(self.values.ab[i], space.scalings)
+        if self._dampened != any(row.dampening for row in values.rows):
+            self._dampened = not self._dampened
+            self._watch()
+            self._addresses = []  # some may have been elsewhere before they were watched
         return True
 
     def seen(self, groups: Sequence[Group]) -> list[Any]:

@@ -135,11 +135,11 @@ class Shown:
                 and not is_shown(tensors, state.get(p))
                 or not self.has_m and self._m_in(state.get(p))]
 
-    def watched(self) -> list[tuple[Tensor, Tensor, int]]:
+    def watched(self, dampened: bool) -> list[tuple[Tensor, Tensor, int]]:
         """Those of the tensors that a pass reads, with the buffer that each is a part of and the
-        element at which it begins there. Of the counts it is Adam's and that of the official
-        Friendly-SAM: to ask where the others are would cost every step host time, and no other
-        code knows them by name."""
+        element at which it begins there. Of the counts it is Adam's, that of the official
+        Friendly-SAM and that of a momentum that is `dampened`: to ask where the others are would
+        cost every step host time, and they are only saved."""
         found = []
         for p, (space, slot) in self.places.items():
             kind, n = space.kind, len(space.slots)
@@ -147,7 +147,7 @@ class Shown:
                      id(slot.u): (space.u, slot.offset), id(slot.saved): (space.saved, slot.offset)}
             if kind.mode == "official":
                 flats[id(slot.m_steps)] = space.steps, slot.number
-            if kind.base == "adam":
+            if kind.base == "adam" or (dampened and kind.base == "sgd-momentum"):
                 flats[id(slot.v_steps)] = space.steps, n + slot.number
             for name, t in named(space, slot, self.has_m).items():
                 flat, at = flats.get(id(t), (None, 0))

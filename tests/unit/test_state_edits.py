@@ -414,6 +414,38 @@ def test_a_count_whose_memory_was_moved_is_followed(base, perturbed, backend, de
         torch.testing.assert_close(ours, right, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("later", [False, True])
+@pytest.mark.parametrize("perturbed", [False, True])
+def test_a_count_of_dampened_momentum_whose_memory_was_moved_is_followed(perturbed, later, backend):
+    """At a count of 0 the momentum is the gradient; `later`: dampening comes with the edit."""
+    def trained(begin_anew):
+        p = nn.Parameter(torch.ones(3))
+        opt = SAM([p], torch.optim.SGD, lr=0.1, momentum=0.5, dampening=0.0 if later else 0.5,
+                  backend=backend)
+
+        def edit():
+            opt.param_groups[0]["dampening"] = 0.5
+            begin_anew(opt.state[p]["momentum_steps"])
+
+        for t in range(4):
+            p.grad = torch.full((3,), 1.0 + t)
+            if t == 2 and not perturbed:
+                edit()
+            opt.first_step()
+            if t == 2 and perturbed:
+                edit()
+            opt.second_step()
+            if t == 2:
+                assert opt.state[p]["momentum_buffer"].tolist() == [3.0] * 3
+        return [p, *opt.state[p].values()]
+
+    def elsewhere(count):
+        count.data = torch.zeros_like(count)
+
+    for ours, right in zip(trained(elsewhere), trained(torch.Tensor.zero_), strict=True):
+        torch.testing.assert_close(ours, right, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("base", ["sgd", "adamw"])
 def test_a_buffer_that_is_shared_with_processes_stays_shared(base, backend):
     """As asynchronous training does once, before it forks."""
