@@ -34,7 +34,7 @@ def readable(slot: Slot, g: Tensor) -> Tensor:
     if g.shape != slot.shape or not g.is_floating_point():
         raise ValueError(f"a gradient of shape {tuple(g.shape)} and {g.dtype} is no gradient of a "
                          f"parameter of shape {tuple(slot.shape)}: clear it (zero_grad)")
-    if g.device.type == "cpu" and not has_storage(g):
+    if (type(g) in PLAIN or g.device.type == "cpu") and not has_storage(g):
         raise ValueError(f"a gradient of shape {tuple(g.shape)} has lost its memory, whose "
                          "storage was freed: clear it (zero_grad)")
     if g.dtype == torch.float64 != slot.dtype:

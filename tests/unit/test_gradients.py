@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from fastsam import SAM, FriendlySAM
+from fastsam.gradients import readable
 
 from ..helpers.beside import RHO, Beside, close
 from ..helpers.gradients import give
@@ -483,6 +484,17 @@ def test_a_parameter_of_another_form_is_refused_and_the_others_come_back(change,
     assert not opt.is_perturbed and torch.equal(params[1], w[1])
     params[0].data = was
     opt.restore()
+
+
+@pytest.mark.parametrize("where", ["cpu", "meta"])
+def test_a_gradient_whose_storage_was_freed_is_refused_on_any_device(where):
+    """Reading it would end the process on a CPU, and the context on a GPU; "meta" stands for that
+    here."""
+    slot = SAM([nn.Parameter(torch.ones(3))], torch.optim.SGD, lr=0.1).spaces[0].slots[0]
+    g = torch.ones(3, device=where)
+    g.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match="lost its memory"):
+        readable(slot, g)
 
 
 @pytest.mark.parametrize("size", [0, 20])
