@@ -19,7 +19,8 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from .player import CLASSES, Grads, Group, Player, Setup, Weight
+from .player import Player
+from .setups import CLASSES, Grads, Group, Setup, Weight
 
 CHUNK = 250  # examples of one seed: Hypothesis keeps the tree of everything it has drawn
 
