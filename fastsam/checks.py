@@ -45,6 +45,10 @@ def check_group(group: dict[str, Any], own: Collection[str]) -> None:
     for name in ("adaptive", "perturb"):
         if group.get(name, True) not in (True, False):
             raise ValueError(f"{name}={group[name]!r} is neither True nor False")
+    if "eta" in own and not group.get("adaptive", True):
+        raise ValueError("adaptive=False in a group, where the class is adaptive: leave it out "
+                         "(another class may have left it there), or use SAM for groups of "
+                         "either kind")
     if group.get("scale", "all") not in ("all", "weights"):
         raise ValueError(f"scale={group['scale']!r} is unknown: use 'all' or 'weights'")
 
@@ -246,7 +250,8 @@ def refuse_shared(params: Sequence[Tensor]) -> None:
             if all(map(is_dense, near)) or repeats(torch.cat([byte_addresses(p) for p in near])):
                 raise ValueError("two parameters share memory, or one shares it with itself: tie "
                                  "weights by using one Parameter twice in the model, not two "
-                                 "over the same tensor")
+                                 "over the same tensor; take one that was replaced, as "
+                                 "weight_norm does, out of the groups")
 
 
 def neighbours(memory: list[Tensor]) -> Iterator[list[Tensor]]:
@@ -289,8 +294,14 @@ def refuse_unfused(groups: Sequence[dict[str, Any]]) -> None:
             refuse_no_betas(group["betas"])
 
 
-def refuse_hooks(base: Optimizer) -> None:
-    """Refuse step hooks of a base optimizer whose step the kernels take: nobody would call them."""
+def refuse_changed_step(base: Optimizer) -> None:
+    """Refuse step hooks of a base optimizer whose step the kernels take, and a step that someone
+    has put in place of its own, as torch's schedulers do, too: nobody would call them."""
+    step = vars(base).get("step")
+    if step is not None and getattr(step, "__wrapped__", step) is not type(base).step:
+        raise ValueError(f"the base {type(base).__name__} was given another step(), which a fused "
+                         "step does not call: give it to the optimizer around it, or pass a "
+                         "subclass of the base to run its own step")
     if base._optimizer_step_pre_hooks or base._optimizer_step_post_hooks:
         raise ValueError(f"the base {type(base).__name__} has step hooks, which a fused step does "
                          "not call: register them on the optimizer around it, or pass a subclass "

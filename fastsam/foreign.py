@@ -67,14 +67,33 @@ def build(kind: Any, groups: Sequence[Group], own: Group, kwargs: dict[str, Any]
 
 def own_part(base: Optimizer, own: Group) -> list[Group]:
     """An existing base's groups as SAM's constructor gets them."""
-    shared = shared_keys(base, own)
-    return [{k: x for k, x in group.items()
-             if k in ("params", "param_names") or (k in own and k not in shared)}
-            for group in base.param_groups]
+    shared, groups = shared_keys(base, own), base.param_groups
+    others = left_by_another(groups, own)
+    return [{k: x for k, x in group.items() if k in ("params", "param_names")
+             or (k in own and k not in shared and k not in others)} for group in groups]
+
+
+def left_by_another(groups: Sequence[Group], own: Group) -> set[str]:
+    """The keys whose values another optimizer of ours has given all these groups, rather than the
+    user one of them: the new one has values of its own."""
+    if not all("sam_steps" in group for group in groups):
+        return set()
+    return {key for key in own if key != "sam_steps"
+            and all(is_same(group.get(key), groups[0].get(key)) for group in groups)}
+
+
+def is_same(x: Any, y: Any) -> bool:
+    return x is y or not (isinstance(x, Tensor) or isinstance(y, Tensor)) and bool(x == y)
+
+
+def defaults_of(base: Optimizer) -> Group:
+    """Of a base that wraps another, as PostLocalSGDOptimizer does, and has none itself: that
+    one's."""
+    return next((one.defaults for one in with_inner(base) if hasattr(one, "defaults")), {})
 
 
 def shared_keys(base: Optimizer, own: Group) -> tuple[str, ...]:
-    return tuple(key for key in own if key in base.defaults)
+    return tuple(key for key in own if key in defaults_of(base))
 
 
 def join(base: Optimizer, groups: Sequence[Group], own: Group, shared: Sequence[str],
@@ -121,6 +140,13 @@ def as_base_sees(base: Optimizer, shared: Sequence[str], call: Callable[[], Resu
         put_values(back)
 
     return surely(exchanged_call, put_back)
+
+
+def method_of(base: Optimizer, name: str) -> Callable[..., Any] | None:
+    """A public method of the base's own, such as schedule-free's `train` and `eval` or Lookahead's
+    `sync_lookahead`; None if it has none of this name."""
+    method = None if name.startswith("_") else getattr(base, name, None)
+    return method if callable(method) else None
 
 
 def put_values(values: Iterable[tuple[Group, Group]]) -> None:
@@ -229,6 +255,17 @@ def as_saved(state_dict: dict[str, Any], groups: Sequence[Group], shared: Sequen
     return {"state": {}, "param_groups": numbered, BASE: state_dict}
 
 
+def load_alone(base: Optimizer, state_dict: dict[str, Any]) -> None:
+    """Load a state of the base's own. One that wraps another, as PostLocalSGDOptimizer does, may go
+    on with the groups that the inner one has no more."""
+    groups = base.param_groups
+    inner = [one for one in with_inner(base)[1:] if one.param_groups is groups]
+    base.load_state_dict(state_dict)
+    for one in inner:
+        if base.param_groups is groups and one.param_groups is not groups:
+            base.param_groups = one.param_groups
+
+
 def load(base: Optimizer, state_dict: dict[str, Any], shared: Sequence[str],
          own: Collection[str]) -> tuple[list[Group], Any]:
     """Load the base's part of a saved state.
@@ -240,7 +277,7 @@ def load(base: Optimizer, state_dict: dict[str, Any], shared: Sequence[str],
         Its groups and its state.
     """
     if BASE in state_dict:
-        base.load_state_dict(state_dict[BASE])
+        load_alone(base, state_dict[BASE])
         for group, mine in zip(base.param_groups, state_dict["param_groups"], strict=True):
             group.update({"base_" + key: group[key] for key in shared})
             group.update({key: mine[key] for key in own})
@@ -249,7 +286,7 @@ def load(base: Optimizer, state_dict: dict[str, Any], shared: Sequence[str],
     groups = [{**group, **exchanged(group, shared)} for group in state_dict["param_groups"]]
     part = {**state_dict, "param_groups": groups, "state": {
         i: x for i, x in theirs.items() if not isinstance(x, dict) or x}}
-    as_base_sees(base, shared, lambda: base.load_state_dict(part))
+    as_base_sees(base, shared, lambda: load_alone(base, part))
     for p in [p for p, state in base.state.items() if state is None]:
         del base.state[p]  # ZeroRedundancyOptimizer's sign for another process's
     return base.param_groups, base.state

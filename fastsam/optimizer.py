@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar, overload
+from functools import wraps
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from .checks import (
     check_options,
     params_of,
     refuse_arguments_of_existing,
-    refuse_hooks,
+    refuse_changed_step,
     steps_of,
 )
 from .grad_scaler import inverse_scale, report_overflow, unscale
@@ -123,8 +124,8 @@ class SAM(Optimizer):
         shared = foreign.shared_keys(base, own)
         self._traits = self._traits._replace(shared=shared)
         self.param_groups = foreign.join(base, mine, own, shared)
-        self.defaults = {**base.defaults, **own,
-                         **{"base_" + key: base.defaults[key] for key in shared}}
+        theirs = foreign.defaults_of(base)
+        self.defaults = {**theirs, **own, **{"base_" + key: theirs[key] for key in shared}}
         self._check(self.param_groups)
         self.state = base.state
         self._built = True
@@ -136,7 +137,8 @@ class SAM(Optimizer):
 
         Args:
             base_optimizer: the instance; its param_groups stay shared.
-            *args, **kwargs: rho and the other arguments of the class; a group's own rho wins.
+            *args, **kwargs: rho and the other arguments of the class; a group's own rho wins, but
+                not one that all groups have of an optimizer of this package around it before.
 
         Raises:
             TypeError: a class instead of an optimizer.
@@ -179,6 +181,31 @@ class SAM(Optimizer):
                 del self.param_groups[count:]
                 raise
 
+    if not TYPE_CHECKING:  # which is to refuse what nobody has
+
+        def __getattr__(self, name: str) -> Callable[..., Any]:
+            """What the base has beside torch's methods, such as schedule-free's `train` and `eval`,
+            which trainers look for. `train` before the second pass changes nothing: the climb has
+            begun from that mode.
+
+            Raises:
+                PhaseError: another is called while the weights are perturbed.
+            """
+            base = vars(self).get("base_optimizer")
+            method = None if base is None else foreign.method_of(base, name)
+            if method is None:
+                raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+            @wraps(method)
+            def call(*args: Any, **kwargs: Any) -> Any:
+                if name == "train" and self.is_perturbed:
+                    return None
+                self._phase.need(False, name)
+                return foreign.as_base_sees(base, self._traits.shared,
+                                            lambda: method(*args, **kwargs))
+
+            return call
+
     def _check(self, groups: Sequence[dict[str, Any]]) -> None:
         """Refuse groups with a value that this class or its base cannot take."""
         check_groups(groups, self._traits.own, self._traits.base, self._traits.along_v)
@@ -188,7 +215,7 @@ class SAM(Optimizer):
     def _follow(self) -> Layout:
         """The layout of the parameters and values as they are now (see `following.follow`)."""
         if self._traits.base:
-            refuse_hooks(self.base_optimizer)
+            refuse_changed_step(self.base_optimizer)
         self._join_containers()
         return following.follow(self._phase, self._traits, self.param_groups, self.state)
 
@@ -594,5 +621,7 @@ class SAM(Optimizer):
                 group.setdefault(name, value)
         if skipped is not None:  # a copy or a pickle; without it, load_state_dict
             self._phase = Phase(skipped=skipped)
+            if (self._traits.base or self._traits.mode) and saving.is_shared(self.state):
+                self._phase.warn("shared state", saving.SHARED)
             following.lay_out(self._phase, self._traits, self.param_groups, self.state, hidden)
             self._follow()

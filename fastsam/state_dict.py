@@ -17,6 +17,9 @@ from .shown import adopt
 
 Saved = dict[str, Any]  # a whole state
 HOOKS = "_optimizer_state_dict_post_hooks"
+SHARED = ("the state came from another process in shared memory, and this optimizer keeps its own "
+          "copy: the processes share the weights, but no momentum or average that fastsam keeps "
+          "(fork instead; or pass a subclass of the base, to run its own step over its own state)")
 LOADING = "_optimizer_load_state_dict_pre_hooks", "_optimizer_load_state_dict_post_hooks"
 
 
@@ -37,6 +40,12 @@ def save(optimizer: Optimizer, base: Optimizer, traits: Traits, layout: Layout,
     for hook in hooks.values():
         state = hook(optimizer, state) or state
     return state
+
+
+def is_shared(state: dict[Tensor, Entry]) -> bool:
+    """Whether tensors of the state lie in memory that processes share."""
+    return any(isinstance(x, Tensor) and x.device.type == "cpu" and x.is_shared()
+               for entry in state.values() for x in entry.values())
 
 
 def fitting(state_dict: Saved, mine: list[Group], base: Optimizer, traits: Traits, layout: Layout,

@@ -1,0 +1,325 @@
+"""A base optimizer that exists already: methods of its own, a step that someone has changed, what
+another of our optimizers around it has left in its groups, and one that is itself a wrapper."""
+
+import copy
+import gc
+import pickle
+import types
+from multiprocessing.reduction import ForkingPickler
+
+import pytest
+import torch
+from torch import nn
+
+from fastsam import ASAM, SAM, FisherSAM, FriendlySAM, PhaseError
+from fastsam.choose import BACKENDS
+
+G = torch.tensor([3.0, 4.0])
+
+
+def parameter() -> nn.Parameter:
+    return nn.Parameter(torch.tensor([1.0, 2.0]))
+
+
+def two_passes(p, opt) -> None:
+    p.grad = G.clone()
+    opt.first_step(zero_grad=True)
+    p.grad = G.clone()
+    opt.second_step(zero_grad=True)
+
+
+# ---- methods of its own
+
+
+class TwoModes(torch.optim.SGD):
+    """Evaluates elsewhere than it trains, as schedule-free does; by how much, `rho` says."""
+
+    def __init__(self, params, lr=0.1, rho=0.5):
+        super().__init__(params, lr)
+        self.defaulted = True
+        self.defaults["rho"] = rho
+        for group in self.param_groups:  # all that torch copies of an optimizer
+            group.update(rho=rho, training=True, calls=0)
+
+    def _move(self, training: bool) -> None:
+        for group in self.param_groups:
+            group["calls"] += 1
+            if training != group["training"]:
+                for p in group["params"]:
+                    p.data.add_(group["rho"] if training else -group["rho"])
+            group["training"] = training
+
+    def train(self):
+        self._move(True)
+
+    def eval(self):
+        self._move(False)
+
+    def step(self, closure=None):
+        assert self.param_groups[0]["training"]
+        return super().step(closure)
+
+    def where(self, shift: float, *, times: int = 1) -> list:
+        """The weights."""
+        return [p + times * shift for group in self.param_groups for p in group["params"]]
+
+
+def test_a_trainer_finds_a_bases_train_and_eval_and_only_what_is_there():
+    p = parameter()
+    opt = SAM.wrap(TwoModes([p]), rho=0.0)
+    assert callable(opt.train) and callable(opt.eval) and opt.where.__doc__ == "The weights."
+    for name in ("_move", "defaulted", "nothing"):  # its methods, not its attributes
+        assert not hasattr(opt, name), name
+    assert not any(hasattr(SAM([parameter()], torch.optim.SGD, lr=0.1), name)
+                   for name in ("train", "eval", "sync_lookahead"))
+    torch.testing.assert_close(opt.where(2.0, times=3), [p + 6])
+
+
+@pytest.mark.parametrize("cls", [SAM, FriendlySAM])
+def test_its_modes_change_the_weights_as_without_sam(cls):
+    """`rho` is a key of both: the base's value is its own inside its methods."""
+    p, q = parameter(), parameter()
+    opt, alone = cls.wrap(TwoModes([p]), rho=0.0), TwoModes([q])
+    for _ in range(3):
+        opt.train()
+        alone.train()
+        two_passes(p, opt)
+        q.grad = G.clone()
+        alone.step()
+        assert torch.equal(p, q)
+        opt.eval()
+        alone.eval()
+        assert torch.equal(p, q)
+    assert opt.param_groups[0]["rho"] == 0.0 and opt.param_groups[0]["base_rho"] == 0.5
+
+
+def test_while_perturbed_only_train_may_be_called_and_changes_nothing():
+    p = parameter()
+    opt = SAM.wrap(TwoModes([p]), rho=0.1)
+    p.grad = G.clone()
+    opt.first_step()
+    moved, calls = p.detach().clone(), opt.param_groups[0]["calls"]
+    opt.train()
+    for call in (opt.eval, lambda: opt.where(1.0)):
+        with pytest.raises(PhaseError, match="second_step"):
+            call()
+    assert torch.equal(p, moved) and opt.param_groups[0]["calls"] == calls and opt.is_perturbed
+    p.grad = G.clone()
+    opt.second_step()
+    torch.testing.assert_close(p.detach(), torch.tensor([0.7, 1.6]))
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda x: pickle.loads(
+    pickle.dumps(x))], ids=["copy", "deepcopy", "pickle"])
+def test_a_copy_finds_its_own_bases(copied):
+    opt = SAM.wrap(TwoModes([parameter()]), rho=0.1)
+    twin = copied(opt)
+    twin.eval()
+    assert not twin.param_groups[0]["training"]
+    assert opt.param_groups[0]["training"] == (copied is not copy.copy)
+    assert not hasattr(object.__new__(SAM), "train")
+
+
+# ---- another step
+
+
+def clipped(base):
+    """A habit: loggers and clippers replace `step`."""
+    step = base.step
+
+    def patched(closure=None):
+        for p in base.param_groups[0]["params"]:
+            p.grad.clamp_(-0.1, 0.1)
+        return step(closure)
+
+    return patched
+
+
+def bound(base):
+    return types.MethodType(lambda self, closure=None: None, base)
+
+
+@pytest.mark.parametrize("perturbed", [False, True])
+@pytest.mark.parametrize("patch", [clipped, bound])
+def test_a_fused_base_that_is_given_another_step_is_refused_by_name(patch, perturbed):
+    p = parameter()
+    base = torch.optim.SGD([p], lr=0.1)
+    opt = SAM.wrap(base, rho=0.1)
+    p.grad = G.clone()
+    if perturbed:
+        opt.first_step()
+    before = p.detach().clone()
+    base.step = patch(base)
+    if patch is bound:  # a scheduler may have been built after it
+        torch.optim.lr_scheduler.StepLR(base, 1)
+    with pytest.raises(ValueError, match="was given another step.*subclass"):
+        opt.step()
+    assert torch.equal(p, before) and opt.is_perturbed == perturbed
+    with pytest.raises(ValueError, match="was given another step"):
+        SAM.wrap(base, rho=0.1)
+    del base.step
+    opt.step()
+    torch.testing.assert_close(p.detach(), torch.tensor([0.7, 1.6]))
+
+
+def test_a_base_that_is_not_fused_takes_the_step_that_it_was_given():
+    p = parameter()
+    base = TwoModes([p], lr=1.0)
+    base.step = clipped(base)
+    two_passes(p, SAM.wrap(base, rho=0.1))
+    torch.testing.assert_close(p.detach(), torch.tensor([0.9, 1.9]))
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_the_step_that_a_scheduler_counts_is_none_of_these(before):
+    p = parameter()
+    base = torch.optim.SGD([p], lr=0.1)
+    if before:
+        torch.optim.lr_scheduler.StepLR(base, 1)
+    opt = SAM.wrap(base, rho=0.1)
+    torch.optim.lr_scheduler.StepLR(base, 1)
+    two_passes(p, opt)
+    torch.testing.assert_close(p.detach(), torch.tensor([0.7, 1.6]))
+
+
+# ---- what another of ours has left
+
+
+def radius(p, opt) -> float:
+    p.grad = G.clone()
+    opt.first_step()
+    opt.restore()
+    return opt.last_radius
+
+
+def of_a_loaded_state(base, other):
+    base.load_state_dict(other.base_optimizer.state_dict())
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+@pytest.mark.parametrize("first, second, own", [
+    (dict(rho=0.05), ASAM, dict(rho=2.0)), (dict(rho=0.05), ASAM, {}),
+    (dict(rho=0.05), SAM, dict(rho=0.5)), (dict(rho=0.05, adaptive=True), SAM, dict(rho=0.5)),
+    (dict(rho=torch.tensor(0.3)), SAM, dict(rho=0.5))])
+def test_a_new_wrap_has_its_own_values_where_another_was_around_the_base(first, second, own,
+                                                                         loaded):
+    """A cell of a notebook that is run again, or the next phase of a training."""
+    fresh = second.wrap(torch.optim.SGD([parameter()], lr=0.1), **own)
+    p = parameter()
+    base = torch.optim.SGD([p], lr=0.1)
+    if loaded:
+        base.load_state_dict(SAM.wrap(torch.optim.SGD([parameter()], lr=0.1),
+                                      **first).base_optimizer.state_dict())
+    else:
+        SAM.wrap(base, **first)
+        gc.collect()
+    opt = second.wrap(base, **own)
+    for name in fresh.param_groups[0].keys() - {"params"}:
+        assert opt.param_groups[0][name] == fresh.param_groups[0][name], name
+    assert radius(p, opt) == radius(fresh.param_groups[0]["params"][0], fresh)
+
+
+def test_what_the_user_gave_one_group_stays_and_so_does_the_count_of_steps():
+    p, q = parameter(), parameter()
+    base = torch.optim.SGD([dict(params=[p], rho=0.3), dict(params=[q], perturb=False)], lr=0.1)
+    first = SAM.wrap(base, rho=0.05)
+    q.grad = G.clone()
+    two_passes(p, first)
+    opt = SAM.wrap(base, rho=0.7, start=2)
+    assert [group["rho"] for group in opt.param_groups] == [0.3, 0.05]
+    assert [group["perturb"] for group in opt.param_groups] == [True, False]
+    assert [group["sam_steps"] for group in opt.param_groups] == [1, 1] and not opt.climbs_next
+
+
+def test_a_bases_own_key_of_the_same_name_stays_its_own():
+    p = parameter()
+    base = torch.optim.Adadelta([p], rho=0.8)
+    SAM.wrap(base, rho=0.05)
+    opt = SAM.wrap(base, rho=0.5)
+    assert opt.param_groups[0]["rho"] == 0.5 and opt.param_groups[0]["base_rho"] == 0.8
+
+
+@pytest.mark.parametrize("cls", [ASAM, FisherSAM])
+@pytest.mark.parametrize("way", ["group", "edit", "add", "load"])
+def test_an_adaptive_class_refuses_a_group_that_is_not(way, cls):
+    p, q = parameter(), parameter()
+    if way == "group":
+        with pytest.raises(ValueError, match="adaptive=False.*use SAM"):
+            cls([dict(params=[p], adaptive=False)], torch.optim.SGD, lr=0.1)
+        return
+    opt = cls([p], torch.optim.SGD, lr=0.1)
+    other = SAM([parameter()], torch.optim.SGD, lr=0.1, rho=0.05)
+    p.grad = G.clone()
+    with pytest.raises(ValueError, match="adaptive=False.*use SAM"):
+        if way == "edit":
+            opt.param_groups[0]["adaptive"] = False
+            opt.first_step()
+        elif way == "add":
+            opt.add_param_group(dict(params=[q], adaptive=False))
+        else:
+            opt.load_state_dict(other.state_dict())
+    assert torch.equal(p, parameter()) and len(opt.param_groups) == 1
+    opt.param_groups[0]["adaptive"] = True
+    assert radius(p, opt) == radius(q, cls([q], torch.optim.SGD, lr=0.1))
+
+
+# ---- a wrapper
+
+
+class Around(torch.optim.Optimizer):
+    """As PostLocalSGDOptimizer: it has an optimizer, and never calls torch's constructor."""
+
+    def __init__(self, inner):
+        self.optim, self.param_groups, self.steps = inner, inner.param_groups, 0
+
+    @property
+    def state(self):
+        return self.optim.state
+
+    def step(self, closure=None):
+        self.steps += 1
+        return self.optim.step(closure)
+
+    def state_dict(self):
+        return self.optim.state_dict() | {"steps": self.steps}
+
+    def load_state_dict(self, state_dict):
+        self.optim.load_state_dict({k: x for k, x in state_dict.items() if k != "steps"})
+        self.steps = state_dict["steps"]
+
+
+def test_a_wrapper_that_torch_never_set_up_may_be_a_base():
+    p, q = parameter(), parameter()
+    opt = SAM.wrap(Around(torch.optim.Adadelta([p], lr=0.5, rho=0.8)), rho=0.1)
+    twin = SAM.wrap(torch.optim.Adadelta([q], lr=0.5, rho=0.8), rho=0.1)
+    for i in range(4):
+        two_passes(p, opt)
+        two_passes(q, twin)
+        assert torch.equal(p, q)
+        if i == 1:
+            state = copy.deepcopy(opt.state_dict())
+            opt = SAM.wrap(Around(torch.optim.Adadelta([p], lr=0.1)), rho=0.3)
+            opt.load_state_dict(state)
+    assert opt.param_groups[0]["rho"] == 0.1 and opt.base_optimizer.steps == 4
+
+
+# ---- another process's
+
+
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "triton"])
+@pytest.mark.parametrize("base, shared", [(torch.optim.Adam, False), (torch.optim.RMSprop, True)])
+def test_a_state_in_another_processes_memory_is_not_silently_ones_own(base, shared, backend):
+    """A process that is spawned gets it so. What a base that is not fused keeps stays shared."""
+    p = parameter().share_memory_()
+    opt = SAM([p], base, lr=0.1, backend=backend)
+    two_passes(p, opt)
+    sent = ForkingPickler.dumps(opt)
+    if shared:
+        there = pickle.loads(sent)
+    else:
+        with pytest.warns(UserWarning, match="in shared memory.*subclass of the base"):
+            there = pickle.loads(sent)
+    (q,) = there.param_groups[0]["params"]
+    two_passes(q, there)
+    assert torch.equal(p, q)
+    assert (float(opt.state[p]["step"]) == 2) == shared
