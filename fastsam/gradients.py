@@ -21,11 +21,20 @@ def only(takes_part: Sequence[bool] | None, grads: Sequence[Tensor | None],
     return [g if taken else None for g, taken in zip(grads, takes_part, strict=True)]
 
 
+def refuse_freed(grads: Sequence[Tensor | None]) -> None:
+    """Refuse gradients whose storage was freed, which nobody could read."""
+    for g in [local(g) for g in grads if g is not None]:
+        if (g.layout is torch.strided and (type(g) in PLAIN or g.device.type == "cpu")
+                and not has_storage(g)):
+            raise ValueError(f"a gradient of shape {tuple(g.shape)} has lost its memory, whose "
+                             "storage was freed: clear it (zero_grad)")
+
+
 def readable(slot: Slot, g: Tensor) -> Tensor:
     """A gradient in the order of its parameter's memory: itself, or a copy.
 
     Raises:
-        ValueError: it is sparse, complex, or of another shape.
+        ValueError: it is sparse, complex, freed, or of another shape.
     """
     g = local(distributed.placed_like(slot.param, g))
     if g.layout is not torch.strided:
@@ -34,9 +43,7 @@ def readable(slot: Slot, g: Tensor) -> Tensor:
     if g.shape != slot.shape or not g.is_floating_point():
         raise ValueError(f"a gradient of shape {tuple(g.shape)} and {g.dtype} is no gradient of a "
                          f"parameter of shape {tuple(slot.shape)}: clear it (zero_grad)")
-    if (type(g) in PLAIN or g.device.type == "cpu") and not has_storage(g):
-        raise ValueError(f"a gradient of shape {tuple(g.shape)} has lost its memory, whose "
-                         "storage was freed: clear it (zero_grad)")
+    refuse_freed([g])
     if g.dtype == torch.float64 != slot.dtype:
         raise ValueError(f"a gradient of float64 for a parameter of {slot.dtype}, whose step is "
                          "computed in float32: use float64 parameters, or p.grad.float()")

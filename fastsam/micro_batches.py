@@ -6,12 +6,14 @@ import torch
 from torch import Tensor
 
 from . import distributed
+from .gradients import refuse_freed
 from .phase import Phase, PhaseError
 
 
 @torch.no_grad()
 def stash(phase: Phase, params: Sequence[Tensor], go_back: Callable[[], None]) -> None:
     """Return to w and add the gradients to those set aside (see `SAM.stash_grad`)."""
+    refuse_freed([p.grad for p in params])
     if phase.perturbed:
         ok = phase.layout.spaces[0].cells.ok
         phase.stash_ok = ok.clone() if phase.stash_ok is None else phase.stash_ok * ok

@@ -426,8 +426,8 @@ class SAM(Optimizer):
 
         For m-sharpness over micro-batches: climb on each by itself, set its second gradient
         aside, and step once after `unstash_grad()`. A climb that was not finite makes that step a
-        counted skip. Costs one more gradient's memory. Where it raises (out of memory), the whole
-        step is given up, as by `restore`.
+        counted skip. Costs one more gradient's memory. Where it raises (out of memory, a gradient
+        whose storage was freed), the whole step is given up, as by `restore`.
         """
         with restoring(self.restore):
             micro_batches.stash(self._phase, params_of(self.param_groups), self._go_back)

@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from .checks import params_of
 from .distributed import placed_like
+from .gradients import refuse_freed
 from .optimizer import FUSED, SAM
 from .phase import PhaseError
 from .space import local
@@ -351,7 +352,8 @@ class FullGradientSAM(SAM):
                 in `.grad`, which stay there.
 
         Raises:
-            ValueError: another number of gradients, or another shape, than the parameters'.
+            ValueError: another number of gradients, or another shape, than the parameters'; one
+                whose storage was freed.
             PhaseError: while perturbed.
         """
         self._phase.need(False, "set_full_gradient")
@@ -364,6 +366,7 @@ class FullGradientSAM(SAM):
             if g is not None and g.shape != p.shape:
                 raise ValueError(f"a gradient of shape {tuple(g.shape)} for a parameter of shape "
                                  f"{tuple(p.shape)}: give them in the order of the groups")
+        refuse_freed(gradients)
         slots = {slot.param: slot for space in self.spaces for slot in space.slots}
         for p, g in zip(params, gradients, strict=True):
             slots[p].m.zero_() if g is None else slots[p].m.copy_(
@@ -397,6 +400,7 @@ class FullGradientSAM(SAM):
         if total == 0:
             raise ValueError("batches is empty: give an iterable that can be walked again")
         grads = [p.grad for p in params_of(self.param_groups)]
+        refuse_freed(grads)
         with torch.no_grad():
             torch._foreach_div_([g for g in grads if g is not None], total)
         self.set_full_gradient(grads)

@@ -6,7 +6,7 @@ import copy
 import pytest
 import torch
 
-from fastsam import SAM, PhaseError
+from fastsam import SAM, FullGradientSAM, PhaseError
 
 
 def one(lr: float = 0.5):
@@ -141,6 +141,72 @@ def test_gradients_that_cannot_be_set_aside_give_the_step_up():
     assert not opt.is_perturbed and torch.equal(p.detach(), before)
     with pytest.raises(PhaseError, match="nothing set aside"):
         opt.unstash_grad()
+
+
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.RMSprop])
+@pytest.mark.parametrize("perturbed", [False, True])
+@pytest.mark.parametrize("size", [0, 4])
+def test_a_gradient_that_was_freed_is_not_set_aside(size, perturbed, base):
+    """Reading it would end the process. It comes last: the first is not set aside either."""
+    ps = [torch.nn.Parameter(torch.ones(2)) for _ in range(2)]
+    opt = SAM(ps, base, lr=0.5)
+    for freed in (False, True):
+        for p in ps:
+            p.grad = torch.ones(2)
+        if perturbed:
+            opt.first_step()
+        if freed:
+            ps[1].grad.untyped_storage().resize_(size)
+            with pytest.raises(ValueError, match=r"\(2,\) has lost its memory.*zero_grad"):
+                opt.stash_grad()
+        else:
+            opt.stash_grad()
+    assert not opt.is_perturbed and all(torch.equal(p, torch.ones(2)) for p in ps)
+    assert torch.equal(ps[0].grad, torch.ones(2))
+    with pytest.raises(PhaseError, match="nothing set aside"):
+        opt.unstash_grad()
+
+
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.RMSprop])
+def test_sparse_gradients_are_set_aside_as_they_are(base):
+    p, g = torch.nn.Parameter(torch.ones(2)), torch.tensor([0.0, 2.0])
+    opt = SAM([p], base, lr=0.5)
+    p.grad = g.to_sparse()
+    opt.stash_grad()
+    opt.unstash_grad()
+    assert torch.equal(p.grad.to_dense(), g)
+
+
+@pytest.mark.parametrize("way", ["given", "in .grad", "measured"])
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.RMSprop])
+def test_a_full_gradient_that_was_freed_is_refused(base, way):
+    ps = [torch.nn.Parameter(torch.ones(2)) for _ in range(2)]
+    opt = FullGradientSAM(ps, base, part="full", lr=0.5)
+    opt.set_full_gradient([torch.ones(2), torch.ones(2)])
+    for p in ps:
+        p.grad = torch.full((2,), 3.0)
+    opt.step()
+    before = copy.deepcopy(opt.state_dict()["state"])
+    gradients = [torch.zeros(2), torch.zeros(2)]
+    gradients[1].untyped_storage().resize_(0)
+
+    def loss(batch):
+        for p, g in zip(ps, gradients, strict=True):
+            p.register_post_accumulate_grad_hook(lambda p, g=g: setattr(p, "grad", g))
+        return sum(p.sum() for p in ps), 1
+
+    with pytest.raises(ValueError, match=r"\(2,\) has lost its memory.*zero_grad"):
+        if way == "measured":
+            opt.measure_full_gradient([1], loss)
+        elif way == "given":
+            opt.set_full_gradient(gradients)
+        else:
+            for p, g in zip(ps, gradients, strict=True):
+                p.grad = g
+            opt.set_full_gradient()
+    now = opt.state_dict()["state"]
+    assert all(torch.equal(torch.as_tensor(x), torch.as_tensor(now[i][name]))
+               for i, entry in before.items() for name, x in entry.items())
 
 
 def test_a_closure_that_does_nothing_is_noticed():
