@@ -54,8 +54,9 @@ def lay_out(phase: Phase, traits: Traits, groups: Sequence[Group], state: State,
         adopt(new.shown, new.params, merged(state, hidden or {}))
     else:
         phase.climbs = new.inherit(old, state, phase.climbs)
+        old.shown.take_away(state, set(old.params).difference(new.params))
+    phase.layout = new  # before its tensors are shown: after a Ctrl-C it knows which are its own
     new.show(state)
-    phase.layout = new
     return new
 
 

@@ -15,6 +15,7 @@ from .distributed import is_sharded, like
 from .entries import FOREIGN, Entry, check_entry, name_of_m, saved_m
 from .hyper import FRIENDLY, GIVEN
 from .interrupts import surely
+from .memory import has_storage
 from .space import Slot, Space, local
 
 # averages and momenta, and the counts of their updates
@@ -168,6 +169,26 @@ class Shown:
                     t.data = t.clone()
                     own[name] = fresh[name]
             self.renewed = True
+
+    def take_away(self, state: dict[Tensor, Entry], params: Collection[Tensor]) -> None:
+        """Take the entries of parameters that have left the groups out of the state, where torch's
+        optimizers would have none yet: empty, or ours alone and as a new one begins."""
+        for p in params:
+            own, entry = self.tensors[p], state.get(p)
+            if isinstance(entry, dict) and entry.keys() <= own.keys() and all(
+                    entry[name] is own[name] and is_as_begun(p, name, local(own[name]))
+                    for name in entry):
+                del state[p]
+
+
+def is_as_begun(p: Tensor, name: str, t: Tensor) -> bool:
+    """Whether a tensor of p's entry is what it is from construction: 0, or p itself. Waits for the
+    device."""
+    if name != "master":
+        return has_storage(t) and not t.any()
+    w = local(p)
+    return ((w.shape, w.device) == (t.shape, t.device) and has_storage(w) and has_storage(t)
+            and torch.equal(w.to(t.dtype), t))
 
 
 def is_shown(tensors: dict[str, Tensor], entry: object) -> bool:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastsam import ASAM, SAM, FriendlySAM, PhaseError
+from fastsam import ASAM, SAM, FriendlySAM, FullGradientSAM, LookSAM, PhaseError
 
 from ..helpers.beside import RHO, Beside, close
 
@@ -232,6 +232,123 @@ def test_saved_groups_are_those_of_now(backend):
     pair.ours.opt.second_step()
     for p, q in zip(params, again[0], strict=True):
         assert torch.equal(p, q)
+
+
+def pop_a_group(opt):
+    return opt.param_groups.pop()["params"]
+
+
+def remove_a_parameter(opt):
+    return [opt.param_groups[0]["params"].pop()]
+
+
+def replace_a_parameter(opt):
+    was, opt.param_groups[0]["params"][0] = (opt.param_groups[0]["params"][0],
+                                             nn.Parameter(torch.ones(2)))
+    return [was]
+
+
+class OwnStep(torch.optim.SGD):
+    """Is not fused."""
+
+
+PLAIN_SGD = [(torch.optim.SGD, {}), (OwnStep, {})]
+WITH_STATE = [(torch.optim.SGD, dict(momentum=0.9)), (OwnStep, dict(momentum=0.9)),
+              (torch.optim.Adam, {}), (torch.optim.RMSprop, {})]
+
+
+def two_groups(kind, hyper, make=SAM, **options):
+    params = [nn.Parameter(torch.ones(2)) for _ in range(4)]
+    groups = [{"params": params[:2]}, {"params": params[2:]}]
+    return params, make(groups, kind, lr=0.1, **hyper, **options)
+
+
+def step_all(opt, params):
+    for p in params:
+        p.grad = torch.ones(2)
+    opt.step()
+
+
+@pytest.mark.parametrize("edit", [pop_a_group, remove_a_parameter, replace_a_parameter])
+@pytest.mark.parametrize("base, steps", [
+    *((base, steps) for base in PLAIN_SGD for steps in (0, 1)), *((x, 0) for x in WITH_STATE)],
+    ids=str)
+def test_what_was_never_updated_leaves_with_its_parameter(base, steps, edit, backend):
+    """A state is saved then as torch's optimizers save it. A parameter that comes back begins
+    anew."""
+    params, opt = two_groups(*base, backend=backend)
+    for _ in range(steps):
+        step_all(opt, params)
+    left = edit(opt)
+    saved = opt.state_dict()
+    assert not any(p in opt.state for p in left)
+    assert saved["state"].keys() <= set(range(sum(len(g["params"]) for g in opt.param_groups)))
+    opt.load_state_dict(copy.deepcopy(saved))
+    opt.add_param_group({"params": left})
+    step_all(opt, params)
+    assert len(opt.state_dict()["param_groups"]) == len(opt.param_groups)
+
+
+@pytest.mark.parametrize("base", WITH_STATE, ids=str)
+def test_what_torch_keeps_of_a_parameter_that_left_is_kept(base, backend):
+    params, opt = two_groups(*base, backend=backend)
+    step_all(opt, params)
+    before = {p: {k: torch.as_tensor(x).clone() for k, x in opt.state[p].items()}
+              for p in params[2:]}
+    opt.param_groups.pop()
+    with pytest.raises(KeyError):
+        opt.state_dict()
+    for p, entry in before.items():
+        assert entry.keys() == opt.state[p].keys()
+        assert all(torch.equal(torch.as_tensor(opt.state[p][k]), x) for k, x in entry.items())
+
+
+@pytest.mark.parametrize("mine", [
+    {"mine": 1}, {"momentum_buffer": torch.full((2,), 2.0)}, {"momentum_steps": torch.tensor(3)}])
+def test_what_somebody_put_into_an_entry_is_kept(mine):
+    params, opt = two_groups(torch.optim.SGD, dict(momentum=0.9))
+    opt.state[params[3]].update(mine)
+    opt.param_groups.pop()
+    opt.spaces  # noqa: B018
+    assert params[2] not in opt.state
+    assert all(opt.state[params[3]][name] is x for name, x in mine.items())
+
+
+def test_a_momentum_that_was_written_in_place_is_kept():
+    params, opt = two_groups(torch.optim.SGD, dict(momentum=0.9))
+    opt.state[params[3]]["momentum_buffer"].fill_(2.0)
+    opt.param_groups.pop()
+    opt.spaces  # noqa: B018
+    assert params[2] not in opt.state
+    assert torch.equal(opt.state[params[3]]["momentum_buffer"], torch.full((2,), 2.0))
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_master_leaves_with_its_parameter_unless_it_knows_more(lost):
+    params = [nn.Parameter(torch.ones(2, dtype=torch.bfloat16)) for _ in range(3)]
+    opt = SAM([{"params": [p]} for p in params], torch.optim.SGD, lr=0.001, master_weights=True)
+    params[2].grad = torch.ones(2, dtype=torch.bfloat16)
+    opt.step()
+    del opt.param_groups[1:]
+    if lost:
+        for p in params[1:]:
+            p.data.untyped_storage().resize_(0)
+    opt.spaces  # noqa: B018
+    assert [p in opt.state for p in params] == [True, lost, True]
+    opt.state.pop(params[1], None)
+    del opt.state[params[2]]
+    assert len(opt.state_dict()["state"]) == 1
+
+
+@pytest.mark.parametrize("base, kind, options", [
+    (torch.optim.SGD, FriendlySAM, {}), (torch.optim.RMSprop, FriendlySAM, {}),
+    (torch.optim.SGD, LookSAM, {}), (torch.optim.SGD, FullGradientSAM, dict(part="full")),
+    (torch.optim.RMSprop, FullGradientSAM, dict(part="full"))])
+def test_an_average_leaves_with_its_parameter_before_the_first_step(base, kind, options):
+    params, opt = two_groups(base, {}, kind, **options)
+    opt.param_groups.pop()
+    assert opt.state_dict()["state"].keys() <= {0, 1}
+    assert not any(p in opt.state for p in params[2:])
 
 
 # ---- refused
