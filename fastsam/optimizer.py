@@ -25,6 +25,7 @@ from .checks import (
     steps_of,
 )
 from .grad_scaler import inverse_scale, report_overflow, unscale
+from .interrupts import surely
 from .layout import Layout, Traits
 from .passes import Pass
 from .phase import Phase, PhaseError, restoring
@@ -170,16 +171,28 @@ class SAM(Optimizer):
         param_group = foreign.unless_counted(param_group)
         merged = {**self.defaults, **param_group, "sam_steps": steps_of(self.param_groups)}
         self._check([merged])
-        count = len(self.param_groups)
-        with foreign.lent(self, [param_group]):
-            try:
-                param_group.update(merged, **foreign.exchanged(merged, self._traits.shared))
-                foreign.as_base_sees(self.base_optimizer, self._traits.shared,
-                                     lambda: self.base_optimizer.add_param_group(param_group))
-                self._follow()
-            except BaseException:
+        was, count, added = dict(param_group), len(self.param_groups), False
+
+        def add() -> None:
+            nonlocal added
+            param_group.update(merged, **foreign.exchanged(merged, self._traits.shared))
+            foreign.as_base_sees(self.base_optimizer, self._traits.shared,
+                                 lambda: self.base_optimizer.add_param_group(param_group))
+            self._follow()
+            added = True
+
+        def leave_no_part() -> None:
+            if not added:
                 del self.param_groups[count:]
-                raise
+            if not any(group is param_group for group in self.param_groups):
+                # their parameters stay a list, as an iterator is used up
+                was.update((k, param_group[k]) for k in ("params", "param_names")
+                           if k in param_group)
+                param_group.update(was)
+                for key in param_group.keys() - was.keys():
+                    del param_group[key]
+
+        surely(add, leave_no_part)
 
     if not TYPE_CHECKING:  # which is to refuse what nobody has
 
@@ -598,13 +611,15 @@ class SAM(Optimizer):
                 nothing has changed then.
         """
         self._phase.need(False, "load_state_dict")
-        with saving.hooks_around(self, state_dict) as state_dict:
-            self._join_containers()
-            base, traits, layout = self.base_optimizer, self._traits, self._phase.layout
-            fit, entries = saving.fitting(state_dict, self.param_groups, base, traits, layout)
-            with foreign.all_or_nothing(self, base):
-                saving.load(self, base, traits, layout, fit, entries, super().load_state_dict)
-                self._follow()
+        saving.between_hooks(self, state_dict, self._load)
+
+    def _load(self, state_dict: dict[str, Any]) -> None:
+        self._join_containers()
+        base, traits, layout = self.base_optimizer, self._traits, self._phase.layout
+        fit, entries = saving.fitting(state_dict, self.param_groups, base, traits, layout)
+        with foreign.all_or_nothing(self, base):
+            saving.load(self, base, traits, layout, fit, entries, super().load_state_dict)
+            self._follow()
 
     def __getstate__(self) -> dict[str, Any]:
         self._phase.need(False, "copying or pickling")

@@ -1,8 +1,7 @@
 """Saving and loading an optimizer: its state and its base's, and its hooks around them."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection
 from typing import Any
 
 from torch import Tensor
@@ -12,6 +11,7 @@ from . import foreign
 from .checks import check_containers, check_groups, params_of
 from .entries import FOREIGN, Entry, as_torch_saves, check_entry, without_published
 from .hyper import KEEPING
+from .interrupts import Result, surely
 from .layout import Group, Layout, Traits
 from .shown import adopt
 
@@ -30,14 +30,13 @@ def save(optimizer: Optimizer, base: Optimizer, traits: Traits, layout: Layout,
     Args:
         torchs: torch's own `state_dict` of the optimizer.
     """
-    with without_hooks(optimizer, HOOKS) as (hooks,):
-        state = torchs()
+    state = without_hooks(optimizer, [HOOKS], torchs)
     if traits.base:
         state["state"] = {i: as_torch_saves(x) for i, x in state["state"].items()}
     else:
         own = {i: layout.shown.tensors[p] for i, p in enumerate(params_of(optimizer.param_groups))}
         state = foreign.save(base, state["param_groups"], own, traits.shared)
-    for hook in hooks.values():
+    for hook in getattr(optimizer, HOOKS).values():
         state = hook(optimizer, state) or state
     return state
 
@@ -143,26 +142,23 @@ def keep_decoupled(groups: list[Group], base: Optimizer) -> None:
             group["decoupled_weight_decay"] = True
 
 
-@contextmanager
-def without_hooks(optimizer: Any, *names: str) -> Iterator[list[OrderedDict]]:
-    """Give the optimizer's hooks of these names, and let none of them run inside."""
-    hooks = [getattr(optimizer, name) for name in names]
-    for name in names:
-        setattr(optimizer, name, OrderedDict())
-    try:
-        yield hooks
-    finally:
-        for name, those in zip(names, hooks, strict=True):
-            setattr(optimizer, name, those)
+def without_hooks(optimizer: Any, names: Collection[str], call: Callable[[], Result]) -> Result:
+    """Call, while the optimizer has no hooks of these names."""
+    hooks = {name: getattr(optimizer, name) for name in names}
+
+    def call_without_them() -> Result:
+        vars(optimizer).update((name, OrderedDict()) for name in names)
+        return call()
+
+    return surely(call_without_them, lambda: vars(optimizer).update(hooks))
 
 
-@contextmanager
-def hooks_around(optimizer: Any, state_dict: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Run the hooks of load_state_dict on the whole state, before the block and after it, and
+def between_hooks(optimizer: Any, state_dict: Saved, load: Callable[[Saved], None]) -> None:
+    """Run the hooks of load_state_dict on the whole state, before it is loaded and after it, and
     none of them inside."""
-    for hook in getattr(optimizer, LOADING[0]).values():
+    before, after = LOADING
+    for hook in getattr(optimizer, before).values():
         state_dict = hook(optimizer, state_dict) or state_dict
-    with without_hooks(optimizer, *LOADING) as (_, after):
-        yield state_dict
-    for hook in after.values():
+    without_hooks(optimizer, LOADING, lambda: load(state_dict))
+    for hook in getattr(optimizer, after).values():
         hook(optimizer)

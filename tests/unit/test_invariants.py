@@ -4,6 +4,7 @@ import copy
 import os
 import sys
 from contextlib import nullcontext
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
@@ -221,6 +222,56 @@ def interrupt_every_line(ps, opt, by_hand, look=lambda line: None) -> int:
         line += 1
     assert all(map(torch.equal, ps, w))
     return line
+
+
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.Adadelta])
+@pytest.mark.parametrize("what", ["save", "load"])
+def test_an_interrupt_at_any_line_of_a_save_or_load_leaves_the_hooks(what, base):
+    p = nn.Parameter(torch.ones(2))
+    opt = SAM([p], base, lr=0.0, backend="reference")
+    ran, saved = [], copy.deepcopy(opt.state_dict())
+    opt.register_state_dict_pre_hook(lambda *_: ran.append("save"))
+    opt.register_state_dict_post_hook(lambda *_: ran.append("saved"))
+    opt.register_load_state_dict_pre_hook(lambda *_: ran.append("load"))
+    opt.register_load_state_dict_post_hook(lambda *_: ran.append("loaded"))
+    call = opt.state_dict if what == "save" else lambda: opt.load_state_dict(saved)
+    hooks = {name: x for name, x in vars(opt).items() if name.endswith("_hooks")}
+    line = 1
+    while interrupted_at(line, call):
+        assert all(vars(opt)[name] is x for name, x in hooks.items()), line
+        line += 1
+    assert line > (60 if what == "save" else 300)
+    ran.clear()
+    opt.load_state_dict(opt.state_dict())
+    assert ran == ["save", "saved", "load", "loaded"]
+
+
+class Keeps(torch.optim.Adadelta):
+    """Keeps a dict of its own of a group that is added."""
+
+    def add_param_group(self, param_group):
+        super().add_param_group(dict(param_group))
+
+
+@pytest.mark.parametrize("base", [torch.optim.SGD, Keeps])
+def test_an_interrupt_at_any_line_of_an_added_group_leaves_no_part_of_it(base):
+    """It is whole and among the groups, or as it was and the next step does not know of it."""
+    p, q = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+
+    line, interrupted = 0, True
+    while interrupted:
+        line += 1
+        group = {"params": [q], "rho": 0.25, "lr": 0.5}
+        was, opt = dict(group), SAM([p], base, rho=0.5, lr=0.0, backend="reference")
+        interrupted = interrupted_at(line, partial(opt.add_param_group, group))
+        added = len(opt.param_groups) == 2
+        assert added or interrupted
+        assert (group == was) == (not added or base is Keeps), line
+        assert [g["rho"] for g in opt.param_groups] == [0.5, 0.25][:1 + added], line
+        p.grad, q.grad = torch.ones(2), torch.ones(2)
+        opt.state_dict()
+        opt.step()
+    assert line > 300
 
 
 def test_a_zero_grad_that_raises_leaves_the_weights(backend, device):
