@@ -45,19 +45,19 @@ def check_group(group: dict[str, Any], own: Collection[str]) -> None:
     for name in ("adaptive", "perturb"):
         if group.get(name, True) not in (True, False):
             raise ValueError(f"{name}={group[name]!r} is neither True nor False")
-    if "eta" in own and not group.get("adaptive", True):
-        raise ValueError("adaptive=False in a group, where the class is adaptive: leave it out "
-                         "(another class may have left it there), or use SAM for groups of "
-                         "either kind")
     if group.get("scale", "all") not in ("all", "weights"):
         raise ValueError(f"scale={group['scale']!r} is unknown: use 'all' or 'weights'")
 
 
 def check_groups(groups: Sequence[dict[str, Any]], own: Collection[str], base: str | None,
-                 along_v: bool) -> None:
-    """Refuse values of SAM's, of a fused base, and of one whose momentum is to be climbed along."""
+                 along_v: bool, mode: str | None) -> None:
+    """Refuse values of SAM's, of a fused base, and of one whose momentum is to be climbed along;
+    and ASAM's scaling where the class has no such form."""
     for group in groups:
         check_group(group, own)
+        if (along_v or mode == "looksam") and group.get("adaptive"):
+            raise ValueError(f"adaptive={group['adaptive']!r} in a group, where the class has no "
+                             "adaptive form: leave it out, or use ASAM")
     if base:
         refuse_unfused(groups)
     if along_v:
@@ -298,7 +298,9 @@ def refuse_changed_step(base: Optimizer) -> None:
     """Refuse step hooks of a base optimizer whose step the kernels take, and a step that someone
     has put in place of its own, as torch's schedulers do, too: nobody would call them."""
     step = vars(base).get("step")
-    if step is not None and getattr(step, "__wrapped__", step) is not type(base).step:
+    counted = getattr(step, "_wrapped_by_lr_sched", False)
+    own = getattr(step, "__wrapped__" if counted else "__func__", None)
+    if step is not None and own is not type(base).step:
         raise ValueError(f"the base {type(base).__name__} was given another step(), which a fused "
                          "step does not call: give it to the optimizer around it, or pass a "
                          "subclass of the base to run its own step")

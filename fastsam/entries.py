@@ -58,6 +58,11 @@ def name_of_m(mode: str | None) -> str | None:
     return "ema" if mode in FRIENDLY else "g_v" if mode == "looksam" else "full_gradient"
 
 
+def kept_names(mode: str | None) -> set[str]:
+    """m's public name and that of its count, where there are any."""
+    return {name for name in (name_of_m(mode), "ema_steps" * (mode in FRIENDLY)) if name}
+
+
 def saved_ms(state: Entry, fused: bool) -> dict[str, tuple[str, Tensor]]:
     """The m of every class in a saved state, by m's name, with the key that it has there: ours, or
     that of the published F-SAM code ("momentum"). Beside a base that is not fused, a key without
@@ -104,6 +109,7 @@ def check_entry(p: Tensor, state: Entry, base: str | None, mode: str | None) -> 
                              f"{type(state).__name__}: use a dict")
         return
     check_m(p, state, base, mode)
+    check_count(FOREIGN + "ema_steps", state.get(FOREIGN + "ema_steps"))
     if base:
         for name in ("momentum_buffer", "exp_avg", "exp_avg_sq", "master"):
             check_tensor(p, name, state.get(name), base)

@@ -14,12 +14,13 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .entries import bases_part
+from .entries import OWN, bases_part
 from .interrupts import Result, surely
 from .shown import Shown
 
 Group = dict[str, Any]
 BASE = "base_optimizer"
+SOME_HAVE = {"sigma", "lmbda", "scale", "eta", "alpha"}  # of SAM's own keys
 
 
 def plain_names(kwargs: dict[str, Any], own: Group) -> dict[str, Any]:
@@ -35,6 +36,14 @@ def unless_counted(group: Any) -> Any:
     if isinstance(group, dict) and "sam_steps" in group:
         return {k: x for k, x in group.items() if k != "sam_steps"}
     return group
+
+
+def given(params: Iterable[Any], own: Group) -> list[Any]:
+    """What a constructor is given, with copies of dicts in which another of ours counts."""
+    params = list(params)
+    if params and all(isinstance(x, dict) for x in params):
+        return [unless_counted(x) for x in without_anothers(params, own)]
+    return params
 
 
 @contextmanager
@@ -67,19 +76,44 @@ def build(kind: Any, groups: Sequence[Group], own: Group, kwargs: dict[str, Any]
 
 def own_part(base: Optimizer, own: Group) -> list[Group]:
     """An existing base's groups as SAM's constructor gets them."""
-    shared, groups = shared_keys(base, own), base.param_groups
-    others = left_by_another(groups, own)
+    shared = shared_keys(base, own)
     return [{k: x for k, x in group.items() if k in ("params", "param_names")
-             or (k in own and k not in shared and k not in others)} for group in groups]
+             or (k in own and (k not in shared or "base_" + k in group))}
+            for group in without_anothers(base.param_groups, own)]
 
 
-def left_by_another(groups: Sequence[Group], own: Group) -> set[str]:
-    """The keys whose values another optimizer of ours has given all these groups, rather than the
-    user one of them: the new one has values of its own."""
-    if not all("sam_steps" in group for group in groups):
-        return set()
-    return {key for key in own if key != "sam_steps"
-            and all(is_same(group.get(key), groups[0].get(key)) for group in groups)}
+def without_anothers(groups: Sequence[Group], own: Group) -> list[Group]:
+    """Groups without what another optimizer of ours has left in those in which it counts its
+    steps: values that all of these have, rather than those that the user gave some. The new one
+    has values of its own."""
+    counted = [group for group in groups if "sam_steps" in group]
+    others = {key for key in own if key != "sam_steps"
+              and all(is_same(group.get(key), counted[0].get(key)) for group in counted)}
+    return [{k: x for k, x in group.items() if k not in others} if "sam_steps" in group else group
+            for group in groups]
+
+
+def forget_another(base: Optimizer, own: Group, m: Collection[str] | None) -> None:
+    """Take from groups and state of a base what only another class around it had; a key that the
+    two shared is the base's again.
+
+    Args:
+        m: the names of this class's average and its count, which stay; None: the base is not
+            fused, and the names are its own.
+    """
+    defaults = defaults_of(base)
+    if not any("sam_steps" in group for group in base.param_groups):
+        return
+    for group in base.param_groups:
+        for key in SOME_HAVE - own.keys():
+            if "base_" + key in group:
+                group[key] = group.pop("base_" + key)
+            elif "sam_steps" in group and key not in defaults:
+                group.pop(key, None)
+    stale = set() if m is None else set(OWN).difference(m)
+    for entry in base.state.values():
+        for name in stale if isinstance(entry, dict) else ():
+            entry.pop(name, None)
 
 
 def is_same(x: Any, y: Any) -> bool:
@@ -247,12 +281,22 @@ def as_saved(state_dict: dict[str, Any], groups: Sequence[Group], shared: Sequen
     if "state" in state_dict and "param_groups" in state_dict:
         return {**state_dict, "param_groups": [
             {"base_" + k if k in shared and "base_" + k not in group else k: x
-             for k, x in group.items()} for group in state_dict["param_groups"]]}
+             for k, x in theirs_alone(group, groups).items()}
+            for group in state_dict["param_groups"]]}
     first, numbered = 0, []
     for group in groups:
         numbered.append({"params": list(range(first, first + len(group["params"])))})
         first += len(group["params"])
     return {"state": {}, "param_groups": numbered, BASE: state_dict}
+
+
+def theirs_alone(group: Group, mine: Sequence[Group]) -> Group:
+    """A saved group in which a key that another class shared with the base is the base's alone."""
+    known = set().union(*mine)
+    names = {"base_" + key: key for key in SOME_HAVE
+             if "base_" + key in group and "base_" + key not in known and key in known}
+    return {**{k: x for k, x in group.items() if k not in names},
+            **{key: group[name] for name, key in names.items()}}
 
 
 def load_alone(base: Optimizer, state_dict: dict[str, Any]) -> None:

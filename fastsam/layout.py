@@ -201,7 +201,8 @@ class Layout:
         same = old is not None and len(seen) == len(old.seen) and all(map(is_, seen, old.seen))
         if same and not old.volatile:
             return True
-        check_groups(groups, self.traits.own, self.traits.base, self.traits.along_v)
+        check_groups(groups, self.traits.own, self.traits.base, self.traits.along_v,
+                     self.traits.mode)
         if self.traits.base == "sgd" and self.spaces[0].kind.base == "sgd" and any(
                 group["momentum"] for group in groups):
             return False

@@ -24,6 +24,7 @@ from .checks import (
     refuse_changed_step,
     steps_of,
 )
+from .entries import kept_names
 from .grad_scaler import inverse_scale, report_overflow, unscale
 from .interrupts import surely
 from .layout import Layout, Traits
@@ -106,8 +107,10 @@ class SAM(Optimizer):
         self._interval, self._start = interval, start
         self._phase, self._built = Phase(), False
         if not (wrapped or isinstance(params, Tensor)):
-            params = [foreign.unless_counted(x) for x in params]
+            params = foreign.given(params, own)
         with foreign.lent(self, params):
+            if wrapped:
+                foreign.forget_another(base_optimizer, own, kept_names(mode) if fused else None)
             super().__init__(foreign.own_part(base_optimizer, own) if wrapped else params, own)
             mine = [dict(group) for group in self.param_groups]
             self.base_optimizer = (base_optimizer if wrapped else
@@ -206,6 +209,8 @@ class SAM(Optimizer):
             """
             base = vars(self).get("base_optimizer")
             method = None if base is None else foreign.method_of(base, name)
+            if hasattr(type(self), name):  # a property that failed: in its own words
+                return object.__getattribute__(self, name)
             if method is None:
                 raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
@@ -214,14 +219,17 @@ class SAM(Optimizer):
                 if name == "train" and self.is_perturbed:
                     return None
                 self._phase.need(False, name)
-                return foreign.as_base_sees(base, self._traits.shared,
-                                            lambda: method(*args, **kwargs))
+                self._join_containers()
+                result = foreign.as_base_sees(base, self._traits.shared,
+                                              lambda: method(*args, **kwargs))
+                return self if result is base else result
 
             return call
 
     def _check(self, groups: Sequence[dict[str, Any]]) -> None:
         """Refuse groups with a value that this class or its base cannot take."""
-        check_groups(groups, self._traits.own, self._traits.base, self._traits.along_v)
+        check_groups(groups, self._traits.own, self._traits.base, self._traits.along_v,
+                     self._traits.mode)
 
     # ---- what others may have changed
 
@@ -635,6 +643,8 @@ class SAM(Optimizer):
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
         if skipped is not None:  # a copy or a pickle; without it, load_state_dict
+            self._traits = self._traits._replace(  # which was written otherwise up to 0.1
+                shared=foreign.shared_keys(self.base_optimizer, dict.fromkeys(self._traits.own)))
             self._phase = Phase(skipped=skipped)
             if (self._traits.base or self._traits.mode) and saving.is_shared(self.state):
                 self._phase.warn("shared state", saving.SHARED)

@@ -253,18 +253,19 @@ def load_slot(space: Space, slot: Slot, state: Entry) -> None:
     fill(slot.m, m)
     fill(slot.v, v)
     fill(slot.u, state.get("exp_avg_sq"))
-    m_count = state.get(FOREIGN + "ema_steps", state.get("ema_steps", 1))
+    m_count = state.get(FOREIGN + "ema_steps", state.get("ema_steps"))
     set_count(slot.m_steps, 0 if m is None else m_count)
-    set_count(slot.v_steps, 0 if v is None else state.get(v_count, 1))
+    set_count(slot.v_steps, 0 if v is None else state.get(v_count))
     if space.kind.masters:
         slot.saved.copy_(local(state["master"]) if "master" in state else local(slot.param))
 
 
 def set_count(own: Tensor, count: Any) -> None:
+    """Of what is there without one, it was updated once at least."""
     if isinstance(count, Tensor):
         own.copy_(count.reshape(()))
     else:
-        own.fill_(int(count))
+        own.fill_(1 if count is None else int(count))
 
 
 def fill(own: Tensor | None, value: Tensor | None) -> None:

@@ -17,8 +17,8 @@ from .shown import adopt
 
 Saved = dict[str, Any]  # a whole state
 HOOKS = "_optimizer_state_dict_post_hooks"
-SHARED = ("the state came from another process in shared memory, and this optimizer keeps its own "
-          "copy: the processes share the weights, but no momentum or average that fastsam keeps "
+SHARED = ("the state lies in memory that processes share, and this copy of the optimizer keeps its "
+          "own: the processes share the weights, but no momentum or average that fastsam keeps "
           "(fork instead; or pass a subclass of the base, to run its own step over its own state)")
 LOADING = "_optimizer_load_state_dict_pre_hooks", "_optimizer_load_state_dict_post_hooks"
 
@@ -44,7 +44,7 @@ def save(optimizer: Optimizer, base: Optimizer, traits: Traits, layout: Layout,
 def is_shared(state: dict[Tensor, Entry]) -> bool:
     """Whether tensors of the state lie in memory that processes share."""
     return any(isinstance(x, Tensor) and x.device.type == "cpu" and x.is_shared()
-               for entry in state.values() for x in entry.values())
+               for entry in state.values() if isinstance(entry, dict) for x in entry.values())
 
 
 def fitting(state_dict: Saved, mine: list[Group], base: Optimizer, traits: Traits, layout: Layout,
@@ -60,16 +60,17 @@ def fitting(state_dict: Saved, mine: list[Group], base: Optimizer, traits: Trait
     if not traits.base:
         state_dict = foreign.as_saved(state_dict, mine, traits.shared)
     theirs, saved, params = state_dict["param_groups"], state_dict["state"], params_of(mine)
-    refuse_others_keys(mine, theirs, saved.values(), traits.mode)
+    refuse_others_keys(mine, theirs, saved.values(), traits)
     groups = merged_groups(mine, theirs)
     states = [saved.get(i, {}) for group in groups for i in group["params"]]
     for p, state in zip(params, states, strict=False):
         check_entry(p, state, traits.base, traits.mode)
     keep_decoupled(groups, base)
+    keep_adaptive(groups, mine, theirs, traits)
     if len(groups) == len(mine):  # torch has words of its own for others
         layout.seen(groups)
     check_containers(groups)
-    check_groups(groups, traits.own, traits.base, traits.along_v)
+    check_groups(groups, traits.own, traits.base, traits.along_v, traits.mode)
     return {**state_dict, "param_groups": groups}, dict(zip(params, states, strict=False))
 
 
@@ -116,21 +117,21 @@ def merged_groups(mine: list[Group], theirs: list[Group]) -> list[Group]:
 
 
 def refuse_others_keys(mine: list[Group], theirs: list[Group], states: Collection[Entry],
-                       mode: str | None) -> None:
+                       traits: Traits) -> None:
     """Refuse a group key that another class has under a name of this one's: `eta` is ASAM's, which
     has a `scale` too, or FisherSAM's; `alpha` is LookSAM's, whose states have a g_v, or GSAM's.
 
     Args:
         states: the saved states of the parameters.
-        mode: as `Kind.mode`.
     """
+    mode = traits.mode
     entries = [x for x in states if isinstance(x, dict) and x]
     looks = any(FOREIGN + "g_v" in x or "g_v" in x for x in entries)
     for own, saved in zip(mine, theirs, strict=False):
         others = ["eta"] if ("scale" in own) != ("scale" in saved) else []
         others += ["alpha"] if mode in KEEPING and entries and looks != (mode == "looksam") else []
         for key in others:
-            if key in own and key in saved:
+            if key in traits.own and key in own and key in saved:
                 raise ValueError(f"{key}={saved[key]!r} in a state is another class's {key}: "
                                  f"delete it from the groups to keep {own[key]!r}")
 
@@ -140,6 +141,15 @@ def keep_decoupled(groups: list[Group], base: Optimizer) -> None:
     if type(base) is AdamW:
         for group in groups:
             group["decoupled_weight_decay"] = True
+
+
+def keep_adaptive(groups: list[Group], mine: list[Group], theirs: list[Group], traits: Traits,
+                  ) -> None:
+    """ASAM and FisherSAM stay adaptive, also with the groups of a class without an `eta`."""
+    if "eta" in traits.own:
+        for group, own, saved in zip(groups, mine, theirs, strict=False):
+            if "eta" not in saved:
+                group["adaptive"] = own["adaptive"]
 
 
 def without_hooks(optimizer: Any, names: Collection[str], call: Callable[[], Result]) -> Result:

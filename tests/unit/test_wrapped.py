@@ -2,6 +2,7 @@
 another of our optimizers around it has left in its groups, and one that is itself a wrapper."""
 
 import copy
+import functools
 import gc
 import pickle
 import types
@@ -11,7 +12,16 @@ import pytest
 import torch
 from torch import nn
 
-from fastsam import ASAM, SAM, FisherSAM, FriendlySAM, PhaseError
+from fastsam import (
+    ASAM,
+    GSAM,
+    SAM,
+    FisherSAM,
+    FriendlySAM,
+    LookSAM,
+    MomentumSAM,
+    PhaseError,
+)
 from fastsam.choose import BACKENDS
 
 G = torch.tensor([3.0, 4.0])
@@ -93,6 +103,28 @@ def test_its_modes_change_the_weights_as_without_sam(cls):
     assert opt.param_groups[0]["rho"] == 0.0 and opt.param_groups[0]["base_rho"] == 0.5
 
 
+def test_its_methods_see_groups_that_were_replaced():
+    p, q = parameter(), parameter()
+    opt = SAM.wrap(TwoModes([dict(params=[p]), dict(params=[q])]), rho=0.0)
+    opt.param_groups = [dict(opt.param_groups[0])]
+    opt.eval()
+    assert torch.equal(p, parameter() - 0.5) and torch.equal(q, parameter())
+    opt.state_dict()
+    opt.train()
+    assert torch.equal(p, parameter())
+
+
+class Odd(SAM):
+    @property
+    def failing(self):
+        return self.now
+
+
+def test_what_is_missing_inside_a_property_is_named():
+    with pytest.raises(AttributeError, match="'now'"):
+        _ = Odd([parameter()], torch.optim.SGD, lr=0.1).failing
+
+
 def test_while_perturbed_only_train_may_be_called_and_changes_nothing():
     p = parameter()
     opt = SAM.wrap(TwoModes([p]), rho=0.1)
@@ -160,6 +192,27 @@ def test_a_fused_base_that_is_given_another_step_is_refused_by_name(patch, pertu
     del base.step
     opt.step()
     torch.testing.assert_close(p.detach(), torch.tensor([0.7, 1.6]))
+
+
+def wrapping(base):
+    inner = base.step.__func__
+
+    @functools.wraps(inner)
+    def outer(self, closure=None):
+        return inner(self, closure)
+
+    return types.MethodType(outer, base)
+
+
+def test_a_step_that_is_wrapped_is_another_and_its_own_put_back_is_not():
+    """Accelerate puts it back after a step with a scaler."""
+    base = torch.optim.SGD([parameter()], lr=0.1)
+    own = base.step
+    base.step = wrapping(base)
+    with pytest.raises(ValueError, match="was given another step"):
+        SAM.wrap(base)
+    base.step = own
+    SAM.wrap(base)
 
 
 def test_a_base_that_is_not_fused_takes_the_step_that_it_was_given():
@@ -240,27 +293,145 @@ def test_a_bases_own_key_of_the_same_name_stays_its_own():
 
 
 @pytest.mark.parametrize("cls", [ASAM, FisherSAM])
-@pytest.mark.parametrize("way", ["group", "edit", "add", "load"])
-def test_an_adaptive_class_refuses_a_group_that_is_not(way, cls):
-    p, q = parameter(), parameter()
-    if way == "group":
-        with pytest.raises(ValueError, match="adaptive=False.*use SAM"):
-            cls([dict(params=[p], adaptive=False)], torch.optim.SGD, lr=0.1)
-        return
-    opt = cls([p], torch.optim.SGD, lr=0.1)
+def test_an_adaptive_class_stays_so_with_the_state_of_one_that_is_not(cls):
+    """It would go on as plain SAM. A group of one's own may be so."""
+    p = parameter()
+    opt = cls([dict(params=[p], adaptive=False)], torch.optim.SGD, lr=0.1, rho=0.2)
+    assert radius(p, opt) == pytest.approx(0.2)
     other = SAM([parameter()], torch.optim.SGD, lr=0.1, rho=0.05)
+    opt.load_state_dict(opt.state_dict())
+    assert opt.param_groups[0]["adaptive"] is False
+    opt = cls([p], torch.optim.SGD, lr=0.1)
+    opt.load_state_dict(other.state_dict())
+    assert opt.param_groups[0]["adaptive"] is True and opt.param_groups[0]["rho"] == 0.05
+
+
+@pytest.mark.parametrize("cls", [MomentumSAM, LookSAM])
+@pytest.mark.parametrize("way", ["group", "edit", "load"])
+def test_a_class_that_has_no_adaptive_form_refuses_an_adaptive_group(way, cls):
+    p = parameter()
+    hyper = dict(lr=0.1, momentum=0.9)
+    if way == "group":
+        with pytest.raises(ValueError, match="adaptive=True in a group.*ASAM"):
+            cls([dict(params=[p], adaptive=True)], torch.optim.SGD, **hyper)
+        return
+    opt = cls([p], torch.optim.SGD, **hyper)
+    other = ASAM([parameter()], torch.optim.SGD, **hyper)
     p.grad = G.clone()
-    with pytest.raises(ValueError, match="adaptive=False.*use SAM"):
+    with pytest.raises(ValueError, match="adaptive=True in a group.*ASAM"):
         if way == "edit":
-            opt.param_groups[0]["adaptive"] = False
+            opt.param_groups[0]["adaptive"] = True
             opt.first_step()
-        elif way == "add":
-            opt.add_param_group(dict(params=[q], adaptive=False))
         else:
             opt.load_state_dict(other.state_dict())
-    assert torch.equal(p, parameter()) and len(opt.param_groups) == 1
-    opt.param_groups[0]["adaptive"] = True
-    assert radius(p, opt) == radius(q, cls([q], torch.optim.SGD, lr=0.1))
+    assert torch.equal(p, parameter())
+
+
+def test_the_dicts_of_another_of_ours_give_a_new_one_no_values():
+    p = parameter()
+    groups = [dict(params=[p])]
+    SAM(groups, torch.optim.SGD, lr=0.1, rho=0.05)
+    opt = ASAM(groups, torch.optim.SGD, lr=0.2, rho=2.0)
+    assert opt.param_groups[0]["rho"] == 2.0 and opt.param_groups[0]["adaptive"] is True
+    assert opt.param_groups[0]["lr"] == 0.1, "as in torch, whose own it is"
+    assert groups[0]["rho"] == 0.05
+
+
+def test_groups_of_two_ages_have_the_new_ones_values():
+    p, q, r = parameter(), parameter(), parameter()
+    base = torch.optim.SGD([p], lr=0.1)
+    SAM.wrap(base, rho=0.05)
+    base.add_param_group(dict(params=[q]))
+    base.add_param_group(dict(params=[r], rho=0.3))
+    opt = SAM.wrap(base, rho=0.5)
+    assert [group["rho"] for group in opt.param_groups] == [0.5, 0.5, 0.3]
+
+
+def test_a_shared_key_that_groups_differ_in_stays_too():
+    p, q = parameter(), parameter()
+    base = torch.optim.Adadelta([dict(params=[p]), dict(params=[q])], rho=0.8)
+    SAM.wrap(base, rho=0.05).param_groups[0]["rho"] = 0.3
+    opt = SAM.wrap(base, rho=0.7)
+    assert [group["rho"] for group in opt.param_groups] == [0.3, 0.05]
+    assert [group["base_rho"] for group in opt.param_groups] == [0.8, 0.8]
+
+
+class Trust(torch.optim.SGD):
+    """Has an `eta` of its own, as LARS has."""
+
+    def __init__(self, params, lr=0.1, eta=0.5):
+        super().__init__(params, lr)
+        self.defaults["eta"] = eta
+        for group in self.param_groups:
+            group.setdefault("eta", eta)
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.data.sub_(group["lr"] * group["eta"] * p.grad)
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+@pytest.mark.parametrize("first", [ASAM, FisherSAM])
+def test_a_key_that_another_class_shared_with_the_base_is_the_bases_again(first, loaded):
+    p = parameter()
+    base = Trust([p])
+    old = first.wrap(base)
+    if loaded:
+        opt = SAM.wrap(Trust([p], eta=0.1), rho=0.0)
+        opt.load_state_dict(old.state_dict())
+        opt.param_groups[0].update(rho=0.0)
+    else:
+        opt = SAM.wrap(base, rho=0.0)
+    assert opt.param_groups[0]["eta"] == 0.5 and "base_eta" not in opt.param_groups[0]
+    two_passes(p, opt)
+    torch.testing.assert_close(p.detach(), torch.tensor([0.85, 1.8]))
+
+
+def stepped(cls, base, times=2):
+    opt = cls.wrap(base)
+    for _ in range(times):
+        (p,) = opt.param_groups[0]["params"]
+        p.grad = G.clone()
+        if opt.climbs_next:
+            opt.first_step()
+            p.grad = 0.9 * G
+        opt.step()
+    return opt
+
+
+CLASSES = [SAM, ASAM, FisherSAM, FriendlySAM, MomentumSAM, GSAM, LookSAM]
+
+
+@pytest.mark.parametrize("second", CLASSES)
+@pytest.mark.parametrize("first", CLASSES)
+def test_what_a_class_saves_over_a_former_one_is_its_own(first, second):
+    """And a fresh one of it takes that."""
+    base = torch.optim.SGD([parameter()], lr=0.1, momentum=0.9)
+    stepped(first, base)
+    opt = stepped(second, base)
+    fresh = stepped(second, torch.optim.SGD([parameter()], lr=0.1, momentum=0.9))
+    saved, right = opt.state_dict(), fresh.state_dict()
+    assert saved["param_groups"][0].keys() == right["param_groups"][0].keys()
+    assert saved["state"][0].keys() == right["state"][0].keys()
+    fresh.load_state_dict(copy.deepcopy(saved))
+    opt.load_state_dict(copy.deepcopy(right))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))],
+                         ids=["deepcopy", "pickle"])
+def test_entries_that_are_no_parameters_are_copied_too(copied):
+    opt = SAM([parameter()], torch.optim.SGD, lr=0.1)
+    opt.state["epoch"], opt.state["k"] = 3, torch.tensor(2.0)
+    assert copied(opt).state["epoch"] == 3
+
+
+def test_a_pickle_of_a_version_that_wrote_shared_keys_otherwise_is_read():
+    opt = SAM([parameter()], torch.optim.Adadelta, rho=0.1)
+    opt._traits = opt._traits._replace(shared=("base_rho",))
+    (p,) = (twin := copy.deepcopy(opt)).param_groups[0]["params"]
+    two_passes(p, twin)
+    assert twin.param_groups[0]["rho"] == 0.1 and twin.param_groups[0]["base_rho"] == 0.9
 
 
 # ---- a wrapper
@@ -317,7 +488,7 @@ def test_a_state_in_another_processes_memory_is_not_silently_ones_own(base, shar
     if shared:
         there = pickle.loads(sent)
     else:
-        with pytest.warns(UserWarning, match="in shared memory.*subclass of the base"):
+        with pytest.warns(UserWarning, match="memory that processes share.*subclass of the base"):
             there = pickle.loads(sent)
     (q,) = there.param_groups[0]["params"]
     two_passes(q, there)
