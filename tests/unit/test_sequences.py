@@ -17,7 +17,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:the weights are 16-bit:UserWarni
                                         "ignore:the closure left no gradients:UserWarning",
                                         "ignore:(invalid|overflow|divide):RuntimeWarning")
 # sequences, and the most events of one
-DRAWN = {"reference": (200, 8), "numba": (40, 8), "triton": (40, 4)}
+DRAWN = {"reference": (200, 8), "numba": (20, 8), "triton": (40, 4)}
 
 
 @pytest.mark.parametrize("backend", choose.BACKENDS)
