@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -217,7 +218,7 @@ def refuse_unusable(p: Tensor) -> None:
     if not p.is_floating_point():
         raise ValueError(f"a parameter of shape {tuple(p.shape)} is {p.dtype}: "
                          "SAM takes real floating-point parameters (see torch.view_as_real)")
-    odd = is_traceable_wrapper_subclass(p) and not is_sharded(p)
+    odd = isinstance(p, FakeTensor) or (is_traceable_wrapper_subclass(p) and not is_sharded(p))
     if p.is_inference():
         raise ValueError(f"a parameter of shape {tuple(p.shape)} was made in inference mode and "
                          "cannot be trained: make the model outside of it, or clone the parameter")

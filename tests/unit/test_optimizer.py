@@ -9,6 +9,7 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from torch.nn.functional import cross_entropy
 
 import fastsam
@@ -853,7 +854,8 @@ def test_tied_weights_stay_tied_and_climb_once(backend, device):
 @pytest.mark.parametrize("make, match", [
     (lambda: torch.ones(3, 3).to_sparse(), "layout torch.sparse_coo"),
     (lambda: torch.ones(3, dtype=torch.complex64), "complex64.*view_as_real"),
-    (lambda: torch.ones(3, device="meta"), "on meta")])
+    (lambda: torch.ones(3, device="meta"), "on meta"),
+    (lambda: FakeTensorMode().from_tensor(torch.ones(3)), "FakeTensor")])
 def test_parameters_without_plain_real_memory_are_refused_by_name(make, match):
     with pytest.raises(ValueError, match=match):
         SAM([make().requires_grad_()], torch.optim.SGD, lr=0.1)
