@@ -171,6 +171,34 @@ def update(w, g, saved, v, u, m, kept, flat, offs, mask, inv_scale, c, alpha, hy
     return v * v
 
 
+@triton.jit
+def add_squares(v, wide, flat, begin, whole, size, of_v, few_of_v, BLOCK: tl.constexpr):
+    """The sums of v^2 with what is not in them yet of a run of blocks, from `begin` on, in the
+    order of the norm."""
+    offs, few = tl.arange(0, BLOCK), tl.arange(0, BLOCK // 2)
+    for i in range(begin, whole, BLOCK):
+        x = read(v + wide + i + offs, offs < whole - i)
+        of_v += folded(x * x, SUMS)
+    for i in range(whole, size, BLOCK // 2):
+        x = read(v + flat + i + few, few < size - i)
+        few_of_v += folded(x * x, SUMS)
+    return of_v, few_of_v
+
+
+@triton.jit
+def count_steps(g_table, layout, hyper, v_steps, n_slots, ok, BASE: tl.constexpr):
+    """Count a step of each slot whose v it has moved."""
+    for i in range(0, n_slots, 128):
+        slots = i + tl.arange(0, 128)
+        mask = slots < n_slots
+        count = tl.load(v_steps + slots, mask, 0)
+        moved = tl.load(g_table + slots, mask, 0) != 0
+        if BASE != ADAM:
+            group = tl.load(layout + 3 * slots + 2, mask, 0)
+            moved = moved & (tl.load(hyper + group * HYPER + MOMENTUM) != 0)
+        tl.store(v_steps + slots, count + moved.to(tl.int32) * ok.to(tl.int32), mask)
+
+
 @jit
 def step_kernel(w_table, g_table, climbed_table, saved, v, u, m, kept, partials, blocks, layout,
                 hyper, control, counters, v_steps, n_blocks, n_slots, BASE: tl.constexpr,
@@ -227,31 +255,19 @@ def step_kernel(w_table, g_table, climbed_table, saved, v, u, m, kept, partials,
                 back = read(saved + flat + i + few, mask).to(TYPE)
                 tl.store(pointer(w, TYPE) + i + few, back, mask)
         if ALONG_V:
-            if climbed:  # what is not summed up yet, in the order of the norm
+            if climbed:
                 wide, whole = wide_place(flat), in_fours(size, 0)
                 if fours < whole:
                     tl.debug_barrier()  # another thread has stored that v
-                for i in range(fours, whole, BLOCK):
-                    x = read(v + wide + i + offs, offs < whole - i)
-                    of_v += folded(x * x, SUMS)
-                for i in range(whole, size, BLOCK // 2):
-                    x = read(v + flat + i + few, few < size - i)
-                    few_of_v += folded(x * x, SUMS)
+                of_v, few_of_v = add_squares(v, wide, flat, fours, whole, size, of_v, few_of_v,
+                                             BLOCK)
     if ALONG_V:
         total = tl.sum(of_v) + tl.sum(few_of_v)
         tl.store(partials + tl.program_id(0), total)
     skipped = tl.load(counters + SKIPPED)  # every thread reads, one writes: the barrier between
     if is_last_program(counters + STEP_TICKET):
         tl.store(counters + SKIPPED, skipped + (ok == 0).to(tl.int32))
-        for i in range(0, n_slots, 128):
-            slots = i + tl.arange(0, 128)
-            mask = slots < n_slots
-            count = tl.load(v_steps + slots, mask, 0)
-            moved = tl.load(g_table + slots, mask, 0) != 0
-            if BASE != ADAM:
-                group = tl.load(layout + 3 * slots + 2, mask, 0)
-                moved = moved & (tl.load(hyper + group * HYPER + MOMENTUM) != 0)
-            tl.store(v_steps + slots, count + moved.to(tl.int32) * ok.to(tl.int32), mask)
+        count_steps(g_table, layout, hyper, v_steps, n_slots, ok, BASE)
 
 
 def block_of(mix: int, masters: bool) -> int:
