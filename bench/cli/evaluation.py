@@ -68,7 +68,7 @@ def run_evaluate(options: dict[str, Any]) -> None:
 
     import torch
 
-    from bench.data.datasets import test_images_of
+    from bench.data.datasets import judges_of
     from bench.devices import usable_device
     from bench.evaluation.evaluate import evaluate, report
     from bench.evaluation.robustbench import leaderboard, model_info
@@ -91,14 +91,13 @@ def run_evaluate(options: dict[str, Any]) -> None:
     data = data_of(checkpoint, config, options)
     board = leaderboard(config["data"], evaluation, len(data.test)) if file else ()
     git = git_hash()
-    images = data.val if evaluation.on == "held-out" else data.test
-    if evaluation.data is not None:
-        images = test_images_of(evaluation.data, data, config["image_size"])
+    images, judged = judges_of(data, evaluation.data, evaluation.on, config["image_size"])
     result = evaluate(model, images.to(device), evaluation,
                       say=lambda text: print(text, file=sys.stderr), bar=True)  # fmt: skip
     print(report(result | {"evaluation": asdict(evaluation)}))
     if options["rows"]:
-        row = {"checkpoint": "/".join(path.parts[-2:]), **result, "config": checkpoint["config"],
+        row = {"checkpoint": "/".join(path.parts[-2:]), **result, "judged_fingerprint": judged,
+               "config": checkpoint["config"], "trained": checkpoint.get("trained", []),
                "evaluation": asdict(evaluation), **stamp(str(device), git)}  # fmt: skip
         append_jsonl(options["rows"], [row])
     if file:

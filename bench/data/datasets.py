@@ -188,9 +188,9 @@ def sha256(split: Split) -> str:
     return digest.hexdigest()
 
 
-def test_images_of(name: str, data: Data, image_size: int | None) -> Split:
-    """Return the test images of a directory with the same classes as `data`. Raises ValueError for
-    other classes and for images that `data`'s network was not trained for."""
+def test_images_of(name: str, data: Data, image_size: int | None) -> tuple[Split, str]:
+    """Return the test images of a directory with the same classes as `data`, and their fingerprint.
+    Raises ValueError for other classes and for images that `data`'s network was not trained for."""
     other = load_data(name, val=0.0, seed=0, image_size=image_size)
     if (other.channels, other.classes) != (data.channels, data.classes):
         raise ValueError(
@@ -199,7 +199,20 @@ def test_images_of(name: str, data: Data, image_size: int | None) -> Split:
         )
     trained_on = (image for part in (data.train, data.val) for image in pixels_of(part))
     warn_of_shared(name, trained_on, pixels_of(other.test))
-    return other.test
+    return other.test, other.test_fingerprint
+
+
+def judges_of(
+    data: Data, name: str | None, on: str, image_size: int | None
+) -> tuple[Split | Photographs, str]:
+    """Return the images that an evaluation is on, and the fingerprint of the set that they are of.
+
+    name: another directory's test images; None: `data`'s own, or with on="held-out" those of its
+    training images that are held out. Raises ValueError as test_images_of.
+    """
+    if name is not None:
+        return test_images_of(name, data, image_size)
+    return (data.val, data.fingerprint) if on == "held-out" else (data.test, data.test_fingerprint)
 
 
 @lru_cache(maxsize=1)

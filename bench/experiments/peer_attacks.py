@@ -12,6 +12,7 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
+from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ NORMS = {"linf": "Linf", "l2": "L2"}
 NAMES = ("fgsm", "pgd-10", "pgd-40", "apgd-ce-50", "apgd-t-20")
 PACKAGES = {"torchattacks": "torchattacks", "foolbox": "foolbox", "autoattack": "pyautoattack",
             "art": "adversarial-robustness-toolbox"}  # fmt: skip
+MODULES = ("torchattacks", "foolbox", "art", "pyautoattack")
 
 Run = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
@@ -278,13 +280,21 @@ def rows_of(
     if images is not None and images < 1:
         raise ValueError(f"--images must be at least 1, got {images}")
     if checkpoint is None:
+        refuse_missing()
         net, x, y = on_digits()
         return list(measure(net, x[:images], y[:images], names=names))
     config, net, x, y = of_checkpoint(checkpoint)
+    refuse_missing()
     rows = list(measure(net, x[:images], y[:images], SMALL, (1.0,), names))
     print(f"{config['method']}, seed {config['seed']}, right on {rows[0]['images']} of "
           f"{rows[0]['of']} test images of {config['data']}\n")  # fmt: skip
     return [row | {"config": config} for row in rows]
+
+
+def refuse_missing() -> None:
+    """Raise ValueError where a peer is not installed."""
+    if missing := [name for name in MODULES if find_spec(name) is None]:
+        raise ValueError(f"{', '.join(missing)}: not installed; pip install -e '.[bench,peers]'")
 
 
 if __name__ == "__main__":

@@ -5,14 +5,14 @@ import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 
-from bench.data.datasets import Split, test_images_of
-from bench.data.photographs import Photographs
+from bench.data.datasets import judges_of
 from bench.evaluation.evaluate import evaluate
 from bench.files import alone_in, write_json
 from bench.provenance import git_hash, stamp
@@ -43,10 +43,16 @@ def finished(
 def refuse_changed_data(
     config: Config, summary: dict[str, Any], out: Path, download: bool = False
 ) -> None:
-    """Raise ValueError for a finished run of other images than the data holds now."""
-    if parts := changed_data(summary, data_of(config, download)):
+    """Raise ValueError for a finished run of other images than the data, or the directory that it
+    was evaluated on, holds now."""
+    data, name = data_of(config, download), summary["evaluation"].get("data")
+    parts, of = changed_data(summary, data), config.data
+    if not parts and name is not None and "judged_fingerprint" in summary:
+        _, judged = judges_of(data, name, "test", config.image_size)
+        parts, of = "test" * (judged != summary["judged_fingerprint"]), name
+    if parts:
         raise ValueError(
-            f"the {parts} images of {config.data!r} changed since {str(out)!r} was finished; "
+            f"the {parts} images of {of!r} changed since {str(out)!r} was finished; "
             "restore them or choose another --out"
         )
 
@@ -64,13 +70,15 @@ def track_found(
         warnings.warn(f"{tracker} has not got all of {str(out)!r} ({e})", stacklevel=2)
 
 
-def judges_of(run: Run, evaluation: Evaluation) -> Split | Photographs:
-    """Return the images that an evaluation is on, on the run's device."""
-    if evaluation.data is not None:
-        images = test_images_of(evaluation.data, run.data, run.config.image_size)
-    else:
-        images = run.data.val if evaluation.on == "held-out" else run.data.test
-    return images.to(run.device)
+def speed(run: Run) -> float:
+    """Return the images that a run trains with in a second. Each phase counts by its median epoch,
+    so that a moment's interference does not count: late SAM's first epochs are SGD's, and those
+    without AWP are before those with it."""
+    seconds, config = [row["seconds"] for row in run.history], run.config
+    starts = sorted({0, config.late_epoch, config.awp_warmup})
+    phases = [seconds[begin:end] for begin, end in pairwise([*starts, config.epochs])]
+    typical = sum(len(phase) * median(phase) for phase in phases if phase)
+    return len(run.data.train) * len(seconds) / typical
 
 
 def summarise(
@@ -78,10 +86,11 @@ def summarise(
 ) -> dict[str, Any]:
     """Evaluate last.pt and best.pt of a finished run, once if they are equal.
 
-    images_per_second is the median epoch's, so that a moment's interference does not count.
+    git and the machine are those of the evaluation; "trained" has those of the training.
     """
     device = str(run.device)
-    images = judges_of(run, evaluation)
+    images, judged = judges_of(run.data, evaluation.data, evaluation.on, run.config.image_size)
+    images = images.to(run.device)
     best_epoch = load_checkpoint(out / "best.pt", device)["epoch"]
     results = {}
     for name in ("last", "best"):
@@ -99,15 +108,17 @@ def summarise(
         "natural": last["natural"],
         "robust": last["robust"],
         "best": {**{k: results["best"][k] for k in ("natural", "robust")}, "epoch": best_epoch},
-        "images_per_second": median(row["images_per_second"] for row in run.history),
+        "images_per_second": speed(run),
         "train_seconds": sum(row["seconds"] for row in run.history),
         "train_images": len(run.data.train),
         "wrong_labels": run.data.wrong_labels,
         "fingerprint": run.data.fingerprint,
         "test_fingerprint": run.data.test_fingerprint,
+        "judged_fingerprint": judged,
         "test_images": last["images"],
         **{k: last[k] for k in ("of", "attacks", "warnings")},
         "config": asdict(run.config),
+        "trained": run.trained,
         "evaluation": asdict(evaluation),
         **stamp(device, git),
     }

@@ -236,6 +236,11 @@ class Config:
         return self.augment == "resized-crop"
 
     @property
+    def late_epoch(self) -> int:
+        """The first epoch that climbs."""
+        return round(self.late * self.epochs)
+
+    @property
     def attack(self) -> Attack | None:
         """The ball and the steps of the training attack, or None."""
         from bench.attacks.pgd import Attack

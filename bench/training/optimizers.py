@@ -28,7 +28,7 @@ def build_optimizer(config: Config, model: nn.Module, steps: int = 0) -> torch.o
         return cls(w, **base)
     base |= {
         "rho": config.rho, "backend": config.backend, "interval": config.interval,
-        "start": round(config.late * config.epochs) * steps,
+        "start": config.late_epoch * steps,
     }  # fmt: skip
     match config.optimizer:
         case "asam":

@@ -21,13 +21,14 @@ def no_scaler() -> torch.amp.GradScaler:
 
 @dataclass
 class Run:
-    """history: one row of metrics per finished epoch. epoch: the one that is under way. images:
-    the augmented training images, see bench.data.datasets.training_images. net: what training
-    passes go through where several processes train, see bench.training.processes.replicated;
-    attacks always go through `model`. scaler: enabled for fp16. weight: what a mean over this
-    process's images counts in the mean over processes, see bench.training.processes.weight.
-    position: where in an epoch last.pt was written,
-    see bench.training.epoch_state, until it is taken up there. graphs: by a batch's images, see
+    """history: one row of metrics per finished epoch. trained: the commit, versions and machine
+    that trained from an epoch on, as often as these changed. epoch: the one that is under way.
+    images: the augmented training images, see bench.data.datasets.training_images. net: what
+    training passes go through where several processes train, see
+    bench.training.processes.replicated; attacks always go through `model`. scaler: enabled for
+    fp16. weight: what a mean over this process's images counts in the mean over processes, see
+    bench.training.processes.weight. position: where in an epoch last.pt was written, see
+    bench.training.epoch_state, until it is taken up there. graphs: by a batch's images, see
     bench.training.graphed."""
 
     config: Config
@@ -36,6 +37,7 @@ class Run:
     opt: torch.optim.Optimizer
     device: torch.device
     history: list[dict[str, Any]]
+    trained: list[dict[str, Any]] = field(default_factory=list)
     epoch: int = 0
     images: Any = None
     net: nn.Module | None = None

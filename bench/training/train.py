@@ -25,6 +25,7 @@ from bench.evaluation.progress import bar_of
 from bench.files import remove_unfinished, write_json, write_jsonl
 from bench.models import build_model
 from bench.models.airbench import Airbench
+from bench.provenance import git_hash, stamp
 from bench.settings.config import Config, differences
 from bench.training import processes
 from bench.training.adversarial import attacked, watch_single_step
@@ -39,6 +40,7 @@ from bench.training.step import step
 from bench.training.stopped import Stopped
 from bench.training.tracking import tracked
 
+PLACE = ("git", "versions", "device", "cpus", "threads")
 FITTED_TO = 5000  # images, as in airbench; evenly spread, for they may lie class by class
 
 
@@ -137,6 +139,7 @@ def load_state(run: Run, out: Path) -> None:
     run.opt.load_state_dict(checkpoint["optimizer"])
     run.scaler.load_state_dict(checkpoint.get("scaler", {}))
     run.history, run.position = checkpoint["history"], checkpoint.get("position")
+    run.trained = checkpoint.get("trained", [])
 
 
 def refuse_early(
@@ -160,7 +163,7 @@ def save(run: Run, out: Path, position: dict[str, Any] | None = None) -> None:
         save_checkpoint(
             out / "last.pt", run.config, run.data, run.model, epoch=len(run.history) - 1,
             optimizer=run.opt.state_dict(), scaler=run.scaler.state_dict(), history=run.history,
-            position=position,
+            position=position, trained=run.trained,
         )  # fmt: skip
 
 
@@ -249,6 +252,7 @@ def train(
     run = set_up(config, download)
     load_state(run, out)
     refuse_different_places(run, out)
+    note_place(run)
     first = processes.rank() == 0
     if first:
         out.mkdir(parents=True, exist_ok=True)
@@ -272,6 +276,16 @@ def train(
     if first:
         write_jsonl(out / "metrics.jsonl", run.history)
     return run
+
+
+def note_place(run: Run) -> None:
+    """Note what trains what is left of a run, where that is another commit or machine than
+    before."""
+    if len(run.history) == run.config.epochs:
+        return
+    now = {k: x for k, x in stamp(str(run.device), git_hash()).items() if k in PLACE}
+    if not run.trained or now != {k: run.trained[-1][k] for k in PLACE}:
+        run.trained.append({"epoch": len(run.history), **now})
 
 
 def refuse_divergence(run: Run, row: dict[str, Any], loss: Tensor, out: Path) -> None:
@@ -303,7 +317,8 @@ def finish_epoch(run: Run, row: dict[str, Any], out: Path, bar: bool = False) ->
     run.history.append(row)
     first = processes.rank() == 0
     if first and row["best"]:
-        save_checkpoint(out / "best.pt", run.config, run.data, run.model, epoch=row["epoch"])
+        save_checkpoint(out / "best.pt", run.config, run.data, run.model, epoch=row["epoch"],
+                        trained=run.trained)
     save(run, out)
     if first:
         write_jsonl(out / "metrics.jsonl", run.history)

@@ -3,6 +3,7 @@ test images, and images held out of training, are what an evaluation says it is 
 
 import io
 import json
+import shutil
 import tarfile
 
 import numpy as np
@@ -13,7 +14,11 @@ from PIL import Image
 from bench.__main__ import main
 from bench.data.datasets import load_data
 from bench.evaluation.evaluate import correct
-from bench.experiments.train_and_evaluate import finished, train_and_evaluate
+from bench.experiments.train_and_evaluate import (
+    finished,
+    refuse_changed_data,
+    train_and_evaluate,
+)
 from bench.settings.config import resolve
 from bench.settings.evaluation import Evaluation
 from bench.training.train import set_up
@@ -125,8 +130,10 @@ def test_an_evaluation_is_on_the_images_that_it_names(two, tmp_path):
     run = set_up(config)
     run.model.load_state_dict(torch.load(tmp_path / "last.pt")["model"])
     run.model.eval()
-    other = load_data(str(png), 0, 0).test
-    splits = {"test": run.data.test, "held-out": run.data.val, "png": other}
+    other, data = load_data(str(png), 0, 0), run.data
+    splits = {"test": data.test, "held-out": data.val, "png": other.test}
+    prints = [data.test_fingerprint, data.fingerprint, other.test_fingerprint]
+    assert [found[name]["judged_fingerprint"] for name in judges] == prints
     for name, split in splits.items():
         assert found[name]["test_images"] == len(split)
         assert found[name]["natural"] == correct(run.model, split, 100).double().mean().item()
@@ -140,6 +147,7 @@ def test_an_evaluation_is_on_the_images_that_it_names(two, tmp_path):
         assert main([*command, *words]) == 0
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     assert [r["natural"] for r in rows] == [found[name]["natural"] for name in judges]
+    assert [r["judged_fingerprint"] for r in rows] == prints
     assert [(r["evaluation"]["on"], r["evaluation"]["data"]) for r in rows] == [
         ("test", None), ("held-out", None), ("test", str(png))
     ]  # fmt: skip
@@ -166,6 +174,19 @@ def test_images_that_are_not_there_are_refused(two, tmp_path, capsys):
     assert main([*base, "--eval-on", "held-out", "--eval-data", str(png)]) == 2
     assert "leave one of the two out" in capsys.readouterr().err
     assert not (tmp_path / "run/last.pt").exists()
+
+
+def test_a_finished_run_is_refused_where_the_images_that_judged_it_changed(two, tmp_path):
+    data, judges = tmp_path / "data", tmp_path / "judges"
+    shutil.copytree(two[0], data)
+    shutil.copytree(two[1], judges)
+    config = resolve("sgd", None, options(data))
+    summary = train_and_evaluate(config, clean(data=str(judges)), tmp_path / "run")
+    refuse_changed_data(config, summary, tmp_path / "run")
+    one, other, *_ = (judges / "test").rglob("*.png")
+    one.write_bytes(other.read_bytes())
+    with pytest.raises(ValueError, match="the test images of '.*judges' changed"):
+        refuse_changed_data(config, summary, tmp_path / "run")
 
 
 def test_test_images_of_other_classes_are_refused(two, tmp_path):

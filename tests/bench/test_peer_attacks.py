@@ -9,6 +9,7 @@ import torch
 
 from bench.data.datasets import load_data
 from bench.evaluation.evaluate import evaluate
+from bench.experiments import peer_attacks
 from bench.experiments.peer_attacks import (
     FACTORS,
     RADII,
@@ -65,6 +66,17 @@ def test_what_cannot_be_attacked_is_refused_in_a_sentence(
     with pytest.raises(SystemExit) as stopped:
         main()
     assert stopped.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_peers_that_are_not_installed_are_named_before_anything_is_attacked(
+    checkpoint, monkeypatch, capsys
+):
+    monkeypatch.setattr(peer_attacks, "MODULES", ("torch", "no_such_tool"))
+    monkeypatch.setattr("sys.argv", ["peer_attacks", "--checkpoint", str(checkpoint)])
+    with pytest.raises(SystemExit):
+        main()
+    said = capsys.readouterr().err
+    assert "no_such_tool: not installed; pip install" in said and "torch," not in said
 
 
 def test_a_network_that_is_right_on_nothing_is_refused():

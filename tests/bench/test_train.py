@@ -10,7 +10,7 @@ import torch
 
 from bench.data.augmentation import Augmentation, Pipeline
 from bench.evaluation.evaluate import evaluate
-from bench.experiments.train_and_evaluate import train_and_evaluate
+from bench.experiments.train_and_evaluate import speed, train_and_evaluate
 from bench.settings.config import resolve
 from bench.settings.evaluation import resolve_evaluation
 from bench.training.adversarial import attacked
@@ -80,6 +80,40 @@ def test_a_run_on_images_that_changed_is_refused(tmp_path):
     torch.save(checkpoint | {"fingerprint": "of other images"}, tmp_path / "last.pt")
     with pytest.raises(ValueError, match="the training images of 'digits' changed since"):
         train(config, tmp_path)
+
+
+def test_a_run_says_what_trained_it_not_what_evaluates_it(tmp_path, monkeypatch):
+    """Begun at one commit, ended at another, evaluated at a third."""
+
+    def at(commit):
+        monkeypatch.setattr("bench.training.train.git_hash", lambda: commit)
+        monkeypatch.setattr("bench.experiments.train_and_evaluate.git_hash", lambda: commit)
+
+    def kill(row):
+        raise Killed
+
+    config = tiny("sgd")
+    at("first")
+    with pytest.raises(Killed):
+        train(config, tmp_path, after_epoch=kill)
+    at("second")
+    train(config, tmp_path)
+    at("third")
+    summary = train_and_evaluate(config, EVALUATION, tmp_path)
+    assert [(place["epoch"], place["git"]) for place in summary["trained"]] == [
+        (0, "first"), (1, "second")]  # fmt: skip
+    assert summary["git"] == "third"
+    assert {"device", "versions", "threads"} <= summary["trained"][0].keys()
+
+
+@pytest.mark.parametrize("method, given, typical", [
+    ("sam-late", {"late": 0.5, "epochs": 4}, 2 * 1 + 2 * 6.5),
+    ("sgd", {"epochs": 4}, 4 * 2.5),
+    ("at-linf", {"awp_gamma": 0.01, "awp_warmup": 1, "epochs": 4}, 1 + 3 * 4)])  # fmt: skip
+def test_each_phase_counts_by_its_median_epoch(method, given, typical):
+    run = set_up(tiny(method, **given))
+    run.history = [{"seconds": s} for s in (1.0, 1.0, 4.0, 9.0)]
+    assert speed(run) == pytest.approx(4 * len(run.data.train) / typical)
 
 
 def test_checkpoint_of_another_model_is_refused(tmp_path):

@@ -45,7 +45,7 @@ def same(a, b) -> bool:
 
 def state(path: Path) -> dict:
     checkpoint = load_checkpoint(path)
-    return {k: v for k, v in checkpoint.items() if k != "history"}
+    return {k: v for k, v in checkpoint.items() if k not in ("history", "trained")}
 
 
 def learning(out: Path) -> list[dict]:
