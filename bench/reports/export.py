@@ -182,10 +182,14 @@ def accuracy_text(summary: dict[str, Any], accuracies: dict[str, float]) -> str:
 
 def settings_text(checkpoint: dict[str, Any], summary: dict[str, Any]) -> str:
     values = {k: v for k, v in checkpoint["config"].items() if v is not None and k != "data_dir"}
-    versions = ", ".join(f"{k} {v}" for k, v in summary["versions"].items() if v)
     rows = [f"| {k} | {v} |".replace("_", r"\_") for k, v in values.items()]
     return "\n".join([
         "| setting | value |", "|---|---|", *rows, "",
-        f"{summary['train_seconds']:.0f} s on {summary['device']}; {versions}; commit "
-        f"{summary['git'] or 'unknown'}.",
+        f"{summary['train_seconds']:.0f} s on " + ", then on ".join(
+            place_text(place) for place in summary.get("trained") or [summary]) + ".",
     ])  # fmt: skip
+
+
+def place_text(place: dict[str, Any]) -> str:
+    versions = ", ".join(f"{k} {v}" for k, v in place["versions"].items() if v)
+    return f"{place['device']}; {versions}; commit {place['git'] or 'unknown'}"
