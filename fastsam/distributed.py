@@ -1,5 +1,6 @@
 """Sharded parameters (DTensor: FSDP2, tensor parallelism), and what ranks must agree on."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, TypeGuard
 
 import torch
@@ -62,13 +63,37 @@ def all_ok(ok: Tensor, group: dist.ProcessGroup) -> Tensor:
     return ok
 
 
+def ddp_of(model: torch.nn.Module) -> torch.nn.parallel.DistributedDataParallel | None:
+    """The DistributedDataParallel model that this is, or that torch.compile was called with."""
+    inner: torch.nn.Module | None = model
+    while inner is not None and not isinstance(inner, torch.nn.parallel.DistributedDataParallel):
+        inner = getattr(inner, "_orig_mod", None)
+    return inner
+
+
 def group_of(model: torch.nn.Module) -> dist.ProcessGroup:
-    """The process group of a DistributedDataParallel model.
+    """The process group of a DistributedDataParallel model, compiled or not.
 
     Raises:
         ValueError: another kind of model.
     """
-    if not isinstance(model, torch.nn.parallel.DistributedDataParallel):
+    ddp = ddp_of(model)
+    if ddp is None:
         raise ValueError(f"model is a {type(model).__name__}: a first pass of each rank's own "
                          "needs torch.nn.parallel.DistributedDataParallel")
-    return model.process_group
+    return ddp.process_group
+
+
+@torch.no_grad()
+def average_gradients(params: Sequence[Tensor], group: dist.ProcessGroup) -> None:
+    """Average `.grad` over the ranks. What was averaged already stays as it is; a rank without a
+    gradient of a parameter that others have one of counts as zero."""
+    there = torch.tensor([p.grad is not None for p in params], dtype=torch.int32,
+                         device=params[0].device)
+    dist.all_reduce(there, dist.ReduceOp.MAX, group=group)
+    for p, somewhere in zip(params, there.tolist(), strict=True):
+        if somewhere:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p, dtype=getattr(p, "grad_dtype", None))
+            dist.all_reduce(p.grad, group=group)
+            p.grad /= group.size()

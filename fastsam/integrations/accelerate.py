@@ -4,12 +4,12 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
 from fastsam import GSAM, SAM, LookSAM, freeze_bn_stats
+from fastsam.distributed import average_gradients, ddp_of
 from fastsam.phase import restoring
 from fastsam.variants import refuse_micro_batches
 
@@ -41,7 +41,8 @@ def both_passes(accelerator: Accelerator, model: nn.Module, optimizer: Any,
 
     Raises:
         TypeError: another optimizer.
-        ValueError: gradient accumulation over processes that hold no replicas (FSDP), or DeepSpeed.
+        ValueError: gradient accumulation over processes that hold no replicas (FSDP), or with a
+            `model` that does not average over them; DeepSpeed.
         PhaseError: gradient accumulation with GSAM or LookSAM, which do not climb by parts; the
             last climb was not stepped from.
     Where a pass raises, the whole update is given up, as by `SAM.restore`: the weights are back.
@@ -51,13 +52,13 @@ def both_passes(accelerator: Accelerator, model: nn.Module, optimizer: Any,
     check_processes(accelerator.distributed_type, accumulates and not sam.climbs_first)
     if accumulates and isinstance(sam, (GSAM, LookSAM)):
         refuse_micro_batches(sam)
-    ddp = model if isinstance(model, nn.parallel.DistributedDataParallel) else None
+    ddp = replicas(accelerator, model) if accumulates and not sam.climbs_first else None
     if not sam.climbs_first:
         sam._phase.need(False, "both_passes")
     with restoring(sam.restore):
         if sam.climbs_first or not sam.climbs_next:
             return only_pass(accelerator, sam, backward)
-        with first_pass(sam, ddp if accumulates else None):
+        with first_pass(sam, ddp):
             loss = backward()
         sam.first_step(zero_grad=True, scaler=accelerator.scaler)
         with freeze_bn_stats(model):
@@ -67,7 +68,8 @@ def both_passes(accelerator: Accelerator, model: nn.Module, optimizer: Any,
             if accelerator.sync_gradients:
                 sam.unstash_grad()
                 if ddp is not None:
-                    average(sam, ddp)
+                    params = [p for group in sam.param_groups for p in group["params"]]
+                    average_gradients(params, ddp.process_group)
     return loss
 
 
@@ -98,16 +100,17 @@ def check_processes(kind: DistributedType, accumulates: bool) -> None:
                          "itself: use gradient_accumulation_steps=1 and a larger batch")
 
 
+def replicas(accelerator: Accelerator,
+             model: nn.Module) -> nn.parallel.DistributedDataParallel | None:
+    """What averages over the processes; None where there is one process."""
+    ddp = ddp_of(model)
+    if ddp is None and accelerator.num_processes > 1:
+        raise ValueError(f"model is a {type(model).__name__}: gradient accumulation over "
+                         f"{accelerator.num_processes} processes needs what "
+                         "accelerator.prepare(model) returned, a DistributedDataParallel")
+    return ddp
+
+
 def first_pass(sam: SAM, ddp: nn.parallel.DistributedDataParallel | None,
                ) -> AbstractContextManager[None]:
     return nullcontext() if ddp is None else sam.local_first_pass(ddp)
-
-
-@torch.no_grad()
-def average(sam: SAM, ddp: nn.parallel.DistributedDataParallel) -> None:
-    """Average `.grad` over the processes. What was averaged already stays as it is."""
-    for group in sam.param_groups:
-        for p in group["params"]:
-            if p.grad is not None:
-                torch.distributed.all_reduce(p.grad, group=ddp.process_group)
-                p.grad /= ddp.process_group.size()

@@ -33,6 +33,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from torch.nn.parallel import DistributedDataParallel
 
 from fastsam import GSAM, FriendlySAM, LookSAM, MomentumSAM
+from fastsam.distributed import average_gradients
 
 from ..helpers.lockstep import build
 from ..helpers.oracle import Oracle
@@ -320,6 +321,30 @@ def test_an_unfused_base_skips_on_every_rank():
         opt.second_step(zero_grad=True)
         assert torch.equal(before[0], net.gain) == (i == 1)
         assert opt.skipped_steps == (i >= 1) and ranks_agree(net.parameters())
+
+
+def test_a_local_first_pass_of_a_compiled_model():
+    """Compiled around DDP, as Accelerate does."""
+    net = network()
+    model, opt = DistributedDataParallel(net), optimizer(net, "sam", "sgd")
+    model = torch.compile(model, backend="eager")
+    for i in range(3):
+        two_passes_apart(model, opt, batch(i, RANK), bad=i == 1 and RANK == 1)
+        opt.second_step(zero_grad=True)
+    expected, skipped = m_sharpness("sam", "sgd", 3, bad=(1, 1, 0))
+    assert opt.skipped_steps == skipped == 1 and ranks_agree(net.parameters())
+    assert_near(net.parameters(), expected)
+
+
+def test_gradients_are_averaged_that_a_rank_has_none_of():
+    """Ranks whose batches took different branches pair the same parameters; what no rank has a
+    gradient of gets none."""
+    both, first, second, none = params = [nn.Parameter(torch.zeros(2)) for _ in range(4)]
+    both.grad = torch.full((2,), 1.0 + RANK)
+    (first, second)[RANK].grad = torch.tensor([3.0, torch.inf if RANK else 4.0])
+    average_gradients(params, dist.group.WORLD)
+    assert both.grad.tolist() == [1.5, 1.5] and none.grad is None
+    assert first.grad.tolist() == [1.5, 2.0] and second.grad.tolist() == [1.5, torch.inf]
 
 
 def test_a_local_first_pass_of_another_model_is_refused():

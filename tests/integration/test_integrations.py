@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -75,6 +76,15 @@ def test_processes_in_which_a_climb_would_be_wrong_are_refused(
     with pytest.raises(ValueError, match=message):
         check_processes(DistributedType[kind], micro_batches > 1)
     check_processes(DistributedType.FSDP, accumulates=False)
+
+
+def test_accumulation_over_processes_wants_the_model_that_averages(accelerator):
+    """With the network inside it nothing would be averaged, and the replicas would part."""
+    from fastsam.integrations.accelerate import replicas
+
+    with pytest.raises(ValueError, match="model is a Linear: .* what accelerator.prepare.model. "):
+        replicas(SimpleNamespace(num_processes=2), nn.Linear(3, 2))
+    assert replicas(accelerator, accelerator.prepare(nn.Linear(3, 2))) is None
 
 
 def test_a_step_that_does_not_climb_is_one_pass(accelerator):
@@ -440,6 +450,8 @@ for p, q in zip(model.parameters(), params):
 dist.destroy_process_group()
 """
 
+COMPILED = TWO_PROCESSES.replace("Accelerator(", 'Accelerator(dynamo_backend="eager", ')
+
 TRAINER = """
 import sys
 import torch
@@ -483,7 +495,8 @@ dist.destroy_process_group()
 
 @pytest.mark.long
 @pytest.mark.parametrize("program, needs", [
-    (TWO_PROCESSES, "accelerate"), (TRAINER, "transformers")], ids=["accelerate", "transformers"])
+    (TWO_PROCESSES, "accelerate"), (COMPILED, "accelerate"), (TRAINER, "transformers"),
+], ids=["accelerate", "compiled", "transformers"])
 def test_accumulation_in_two_processes_keeps_the_replicas_equal(program, needs, tmp_path):
     pytest.importorskip(needs, reason=f"needs {needs}: pip install .[recipes]")
     run(tmp_path, program, processes=2)
