@@ -5,6 +5,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import lightning
+import torch
 
 from fastsam import SAM, freeze_bn_stats
 
@@ -39,6 +40,23 @@ class SAMModule(lightning.LightningModule):
 
         super().optimizer_step(epoch, batch_idx, optimizer, closure)
 
+    def clip_gradients(self, optimizer: Any, *given: Any, **more: Any) -> None:
+        """As Lightning's, which without a scaler, too, refuses an optimizer that unscales by
+        itself."""
+        sam = getattr(optimizer, "optimizer", optimizer)
+        if not isinstance(sam, SAM) or self.fabric is not None or self._scaler is not None:
+            super().clip_gradients(optimizer, *given, **more)
+            return
+        sam._step_supports_amp_scaling = False
+        try:
+            super().clip_gradients(sam, *given, **more)
+        finally:
+            del sam._step_supports_amp_scaling
+
+    @property
+    def _scaler(self) -> torch.amp.GradScaler | None:
+        return getattr(self.trainer.precision_plugin, "scaler", None)
+
     def on_fit_start(self) -> None:
         super().on_fit_start()
         if not self.automatic_optimization:
@@ -48,7 +66,7 @@ class SAMModule(lightning.LightningModule):
                 f"accumulate_grad_batches={self.trainer.accumulate_grad_batches} would update with "
                 "the last micro-batch alone, since a closure's step starts from cleared gradients: "
                 "use manual optimisation with one closure over all micro-batches")
-        if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
+        if self._scaler is not None:
             raise ValueError(
                 f"precision={self.trainer.precision!r} calls the closure once, before the "
                 "optimizer, which would train with the base optimizer alone: use 'bf16-mixed'")

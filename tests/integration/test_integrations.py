@@ -180,6 +180,60 @@ def test_momentum_sam_s_only_pass_is_no_second_one_for_lightning():
     assert passes == [False] * 3 and model.net[1].num_batches_tracked == 3
 
 
+@pytest.mark.parametrize("by_hand", [False, True], ids=["automatic", "manual"])
+@pytest.mark.parametrize("algorithm, length", [("norm", 2), ("value", torch.inf)])
+def test_lightning_clips_in_bf16_as_with_sgd(algorithm, length, by_hand):
+    """The update is lr times a gradient of the length that it was clipped to."""
+    lightning = pytest.importorskip("lightning", reason="needs Lightning: pip install .[recipes]")
+    from fastsam.integrations import SAMModule
+
+    class Net(SAMModule):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = not by_hand
+            self.net = linear()
+
+        def training_step(self, batch, batch_idx):
+            if not by_hand:
+                return 100 * self.net(batch).square().mean()
+            opt = self.optimizers()
+
+            def closure():
+                self.manual_backward(100 * self.net(batch).square().mean())
+                self.clip_gradients(opt, 0.5, algorithm)
+
+            opt.step(closure)
+
+        def configure_optimizers(self):
+            return SAM(self.parameters(), torch.optim.SGD, rho=0.05, lr=0.1)
+
+    model, clipping = Net(), dict(gradient_clip_val=0.5, gradient_clip_algorithm=algorithm)
+    w = nn.utils.parameters_to_vector(model.parameters()).detach()
+    lightning.Trainer(max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False,
+                      enable_progress_bar=False, enable_model_summary=False,
+                      precision="bf16-mixed", **({} if by_hand else clipping),
+                      ).fit(model, torch.utils.data.DataLoader(torch.ones(8, 3), batch_size=8))
+    moved = nn.utils.parameters_to_vector(model.parameters()).detach() - w
+    assert float(moved.norm(length)) == pytest.approx(0.1 * 0.5, rel=1e-4)
+
+
+def test_where_lightning_still_refuses_to_clip():
+    """What a scaler has scaled; in bf16 a plain LightningModule."""
+    lightning = pytest.importorskip("lightning", reason="needs Lightning: pip install .[recipes]")
+    from lightning.pytorch.plugins.precision import MixedPrecision
+
+    from fastsam.integrations import SAMModule
+
+    for module, precision in (
+            (SAMModule(), MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))),
+            (lightning.LightningModule(), MixedPrecision("bf16-mixed", "cpu"))):
+        module._trainer = SimpleNamespace(precision_plugin=precision, gradient_clip_val=None,
+                                          gradient_clip_algorithm=None)
+        sam = SAM(linear().parameters(), torch.optim.SGD, lr=0.1)
+        with pytest.raises(RuntimeError, match="SAM, does not allow for gradient clipping"):
+            module.clip_gradients(sam, 0.5, "norm")
+
+
 # ---- a pass that raises
 
 
