@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable
 from contextlib import ContextDecorator
-from typing import Any, TypeVar, cast
+from typing import Any, TypeGuard, TypeVar, cast
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -11,6 +11,7 @@ from torch.nn.parameter import is_lazy
 from typing_extensions import Self
 
 F = TypeVar("F", bound=Callable[..., Any])
+TORCHS = _BatchNorm.forward, nn.SyncBatchNorm.forward
 Own = tuple[nn.Module, str, Tensor]  # a layer, the name of a buffer of its own, and the buffer
 
 
@@ -20,10 +21,10 @@ class freeze_bn_stats(ContextDecorator):
     Put it around the second pass: the statistics then come from the first pass alone, and rho=0
     equals the base optimizer, buffers (`num_batches_tracked` too) included. Where the backward
     computes parts of the forward again (gradient checkpointing), the backward belongs inside the
-    block too. The layers go on normalising with the batch's own statistics. Covers every subclass
-    of torch's BatchNorm, SyncBatchNorm and the lazy ones included, and any other layer with
-    buffers of its own named `running_...`, such as InstanceNorm with track_running_stats: inside
-    the block it works on copies of its buffers. Blocks may nest.
+    block too. The layers go on normalising with the batch's own statistics. Covers torch's
+    BatchNorms, SyncBatchNorm and the lazy ones included, and any other layer with buffers of its
+    own named `running_...`, such as InstanceNorm with track_running_stats or a BatchNorm with
+    another forward: inside the block it works on copies of its buffers. Blocks may nest.
 
     Args:
         model: the module whose BatchNorm layers are frozen; also what `as` gives.
@@ -80,16 +81,22 @@ class freeze_bn_stats(ContextDecorator):
                           stacklevel=2)
 
 
+def heeds_its_flag(layer: nn.Module) -> TypeGuard[_BatchNorm]:
+    """Whether without `track_running_stats` it leaves its statistics alone, and nothing else
+    changes: what a forward of someone's own makes of the flag nobody knows."""
+    return isinstance(layer, _BatchNorm) and getattr(layer.forward, "__func__", None) in TORCHS
+
+
 def chosen(model: nn.Module, all_buffers: bool) -> tuple[list[_BatchNorm], list[Own]]:
     """The BatchNorm layers to freeze, and the buffers that work on copies."""
     frozen, others = list[_BatchNorm](), list[Own]()
     for layer in model.modules():
-        batchnorm = isinstance(layer, _BatchNorm)
-        if isinstance(layer, _BatchNorm) and layer.track_running_stats and not is_lazy(
+        if heeds_its_flag(layer) and layer.track_running_stats and not is_lazy(
                 cast(Tensor, layer.running_mean)):
             frozen.append(layer)
-        own = list(layer._buffers)
-        if all_buffers or (not batchnorm and any(name.startswith("running_") for name in own)):
+        names = layer._buffers.keys()  # a scripted layer's buffers are no iterable themselves
+        running = any(name.startswith("running_") for name in names)
+        if all_buffers or (running and not heeds_its_flag(layer)):
             others += [(layer, name, b) for name, b in layer._buffers.items()
                        if b is not None and not is_lazy(b)]
     return frozen, others

@@ -1,6 +1,7 @@
 """freeze_bn_stats: the second pass leaves every layer's running statistics alone."""
 
 import copy
+import types
 
 import pytest
 import torch
@@ -27,6 +28,40 @@ class RunningScale(nn.Module):
         return self.weight * x / (square if self.training else self.running_square).sqrt()
 
 
+class GhostBatchNorm(nn.BatchNorm2d):
+    """Two halves of a batch, each with statistics of its own, which move whatever the flag says."""
+
+    def __init__(self, n):
+        super().__init__(n)
+        self.register_buffer("running_mean", torch.zeros(2 * n))
+        self.register_buffer("running_var", torch.ones(2 * n))
+
+    def forward(self, x):
+        if self.training or not self.track_running_stats:
+            return nn.functional.batch_norm(
+                x.reshape(-1, 2 * x.shape[1], *x.shape[2:]), self.running_mean, self.running_var,
+                self.weight.repeat(2), self.bias.repeat(2), True, self.momentum, self.eps,
+            ).reshape(x.shape)
+        n = self.num_features
+        return nn.functional.batch_norm(x, self.running_mean[:n], self.running_var[:n],
+                                        self.weight, self.bias, False, self.momentum, self.eps)
+
+
+class InFloat32(nn.SyncBatchNorm):
+    """A forward of its own, around torch's."""
+
+    def forward(self, x):
+        return super().forward(x.float()).to(x.dtype)
+
+
+def replaced() -> nn.BatchNorm2d:
+    """Of torch's class, with a forward of someone's own."""
+    layer, ghost = nn.BatchNorm2d(3), GhostBatchNorm(3)
+    layer._buffers = ghost._buffers
+    layer.forward = types.MethodType(GhostBatchNorm.forward, layer)
+    return layer
+
+
 LAYERS = {
     "BatchNorm1d": (lambda: nn.BatchNorm1d(3), (8, 3)),
     "BatchNorm2d": (lambda: nn.BatchNorm2d(3), (8, 3, 2, 2)),
@@ -42,6 +77,9 @@ LAYERS = {
     "LazyInstanceNorm3d": (lambda: nn.LazyInstanceNorm3d(track_running_stats=True),
                            (8, 3, 2, 2, 2)),
     "one's own": (RunningScale, (8, 3, 2, 2)),
+    "ghost": (lambda: GhostBatchNorm(3), (8, 3, 2, 2)),
+    "around torch's": (lambda: InFloat32(3), (8, 3, 2, 2)),
+    "replaced": (replaced, (8, 3, 2, 2)),
 }
 
 
@@ -139,6 +177,19 @@ def test_rho_zero_is_sgd_with_any_of_them(trained):
         twin((1 + i) * x).square().mean().backward()
         sgd.step()
     torch.testing.assert_close(model.state_dict(), twin.state_dict(), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
+@pytest.mark.parametrize("all_buffers", [False, True])
+def test_a_scripted_model_is_frozen_too(all_buffers):
+    model, x = torch.jit.script(nn.Sequential(nn.BatchNorm1d(3), nn.ReLU())), torch.randn(8, 3)
+    model(x)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with freeze_bn_stats(model, all_buffers=all_buffers):
+        model(torch.inf * x)
+    assert_same(model, before)
+    model(2 * x)
+    assert all(not torch.equal(v, before[k]) for k, v in model.named_buffers())
 
 
 @pytest.mark.parametrize("given", [nn.Linear(2, 2).parameters(), None, "model"])
