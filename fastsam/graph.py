@@ -1,5 +1,6 @@
 """The whole two-pass step as one CUDA graph."""
 
+import weakref
 from collections.abc import Callable, Sequence
 
 import torch
@@ -21,14 +22,16 @@ class GraphedStep:
             loss_fn(model(x), y).backward()
         optimizer.second_step(zero_grad=True)
 
-    Momentum-SAM's `first_step` comes after the attack, before its only pass. The graph is captured
-    at the first call, after warm-up steps whose effect on the model and the optimizer is undone,
-    and again after `optimizer.load_state_dict`, a new group, moved or frozen parameters,
-    `model.eval()` or `train()`, or a change of what the kernels branch on (`adaptive`, `eta`,
-    `perturb`, a first momentum). Learning rate, rho and the other hyper-parameters are data of the
-    graph and may change between calls. Steps that do not climb (`interval`, `start`) have a graph
-    of their own. Where a capture fails, weights and state are as before. On a CPU the same step
-    runs without a graph; where it raises, the weights are back, as with `SAM.step(closure)`.
+    Gradients that are there before it are dropped. Momentum-SAM's `first_step` comes after the
+    attack, before its only pass. The graph is captured at the first call, after warm-up steps whose
+    effect on the model and the optimizer is undone, and again after `optimizer.load_state_dict`, a
+    new group, moved or frozen parameters, `eval()` or `train()` of the model or a layer, or a
+    change of what the kernels branch on (`adaptive`, `eta`, `perturb`, a first momentum). Python in
+    the model, such as a layer's hooks, runs at captures only. Learning rate, rho and the other
+    hyper-parameters are data of the graph and may change between calls. Steps that do not climb
+    (`interval`, `start`) have a graph of their own. Where a capture fails, weights and state are as
+    before. On a CPU the same step runs without a graph; where it raises, the weights are back, as
+    with `SAM.step(closure)`.
 
     Args:
         model: in training mode, on one device.
@@ -44,7 +47,8 @@ class GraphedStep:
         output: the model's output of the last step's first pass; overwritten by the next.
 
     Raises:
-        ValueError: the optimizer is not of this package; on a GPU, it is not the kernels'.
+        ValueError: the optimizer is not of this package; on a GPU, it is not the kernels', or it
+            has step hooks.
     """
 
     def __init__(self, model: nn.Module, loss_fn: Callable, optimizer: SAM,
@@ -62,7 +66,18 @@ class GraphedStep:
         self._batch = [torch.empty_like(t, memory_format=torch.preserve_format) for t in sample]
         self._graphs: dict[bool, Captured] = {}
         self._built_for: list | None = None
-        optimizer.register_load_state_dict_post_hook(lambda _: self._graphs.clear())
+        self._layers: list[nn.Module] = []
+        self._forget_when_loaded()
+
+    def _forget_when_loaded(self) -> None:
+        this = weakref.ref(self)  # the optimizer is not to keep the graphs' memory
+
+        def forget(_: torch.optim.Optimizer) -> None:
+            if (step := this()) is not None:
+                step._graphs.clear()
+
+        hook = self.optimizer.register_load_state_dict_post_hook(forget)
+        weakref.finalize(self, hook.remove)
 
     def __call__(self, *batch: Tensor) -> Tensor:
         """Take one step.
@@ -74,7 +89,8 @@ class GraphedStep:
             The loss of the first pass, a 0-dim tensor of its own on the device.
 
         Raises:
-            ValueError: a batch of other shapes or dtypes than the sample's.
+            ValueError: a batch of other shapes or dtypes than the sample's; on a GPU, step hooks
+                of the optimizer.
             PhaseError: while perturbed, or with gradients set aside.
         """
         self.optimizer._phase.need(False, "GraphedStep")
@@ -84,13 +100,21 @@ class GraphedStep:
                                  f"the sample has {tuple(static.shape)} and {static.dtype}: drop "
                                  "the last, smaller batch (drop_last=True)")
             static.copy_(given, non_blocking=True)
-        if self.device.type != "cuda":
+        if self.device.type == "cuda":
+            loss = self._replayed()
+        else:
             with restoring(self.optimizer.restore):
-                return self._eager()
-        climbs, built_for = self.optimizer.climbs_next, self._structure()
-        if built_for != self._built_for:
+                loss = self._eager()
+        self.optimizer.zero_grad()
+        return loss
+
+    def _replayed(self) -> Tensor:
+        refuse_step_hooks(self.optimizer)
+        climbs = self.optimizer.climbs_next
+        if self._structure() != self._built_for:
             self._graphs.clear()
-            self._built_for = built_for
+            self._layers = [*self.model.modules()]  # a walk that is too long for every call
+            self._built_for = self._structure()
         if climbs not in self._graphs:
             self._graphs[climbs] = Captured(self)
         self.output = self._graphs[climbs].output
@@ -103,7 +127,7 @@ class GraphedStep:
                   for group in groups]
         memory = [(p.data_ptr(), p.stride(), p.requires_grad)
                   for group in groups for p in group["params"]]
-        return [self.model.training, self.optimizer.spaces, scaled, memory]
+        return [[layer.training for layer in self._layers], self.optimizer.spaces, scaled, memory]
 
     def _eager(self) -> Tensor:
         x, *rest = self._batch
@@ -197,8 +221,16 @@ def set_counts(optimizer: SAM, counts: list[int]) -> None:
         group["sam_steps"] = count
 
 
+def refuse_step_hooks(optimizer: SAM) -> None:
+    """Raise ValueError for hooks that a capture would call and no replay."""
+    if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
+        raise ValueError(f"{type(optimizer).__name__} has step hooks, which a graph calls at its "
+                         "capture alone: remove them, or use the plain loop")
+
+
 def refuse_uncapturable(optimizer: SAM) -> None:
     """Raise ValueError for a step that a graph cannot hold, or would hold with its numbers."""
+    refuse_step_hooks(optimizer)
     report = optimizer.backend_report()
     if not report["fused_base"]:
         raise ValueError(f"{type(optimizer.base_optimizer).__name__} takes a step of its own, "

@@ -2,6 +2,8 @@
 does around a graph, with a pretended one."""
 
 import copy
+import gc
+import weakref
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
@@ -174,6 +176,34 @@ def test_a_step_in_the_middle_of_another_is_refused_and_leaves_that_one(graphed)
         opt.step()
 
 
+@pytest.mark.parametrize("case", ["sam", "msam", "every third"])
+def test_it_begins_and_ends_with_cleared_gradients(case, device):
+    """So that the last, smaller batch may be the plain loop's."""
+    net, twin = network(device), network(device)
+    opt, plain = CASES[case](net.parameters()), CASES[case](twin.parameters())
+    step = GraphedStep(net, cross_entropy, opt, batch(0, device))
+    for t in range(3):
+        for p in net.parameters():
+            p.grad = torch.ones_like(p)
+        step(*batch(t, device))
+        assert all(p.grad is None for p in net.parameters())
+        plain_step(twin, plain, *batch(t, device))
+        assert_bits(net, bits(twin))
+
+
+def test_it_goes_when_its_last_owner_lets_it_go(device):
+    """The optimizer, which it hears of loaded states from, keeps it not."""
+    net = network(device)
+    opt = CASES["sam"](net.parameters())
+    step = GraphedStep(net, cross_entropy, opt, batch(0, device))
+    step(*batch(0, device))
+    gone = weakref.ref(step)
+    del step
+    gc.collect()
+    assert gone() is None
+    opt.load_state_dict(opt.state_dict())
+
+
 def test_what_it_refuses(device):
     net = network(device)
     x, y = batch(0, device)
@@ -269,6 +299,7 @@ def test_a_graph_is_captured_once_for_each_kind_of_step(graphed):
         assert torch.equal(step(x, y), plain_step(theirs, plain, x, y))
         assert_bits(ours, bits(theirs))
         assert opt.param_groups[0]["sam_steps"] == t + 1
+        assert all(p.grad is None for p in ours.parameters())
     assert Pretended.captures == 2
 
 
@@ -283,6 +314,47 @@ def test_what_the_kernels_branch_on_makes_another_graph_at_once(change, graphed)
         schedule(opt, captures)
         step(*batch(0, "cpu"))
         assert Pretended.captures == captures
+
+
+def test_a_layer_in_evaluation_makes_another_graph(graphed):
+    """Also one that came with a new head."""
+    net = network("cpu")
+    opt = reference(net.parameters())
+    step = graphed(net, opt)
+
+    def captures() -> int:
+        step(*batch(0, "cpu"))
+        return Pretended.captures
+
+    assert captures() == 1
+    net.bn.eval()
+    assert [captures(), captures()] == [2, 2]
+    net.bn.train()
+    assert captures() == 3
+    net.head = nn.Sequential(net.head, nn.Dropout(0.0))
+    opt.param_groups[0]["params"].append(nn.Parameter(torch.ones(1)))
+    assert captures() == 4
+    net.head[1].eval()
+    assert captures() == 5
+
+
+@pytest.mark.parametrize("register", ["register_step_pre_hook", "register_step_post_hook"])
+def test_step_hooks_which_no_replay_would_call_are_refused(register, graphed):
+    """Before the construction, and between calls; a removed one is forgotten."""
+    net = network("cpu")
+    opt = reference(net.parameters())
+    step = graphed(net, opt)
+    step(*batch(0, "cpu"))
+    calls, w = [], bits(net)
+    hook = getattr(opt, register)(lambda *given: calls.append(1))
+    with pytest.raises(ValueError, match="SAM has step hooks, which a graph .*: remove them"):
+        step(*batch(0, "cpu"))
+    assert_bits(net, w)
+    with pytest.raises(ValueError, match="step hooks"):
+        refuse_uncapturable(opt)
+    hook.remove()
+    step(*batch(0, "cpu"))
+    assert Pretended.captures == 1 and not calls
 
 
 def test_a_frozen_layer_makes_another_graph_and_stays(graphed):
