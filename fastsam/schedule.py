@@ -10,40 +10,43 @@ class RhoScheduler:
     """Sets every group's rho to its initial rho times `rho_lambda(step)`, like LambdaLR.
 
     Args:
-        optimizer: any optimizer of this package; its groups' rho now is the initial one. A rho
-            that is a tensor is written in place.
+        optimizer: any optimizer of this package; its groups' rho now is the initial one, and that
+            of a group that is added later is what it has at the next `step`. A rho that is a
+            tensor is written in place.
         rho_lambda: maps the number of `step` calls so far (0 at construction) to a factor of at
             least 0.
 
     Raises:
-        ValueError: a group without rho; a factor below 0 or not finite, at `step` too.
+        ValueError: a group without rho; a factor below 0 or not finite, at `step` and
+            `load_state_dict` too, which then change nothing.
     """
 
     def __init__(self, optimizer: Optimizer, rho_lambda: Callable[[int], float]):
         if any("rho" not in group for group in optimizer.param_groups):
             raise ValueError(f"{type(optimizer).__name__} has a group without rho: "
                              "use an optimizer of fastsam")
-        self.optimizer, self.rho_lambda, self.last_step = optimizer, rho_lambda, 0
-        self.base_rhos = [float(group["rho"]) for group in optimizer.param_groups]
-        self._set()
+        self.optimizer, self.rho_lambda = optimizer, rho_lambda
+        self._set(0, [])
 
     def step(self) -> None:
         """Go on by one: call it once per optimizer step (or epoch), after it."""
-        self.last_step += 1
-        self._set()
+        self._set(self.last_step + 1, self.base_rhos)
 
-    def _set(self) -> None:
-        factor = self.rho_lambda(self.last_step)
+    def _set(self, step: int, base_rhos: list[float]) -> None:
+        factor = self.rho_lambda(step)
         if not 0 <= factor < float("inf"):
-            raise ValueError(f"rho_lambda({self.last_step}) = {factor} is out of range: "
+            raise ValueError(f"rho_lambda({step}) = {factor} is out of range: "
                              "return a finite factor of at least 0")
-        for group, rho in zip(self.optimizer.param_groups, self.base_rhos, strict=False):
+        groups = self.optimizer.param_groups
+        new = [float(group["rho"]) for group in groups[len(base_rhos):]]
+        self.last_step, self.base_rhos = step, base_rhos + new
+        for group, rho in zip(groups, self.base_rhos, strict=False):  # a state may know more
             if isinstance(group["rho"], Tensor):
                 group["rho"].fill_(rho * factor)
             else:
                 group["rho"] = rho * factor
         self._last_rho = [group["rho"].clone() if isinstance(group["rho"], Tensor) else
-                          group["rho"] for group in self.optimizer.param_groups]
+                          group["rho"] for group in groups]
 
     def get_last_rho(self) -> list[float | Tensor]:
         """Every group's rho as it was last set here, as `get_last_lr` of torch's schedulers; a copy
@@ -55,6 +58,7 @@ class RhoScheduler:
         return {"last_step": self.last_step, "base_rhos": list(self.base_rhos)}
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Go on where `state_dict` was taken."""
-        self.last_step, self.base_rhos = state_dict["last_step"], list(state_dict["base_rhos"])
-        self._set()
+        """Go on where `state_dict` was taken. Groups that it does not know keep their initial rho.
+        """
+        loaded = list(state_dict["base_rhos"])
+        self._set(state_dict["last_step"], loaded + self.base_rhos[len(loaded):])

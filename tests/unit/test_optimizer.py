@@ -527,6 +527,46 @@ def test_a_rho_schedule_multiplies_each_group_s_own_rho(device):
     assert [float(g["rho"]) for g in opt.param_groups] == pytest.approx([0.4, 0.6, 1.4])
 
 
+def test_a_rho_schedule_takes_groups_that_come_later():
+    """From their own rho on, also where a state knows more groups or fewer."""
+    def scheduled() -> tuple[SAM, RhoScheduler]:
+        opt = SAM([nn.Parameter(torch.ones(2))], torch.optim.SGD, rho=0.8, lr=0.1)
+        return opt, RhoScheduler(opt, lambda step: 0.5**step)
+
+    def add(opt: SAM) -> None:
+        opt.add_param_group(dict(params=[nn.Parameter(torch.ones(2))], rho=0.4))
+
+    opt, schedule = scheduled()
+    schedule.step()
+    early = schedule.state_dict()
+    add(opt)
+    schedule.step()
+    assert schedule.get_last_rho() == [0.2, 0.1]
+    late = schedule.state_dict()
+    schedule.load_state_dict(early)
+    assert schedule.get_last_rho() == [0.4, 0.2]
+    opt, schedule = scheduled()
+    schedule.load_state_dict(late)
+    add(opt)
+    schedule.step()
+    assert schedule.get_last_rho() == [0.1, 0.05]
+
+
+def test_a_rho_schedule_that_is_refused_stays_where_it_was():
+    opt = SAM([nn.Parameter(torch.ones(2))], torch.optim.SGD, rho=0.8, lr=0.1)
+    factors = [1.0, -1.0, 0.25]
+    schedule = RhoScheduler(opt, lambda step: factors[step])
+    before = schedule.state_dict()
+    with pytest.raises(ValueError, match=r"rho_lambda\(1\) = -1.0"):
+        schedule.step()
+    with pytest.raises(ValueError, match=r"rho_lambda\(1\) = -1.0"):
+        schedule.load_state_dict(dict(last_step=1, base_rhos=[9.0]))
+    assert schedule.state_dict() == before and opt.param_groups[0]["rho"] == 0.8
+    factors[1] = 0.5
+    schedule.step()
+    assert opt.param_groups[0]["rho"] == 0.4
+
+
 def test_a_rho_schedule_refuses_what_it_cannot_do():
     p = nn.Parameter(torch.ones(2))
     with pytest.raises(ValueError, match="SGD has a group without rho"):
