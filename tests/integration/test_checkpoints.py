@@ -505,6 +505,24 @@ def test_taking_a_distributed_state_changes_nothing(device, base, cls):
         assert_bits(net, bits(twin))
 
 
+@pytest.mark.parametrize("base, counted", [("sgd", 0), ("adamw", 0), ("nadam", 1)])
+def test_taking_a_distributed_state_first_counts_where_it_takes_a_step(base, counted):
+    """For the state of a base that is not fused; a loaded state counts as it did."""
+    def fresh():
+        net = network("cpu")
+        cls, hyper = BASES[base]
+        return net, SAM(net.parameters(), cls, interval=2, **hyper)
+
+    net, opt = fresh()
+    get_optimizer_state_dict(net, opt)
+    assert opt.param_groups[0]["sam_steps"] == counted and opt.climbs_next is (counted == 0)
+    two_passes(net, opt, 0, "cpu")
+    state = get_optimizer_state_dict(net, opt)
+    net, opt = fresh()
+    set_optimizer_state_dict(net, opt, copy.deepcopy(state))
+    assert opt.param_groups[0]["sam_steps"] == counted + 1
+
+
 def test_a_distributed_state_while_perturbed_is_refused(device):
     net, opt = trained("sam", "sgd", "reference", device, momentum=0.0, dampening=0.0)
     backward(net, 3, device)

@@ -19,7 +19,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim import SGD, AdamW
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from fastsam import SAM, FriendlySAM, freeze_bn_stats
+from fastsam import GSAM, SAM, FriendlySAM, LookSAM, freeze_bn_stats
 
 from .recipes_support import (
     PAGES,
@@ -188,6 +188,25 @@ def test_a_restored_step_is_not_skipped(run, restored):
     opt.step()
     assert opt.skipped_steps == (0 if restored else 1)
     assert torch.equal(model[0].weight, before) is not restored
+
+
+@pytest.mark.parametrize("cls", [SAM, GSAM, LookSAM])
+def test_a_restored_step_is_plain_but_for_looksam(cls):
+    p = torch.nn.Parameter(torch.randn(4, dtype=torch.float64))
+    opt = cls([p], SGD, lr=0.1, **(dict(k=1) if cls is LookSAM else {}))
+    g, sharp, last = torch.randn(3, 4, dtype=torch.float64)
+    for second in (sharp, last):
+        p.grad = g.clone()
+        opt.first_step(zero_grad=True)
+        p.grad = second.clone()
+        if second is sharp:
+            opt.step()
+    opt.restore()
+    w = p.detach().clone()
+    opt.step()
+    g_v = sharp - (sharp @ g) / (g @ g) * g
+    added = 0.7 * last.norm() / g_v.norm() * g_v if cls is LookSAM else 0
+    torch.testing.assert_close(p.detach(), w - 0.1 * (last + added), rtol=1e-12, atol=1e-12)
 
 
 def test_schedules(run):
