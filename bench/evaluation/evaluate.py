@@ -153,7 +153,7 @@ def attempts(evaluation: Evaluation, classes: int) -> list[tuple[str, str, list[
 
 def evaluate(
     model: nn.Module,
-    split: Split,
+    split: Split | Photographs,
     evaluation: Evaluation,
     say: Callable[[str], None] = lambda text: None,
     bar: bool = False,
