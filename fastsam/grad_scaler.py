@@ -1,11 +1,35 @@
 """torch.amp.GradScaler, whose loss scale and overflow flags stay on the device."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 from torch import Tensor
 from torch.amp.grad_scaler import OptState
 from torch.optim import Optimizer
+
+from .checks import params_of
+from .layout import Group
+
+P = ParamSpec("P")
+Result = TypeVar("Result")
+
+
+def hooked(func: Callable[P, Result]) -> Callable[P, Result]:
+    """A step with torch's hooks around it. Where it or one of them raises, what GradScaler.step has
+    set for it goes too, as after a step: GradScaler would multiply the next scale with it."""
+    with_hooks = Optimizer.profile_hook_step(func)
+
+    @wraps(with_hooks)
+    def call(*args: P.args, **kwargs: P.kwargs) -> Result:
+        try:
+            return with_hooks(*args, **kwargs)
+        except BaseException:
+            for name in ("grad_scale", "found_inf"):
+                vars(args[0]).pop(name, None)
+            raise
+
+    return call
 
 
 def inverse_scale(scaler: Any, optimizer: Optimizer) -> Tensor:
@@ -30,8 +54,17 @@ def report_overflow(scaler: Any, optimizer: Optimizer, ok: Tensor) -> None:
         found_inf.logical_or_(ok.to(device, non_blocking=True) == 0)
 
 
-def unscale(params: Sequence[Tensor], scale: Tensor) -> None:
-    """Divide the loss scale out of the gradients, for a base that knows nothing of it."""
-    for p in params:
-        if p.grad is not None:
-            p.grad.div_(scale)
+def unscaled(groups: Sequence[Group], scale: Tensor | None, step: Callable[[], Result]) -> Result:
+    """Step with the loss scale divided out of the gradients, for a base that knows nothing of it;
+    where that raises, they are scaled again, as the GradScaler has them."""
+    if scale is None:
+        return step()
+    grads = [p.grad for p in params_of(groups) if p.grad is not None]
+    for g in grads:
+        g.div_(scale)
+    try:
+        return step()
+    except BaseException:
+        for g in grads:
+            g.mul_(scale)
+        raise

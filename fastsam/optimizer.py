@@ -25,7 +25,7 @@ from .checks import (
     steps_of,
 )
 from .entries import kept_names
-from .grad_scaler import inverse_scale, report_overflow, unscale
+from .grad_scaler import hooked, inverse_scale, report_overflow, unscaled
 from .interrupts import surely
 from .layout import Layout, Traits
 from .passes import Pass
@@ -77,6 +77,7 @@ class SAM(Optimizer):
     """
 
     _step_supports_amp_scaling = True
+    profile_hook_step = staticmethod(hooked)  # what torch's constructor puts around `step`
     climbs_first = False  # whether it climbs before the forward pass, without a gradient
     base_optimizer: Optimizer
 
@@ -435,10 +436,8 @@ class SAM(Optimizer):
         if skip:
             cells.skipped += 1
             return
-        if grad_scale is not None:
-            unscale(params_of(self.param_groups), grad_scale)
-        layout.show(self.state, foreign.step(self.base_optimizer, self._traits.shared,
-                                             layout.shown, self.state))
+        layout.show(self.state, unscaled(self.param_groups, grad_scale, lambda: foreign.step(
+            self.base_optimizer, self._traits.shared, layout.shown, self.state)))
 
     # ---- several first passes for one step
 

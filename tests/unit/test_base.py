@@ -25,9 +25,11 @@ def build(base):
     return net, SAM(net.parameters(), kind, rho=0.1, backend="reference", **hyper)
 
 
-def backward(net, i):
+def backward(net, i, scaler=None):
     net.zero_grad()
-    (net(torch.arange(12.0).reshape(4, 3).add(i).cos()) - 1).square().mean().backward()
+    loss = (net(torch.arange(12.0).reshape(4, 3).add(i).cos()) - 1).square().mean()
+    (loss if scaler is None else scaler.scale(loss)).backward()
+    return loss
 
 
 def step(net, opt, i):
@@ -104,6 +106,74 @@ def test_step_hooks_run_where_a_base_takes_its_own_step(base):
     for i in range(2):
         step(net, opt, i)
     assert seen == ["before", "after"] * 2
+
+
+# ---- a GradScaler's step that raises
+
+
+def of_somebody_elses(*_):
+    raise RuntimeError("somebody else's")
+
+
+def in_a_hook(opt):
+    return opt.register_step_pre_hook(of_somebody_elses).remove
+
+
+def in_a_hook_of_the_base(opt):
+    return opt.base_optimizer.register_step_pre_hook(of_somebody_elses).remove
+
+
+def at_a_value(opt):
+    group, rho = opt.param_groups[0], opt.param_groups[0]["rho"]
+    group["rho"] = "0.1"
+    return lambda: group.update(rho=rho)
+
+
+def set_aside(opt):
+    opt.stash_grad()
+    return opt.unstash_grad
+
+
+@pytest.mark.parametrize("base, fault", [
+    *((base, fault) for base in ("sgd", "rmsprop") for fault in (in_a_hook, at_a_value, set_aside)),
+    ("rmsprop", in_a_hook_of_the_base)])
+def test_a_scaled_step_that_raised_may_be_tried_again(base, fault):
+    (net, opt), (twin, other) = build(base), build(base)
+    for n, o in ((net, opt), (twin, other)):
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        backward(n, 0, scaler)
+        o.first_step(zero_grad=True, scaler=scaler)
+        backward(n, 0, scaler)
+        if o is opt:
+            undo = fault(o)
+            with pytest.raises((ValueError, RuntimeError)):
+                scaler.step(o)
+            undo()
+        scaler.step(o)
+    for p, q in zip(net.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("base", ["sgd", "rmsprop"])
+@pytest.mark.parametrize("closure", [True, False])
+def test_a_step_after_a_scaled_one_that_raised_is_not_scaled(base, closure):
+    (net, opt), (twin, other) = build(base), build(base)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    backward(net, 0, scaler)
+    if closure:
+        with pytest.raises(PhaseError, match="closure"):
+            scaler.step(opt, lambda: backward(net, 1))
+    else:
+        hook = opt.register_step_post_hook(of_somebody_elses)  # the step is done by then
+        with pytest.raises(RuntimeError, match="somebody"):
+            scaler.step(opt)
+        hook.remove()
+        backward(twin, 0)
+        other.step()
+    opt.step(lambda: backward(net, 1))
+    other.step(lambda: backward(twin, 1))
+    for p, q in zip(net.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(p, q)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
