@@ -25,11 +25,7 @@ def follow(phase: Phase, traits: Traits, groups: Sequence[Group], state: State) 
         PhaseError: the groups' parameters, or masters, changed while the weights are moved.
         ValueError: what has changed is refused; nothing else has changed then.
     """
-    check_containers(groups)
-    layout = phase.layout
-    if layout is None or not layout.has(groups):
-        phase.need(False, "changing the groups' parameters")
-        layout = lay_out(phase, traits, groups, state)
+    layout = placed(phase, traits, groups, state)
     if phase.perturbed and traits.masters and not layout.is_untouched(state):
         phase.need(False, "changing the state of float32 masters")
     # what is turned between the halves of a step is seen after it: to ask twice costs host time
@@ -37,6 +33,21 @@ def follow(phase: Phase, traits: Traits, groups: Sequence[Group], state: State) 
         layout = lay_out(phase, traits, groups, state)
     layout.follow_state(state)
     layout.containers = groups, state
+    return layout
+
+
+def placed(phase: Phase, traits: Traits, groups: Sequence[Group], state: State) -> Layout:
+    """The layout of the parameters that the groups have now; their values may be others, and wrong,
+    where a load is to repair them.
+
+    Raises:
+        PhaseError, ValueError: as `follow`.
+    """
+    check_containers(groups)
+    layout = phase.layout
+    if layout is None or not layout.has(groups):
+        phase.need(False, "changing the groups' parameters")
+        layout = lay_out(phase, traits, groups, state)
     return layout
 
 

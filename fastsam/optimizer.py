@@ -622,7 +622,8 @@ class SAM(Optimizer):
 
     def _load(self, state_dict: dict[str, Any]) -> None:
         self._join_containers()
-        base, traits, layout = self.base_optimizer, self._traits, self._phase.layout
+        base, traits = self.base_optimizer, self._traits
+        layout = following.placed(self._phase, traits, self.param_groups, self.state)
         fit, entries = saving.fitting(state_dict, self.param_groups, base, traits, layout)
         with foreign.all_or_nothing(self, base):
             saving.load(self, base, traits, layout, fit, entries, super().load_state_dict)

@@ -294,6 +294,34 @@ def test_a_state_loads_into_groups_that_were_replaced():
     assert_steps_alike(params, opt, theirs, other)
 
 
+EDITS = {  # of a new optimizer's parameters, after which they are its `theirs`
+    "append": (lambda p, q, r: [p], lambda ps, q: ps.append(q)),
+    "replace": (lambda p, q, r: [p, r], lambda ps, q: ps.__setitem__(1, q)),
+    "remove": (lambda p, q, r: [p, q, r], lambda ps, q: ps.pop()),
+    "reorder": (lambda p, q, r: [q, p], lambda ps, q: ps.reverse()),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+@pytest.mark.parametrize("base", [torch.optim.AdamW, OwnAdam])
+def test_a_state_loads_into_groups_whose_parameters_were_edited(base, edit):
+    params, theirs = ([nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2, 2))]
+                      for _ in range(2))
+    opt = FriendlySAM(params, base, rho=0.1, lr=0.1)
+    assert_steps_alike(params, opt, params, opt)
+    state = copy.deepcopy(opt.state_dict())
+    begin, change = EDITS[edit]
+    other = FriendlySAM(begin(*theirs, nn.Parameter(torch.ones(5))), base, rho=0.1, lr=0.1)
+    change(other.param_groups[0]["params"], theirs[1])
+    other.load_state_dict(state)
+    for i, saved in other.state_dict()["state"].items():
+        assert saved.keys() == state["state"][i].keys()
+        assert all(torch.equal(x, state["state"][i][name]) for name, x in saved.items())
+    for p, q in zip(params, theirs, strict=True):
+        q.data.copy_(p)
+    assert_steps_alike(params, opt, theirs, other)
+
+
 def test_a_full_gradient_is_found_beside_an_entry_that_is_no_parameters():
     class Counts(OwnAdam):
         def step(self, closure=None):
