@@ -226,7 +226,8 @@ class Layout:
             return [*chain.from_iterable(map(self.keys, groups))]
         except KeyError as error:
             raise ValueError(f"a parameter group lacks {error}: add groups with "
-                             "add_param_group, which fills the defaults in") from None
+                             "add_param_group, and load a state of the base's alone with "
+                             "load_state_dict of this optimizer, which fill it in") from None
 
     def _read_values(self, groups: Sequence[Group], seen: list) -> Values:
         traits = self.traits

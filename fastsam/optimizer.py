@@ -171,9 +171,8 @@ class SAM(Optimizer):
         self._phase.need(False, "add_param_group")
         if not isinstance(param_group, dict):
             raise TypeError(f"a parameter group is a {type(param_group).__name__}: use a dict")
-        self._join_containers()
-        param_group = foreign.unless_counted(param_group)
-        merged = {**self.defaults, **param_group, "sam_steps": steps_of(self.param_groups)}
+        param_group, steps = foreign.unless_counted(param_group), steps_of(self._join_containers())
+        merged = {**self.defaults, **param_group, "sam_steps": steps}
         self._check([merged])
         was, count, added = dict(param_group), len(self.param_groups), False
 
@@ -238,14 +237,20 @@ class SAM(Optimizer):
         """The layout of the parameters and values as they are now (see `following.follow`)."""
         if self._traits.base:
             refuse_changed_step(self.base_optimizer)
-        self._join_containers()
-        return following.follow(self._phase, self._traits, self.param_groups, self.state)
+        return following.follow(self._phase, self._traits, self._join_containers(), self.state)
 
-    def _join_containers(self) -> None:
-        """Share groups and state with the base again, where one of the two was given others."""
-        layout = self._phase.layout
-        seen = layout.containers if layout is not None else (None, None)
-        foreign.join_containers(self, self.base_optimizer, *seen)
+    def _join_containers(self) -> list[dict[str, Any]]:
+        """The groups. They and the state are shared with the base again, where one of the two was
+        given others."""
+        base, layout = self.base_optimizer, self._phase.layout
+        if self.param_groups is not base.param_groups or self.state is not base.state:
+            foreign.join_containers(self, base, *(layout.containers if layout else (None, None)))
+        return self.param_groups
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients of all parameters, as torch's optimizers do."""
+        self._join_containers()
+        super().zero_grad(set_to_none)
 
     def _read(self, first: bool, inverse: Tensor | None) -> list[Pass]:
         """What a pass reads, as things are now (see `following.read`)."""
@@ -382,7 +387,7 @@ class SAM(Optimizer):
         with torch.enable_grad():
             self.zero_grad()
             loss = closure()
-        if all(p.grad is None for p in params_of(self.param_groups)):
+        if all(p.grad is None for p in params_of(self._join_containers())):
             self._phase.warn("closure", "the closure left no gradients, so this step changes "
                              "nothing: a closure computes the loss and calls backward; without "
                              "one, call first_step and second_step")
@@ -408,7 +413,7 @@ class SAM(Optimizer):
                             phase.layout.spaces[0].cells.ok if ok is None else ok)
         if ok is not None:
             found_inf = (1 - ok) if found_inf is None else found_inf.to(ok) + (1 - ok)
-        steps = steps_of(self.param_groups) + 1
+        steps = steps_of(self._join_containers()) + 1
         if self._traits.base:
             self._fused_step(grad_scale, found_inf)
         else:
@@ -450,7 +455,7 @@ class SAM(Optimizer):
         whose storage was freed), the whole step is given up, as by `restore`.
         """
         with restoring(self.restore):
-            micro_batches.stash(self._phase, params_of(self.param_groups), self._go_back)
+            micro_batches.stash(self._phase, params_of(self._join_containers()), self._go_back)
 
     def unstash_grad(self) -> None:
         """Put the sums of the gradients set aside into `.grad`, in place of what is there.
@@ -460,7 +465,7 @@ class SAM(Optimizer):
             ValueError: a parameter has another shape or device by now; nothing has changed then.
         """
         self._phase.need(False, "unstash_grad")
-        micro_batches.unstash(self._phase, params_of(self.param_groups))
+        micro_batches.unstash(self._phase, params_of(self._join_containers()))
 
     @contextmanager
     def local_first_pass(self, model: torch.nn.parallel.DistributedDataParallel) -> Iterator[None]:
@@ -528,8 +533,9 @@ class SAM(Optimizer):
         yield
         if not climbs:
             self._phase.layout.keep_norm(None)
+        steps = steps_of(self._join_containers()) + 1
         for group in self.param_groups:
-            group["sam_steps"] += 1
+            group["sam_steps"] = steps
 
     @torch.no_grad()
     def _bring_norm(self) -> None:
@@ -556,7 +562,7 @@ class SAM(Optimizer):
     def climbs_next(self) -> bool:
         """Whether the coming step climbs, by `interval` and `start`. A loop of its own calls
         first_step, and computes the gradients again, only then; else `step()` alone."""
-        past = steps_of(self.param_groups) - self._start
+        past = steps_of(self._join_containers()) - self._start
         return past >= 0 and past % self._interval == 0
 
     @property
@@ -589,6 +595,7 @@ class SAM(Optimizer):
         return reports.memory(self._follow().spaces)
 
     def __repr__(self) -> str:
+        self._join_containers()
         options = self._interval, self._start, self._traits.masters
         return reports.line(super().__repr__(), self.base_optimizer, self._phase.layout, *options)
 
@@ -621,20 +628,20 @@ class SAM(Optimizer):
         saving.between_hooks(self, state_dict, self._load)
 
     def _load(self, state_dict: dict[str, Any]) -> None:
-        self._join_containers()
-        base, traits = self.base_optimizer, self._traits
-        layout = following.placed(self._phase, traits, self.param_groups, self.state)
-        fit, entries = saving.fitting(state_dict, self.param_groups, base, traits, layout)
+        base, traits, groups = self.base_optimizer, self._traits, self._join_containers()
+        layout = following.placed(self._phase, traits, groups, self.state)
+        fit, entries = saving.fitting(state_dict, groups, base, traits, layout)
         with foreign.all_or_nothing(self, base):
             saving.load(self, base, traits, layout, fit, entries, super().load_state_dict)
             self._follow()
 
     def __getstate__(self) -> dict[str, Any]:
         self._phase.need(False, "copying or pickling")
+        hidden = self._follow().shown.hidden()
         hooks = [name for name in self.__dict__ if name.endswith("_hooks")]
         return {**{k: v for k, v in self.__dict__.items()
                    if k not in (*hooks, "_phase", "step", "_zero_grad_profile_name")},
-                "_skipped": self.skipped_steps, "_hidden": self._follow().shown.hidden()}
+                "_skipped": self.skipped_steps, "_hidden": hidden}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         skipped, hidden = state.pop("_skipped", None), state.pop("_hidden", None)

@@ -357,7 +357,7 @@ class FullGradientSAM(SAM):
             PhaseError: while perturbed.
         """
         self._phase.need(False, "set_full_gradient")
-        params = params_of(self.param_groups)
+        params = params_of(self._join_containers())
         gradients = [p.grad for p in params] if gradients is None else list(gradients)
         if len(gradients) != len(params):
             raise ValueError(f"{len(gradients)} gradients for {len(params)} parameters: "
@@ -399,7 +399,7 @@ class FullGradientSAM(SAM):
             total += n
         if total == 0:
             raise ValueError("batches is empty: give an iterable that can be walked again")
-        grads = [p.grad for p in params_of(self.param_groups)]
+        grads = [p.grad for p in params_of(self._join_containers())]
         refuse_freed(grads)
         with torch.no_grad():
             torch._foreach_div_([g for g in grads if g is not None], total)

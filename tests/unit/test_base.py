@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastsam import SAM, FriendlySAM, PhaseError
+from fastsam import SAM, FriendlySAM, FullGradientSAM, PhaseError
 from fastsam.choose import BACKENDS
 
 BASES = {"sgd": (torch.optim.SGD, dict(lr=0.1, momentum=0.9, weight_decay=0.01)),
@@ -53,6 +53,73 @@ def test_the_base_saved_and_loaded_by_itself_continues(base):
         step(other, resumed, i)
     for p, q in zip(net.parameters(), other.parameters(), strict=True):
         assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("way", ["a step", "a replay"])
+@pytest.mark.parametrize("base", BASES)
+def test_a_count_of_steps_that_the_base_loads_is_gone_on_from(base, way):
+    kind, hyper = BASES[base]
+    net, _ = build(base)
+    inner = kind(net.parameters(), **hyper)
+    opt = SAM.wrap(inner, rho=0.1, interval=3)
+    state = copy.deepcopy(inner.state_dict())
+    state["param_groups"][0]["sam_steps"] = 4
+    inner.load_state_dict(state)
+    assert not opt.climbs_next
+    inner.load_state_dict(state)
+    if way == "a step":
+        backward(net, 0)
+        opt.step()
+    else:
+        with opt.replay():
+            pass
+    assert opt.param_groups[0]["sam_steps"] == 5
+
+
+def replaced(cls=SAM, *args):
+    """An optimizer whose base was given another parameter, which has a gradient of 2."""
+    p, q = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1))
+    inner = torch.optim.SGD([p], lr=0.1)
+    opt = cls.wrap(inner, *args, rho=0.0)
+    inner.param_groups = [{**inner.param_groups[0], "params": [q], "lr": 0.25}]
+    q.grad = torch.full_like(q, 2.0)
+    return q, opt
+
+
+def test_groups_that_the_base_was_given_are_everybodys():
+    q, opt = replaced()
+    assert "lr: 0.25" in repr(opt)
+    q, opt = replaced()
+    assert opt.is_perturbed is False and copy.deepcopy(opt).param_groups[0]["lr"] == 0.25
+    q, opt = replaced()
+    opt.zero_grad()
+    assert q.grad is None
+    q, opt = replaced()
+    opt.step(lambda: (3 * q).sum().backward())
+    assert q.item() == 0.25  # 1 - 0.25 * 3
+    q, opt = replaced()
+    opt.stash_grad()
+    assert q.grad is None
+    opt.unstash_grad()
+    assert q.grad.item() == 2.0
+    q, opt = replaced(FullGradientSAM, "full")
+    opt.set_full_gradient()
+    assert opt.state[q]["full_gradient"].item() == 2.0
+    q, opt = replaced(FullGradientSAM, "full")
+    opt.measure_full_gradient([5.0, 7.0], lambda x: ((x * q).sum(), 1))
+    assert opt.state[q]["full_gradient"].item() == 6.0
+
+
+def test_a_state_of_the_base_alone_that_it_loads_by_itself_is_refused_with_the_way_out():
+    net, opt = build("sgd")
+    alone = torch.optim.SGD(net.parameters(), lr=0.2, momentum=0.9)
+    opt.base_optimizer.load_state_dict(alone.state_dict())
+    backward(net, 0)
+    with pytest.raises(ValueError, match="lacks 'rho'.*load_state_dict of this optimizer"):
+        opt.first_step()
+    net, opt = build("sgd")
+    opt.load_state_dict(alone.state_dict())
+    assert opt.param_groups[0]["rho"] == 0.1 and opt.param_groups[0]["lr"] == 0.2
 
 
 @pytest.mark.parametrize("base", BASES)
