@@ -9,7 +9,8 @@ from torch.amp.grad_scaler import OptState
 from torch.optim import Optimizer
 
 from .checks import params_of
-from .layout import Group
+from .layout import Group, Traits
+from .phase import Phase, PhaseError
 
 P = ParamSpec("P")
 Result = TypeVar("Result")
@@ -45,6 +46,30 @@ def inverse_scale(scaler: Any, optimizer: Optimizer) -> Tensor:
         raise ValueError("scaler.unscale_ before first_step would divide the scale out twice: "
                          "leave it out; first_step(scaler=scaler) does it on the device")
     return 1 / scaler._get_scale_async()
+
+
+def check_passes(phase: Phase, traits: Traits, scaled: bool, give_up: Callable[[], None]) -> None:
+    """Before a step, `scaled` or not: both passes are scaled, or neither, as far as is known.
+
+    Raises:
+        PhaseError: the first was, and this is not; or this is, and GSAM, which would mix the two
+            gradients, was not told of it: the step is given up then.
+    """
+    if phase.scaler is not None and not scaled:
+        raise PhaseError("the first pass was scaled, so the second is scaled too: call "
+                         "scaler.step(optimizer), not second_step()")
+    climbed = phase.perturbed or phase.stash_ok is not None
+    if not (scaled and climbed and phase.scaler is None):
+        return
+    if traits.mode == "gsam":
+        give_up()
+        raise PhaseError("GSAM's step is made of both gradients, and it was told a GradScaler of "
+                         "the second alone: scale the first loss too, and call "
+                         "first_step(scaler=scaler)")
+    if traits.mode not in (None, "looksam") or traits.scales_with == "gradient":
+        phase.warn("scaler", "the step is a GradScaler's and first_step was not told: if the first "
+                   "loss was scaled too, this climb depends on the scale; call "
+                   "first_step(scaler=scaler)")
 
 
 def report_overflow(scaler: Any, optimizer: Optimizer, ok: Tensor) -> None:

@@ -25,7 +25,7 @@ from .checks import (
     steps_of,
 )
 from .entries import kept_names
-from .grad_scaler import hooked, inverse_scale, report_overflow, unscaled
+from .grad_scaler import check_passes, hooked, inverse_scale, report_overflow, unscaled
 from .interrupts import surely
 from .layout import Layout, Traits
 from .passes import Pass
@@ -400,9 +400,7 @@ class SAM(Optimizer):
         phase = self._phase
         grad_scale = getattr(self, "grad_scale", None)
         found_inf = getattr(self, "found_inf", None)
-        if phase.scaler is not None and found_inf is None:
-            raise PhaseError("the first pass was scaled, so the second is scaled too: call "
-                             "scaler.step(optimizer), not second_step()")
+        check_passes(phase, self._traits, found_inf is not None, self.restore)
         if phase.stash:
             raise PhaseError("gradients are set aside: call unstash_grad() before the step")
         if not phase.perturbed:

@@ -531,6 +531,32 @@ def test_looksam_uses_a_g_v_that_is_small_but_no_noise(backend):
     assert float(added.norm()) == pytest.approx(float(published.length(g)), rel=1e-3)
 
 
+def test_gsam_does_not_mix_a_scaled_gradient_with_one_that_is_not():
+    p, q = (nn.Parameter(torch.tensor([1.0, 2.0])) for _ in range(2))
+    opt, twin = (GSAM([x], torch.optim.SGD, rho=0.1, lr=0.1, backend="reference") for x in (p, q))
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+
+    def backward(x, scale=scaler.scale):
+        x.grad = None
+        scale((x * x * x).sum()).backward()
+
+    backward(p)
+    opt.first_step(zero_grad=True)
+    backward(p)
+    with pytest.raises(PhaseError, match=r"first_step\(scaler=scaler\)"):
+        scaler.step(opt)
+    assert torch.equal(p, q) and not opt.is_perturbed
+    scaler.update()
+    backward(p)
+    opt.first_step(zero_grad=True, scaler=scaler)
+    backward(p)
+    scaler.step(opt)
+    for half in twin.first_step, twin.second_step:
+        backward(q, lambda loss: loss)
+        half()
+    assert torch.equal(p, q)
+
+
 @pytest.mark.parametrize("cls", [GSAM, LookSAM])
 def test_what_gsam_and_looksam_refuse(cls):
     w = parameters()

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from fastsam import SAM, FriendlySAM
+from fastsam import ASAM, SAM, FisherSAM, FriendlySAM, LookSAM, MomentumSAM
 
 BASES = {"SGD": torch.optim.SGD, "RMSprop": torch.optim.RMSprop}
 
@@ -68,6 +68,49 @@ def test_without_a_climb_through_a_scheduler_and_a_scaler_too():
 
     ((message, file),) = said(20, step)
     assert "without a climb" in message and file == __file__
+
+
+@pytest.mark.parametrize("stashed", [False, True])
+@pytest.mark.parametrize("kind, depends", [
+    (SAM, False), (ASAM, False), (FriendlySAM, True), (FisherSAM, True)])
+def test_a_climb_that_depends_on_a_loss_scale_nobody_told_it_is_said(base, kind, depends, stashed):
+    model, opt, backward = training(base, kind)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+
+    def step(told):
+        opt.zero_grad()
+        scaler.scale(backward())
+        opt.first_step(zero_grad=True, scaler=scaler if told else None)
+        scaler.scale(backward())
+        if stashed:
+            opt.stash_grad()
+            opt.unstash_grad()
+        scaler.step(opt)
+        scaler.update()
+
+    assert said(2, lambda i: step(told=True)) == []
+    messages = said(2, lambda i: step(told=False))
+    assert len(messages) == depends
+    for message, file in messages:
+        assert "first_step(scaler=scaler)" in message and file == __file__
+
+
+def test_what_does_not_depend_on_the_loss_scale_says_nothing():
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    for kind, options in (MomentumSAM, dict(momentum=0.9)), (LookSAM, dict(k=2)):
+        model, opt, backward = training(torch.optim.SGD, kind, **options)
+
+        def step(i, opt=opt, backward=backward):
+            if opt.climbs_next:
+                if not opt.climbs_first:
+                    scaler.scale(backward())
+                opt.first_step(zero_grad=True)
+            scaler.scale(backward())
+            scaler.step(opt)
+            scaler.update()
+            opt.zero_grad()
+
+        assert said(4, step) == []
 
 
 @pytest.mark.parametrize("options, climbs", [
