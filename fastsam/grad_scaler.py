@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
+import torch
 from torch import Tensor
 from torch.amp.grad_scaler import OptState
 from torch.optim import Optimizer
@@ -33,12 +34,14 @@ def hooked(func: Callable[P, Result]) -> Callable[P, Result]:
     return call
 
 
-def inverse_scale(scaler: Any, optimizer: Optimizer) -> Tensor:
-    """1 / the loss scale of an enabled GradScaler, on its device.
+def inverse_scale(scaler: Any, optimizer: Optimizer) -> Tensor | None:
+    """1 / the loss scale of an enabled GradScaler, on its device; None without one.
 
     Raises:
         ValueError: the scaler has scaled nothing yet, or has unscaled already.
     """
+    if scaler is None:
+        return None
     if scaler._get_scale_async() is None:
         raise ValueError("the scaler has not scaled a loss yet: call scaler.scale(loss).backward() "
                          "before first_step(scaler=scaler)")
@@ -46,6 +49,14 @@ def inverse_scale(scaler: Any, optimizer: Optimizer) -> Tensor:
         raise ValueError("scaler.unscale_ before first_step would divide the scale out twice: "
                          "leave it out; first_step(scaler=scaler) does it on the device")
     return 1 / scaler._get_scale_async()
+
+
+def scale_and_flag(optimizer: Any) -> tuple[Tensor | None, Tensor | None]:
+    """The loss scale, and the flag of an overflow, that GradScaler.step has set for this step; both
+    None without one. The flag is a sum over the gradients: the number 0 where there are none."""
+    flag = getattr(optimizer, "found_inf", None)
+    return (getattr(optimizer, "grad_scale", None),
+            torch.as_tensor(flag) if isinstance(flag, int) else flag)
 
 
 def check_passes(phase: Phase, traits: Traits, scaled: bool, give_up: Callable[[], None]) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from typing_extensions import Self
 
-from . import all_spaces, distributed, following, foreign, micro_batches, reports
+from . import all_spaces, distributed, following, foreign, grad_scaler, micro_batches, reports
 from . import state_dict as saving
 from .checks import (
     check_base,
@@ -25,7 +25,6 @@ from .checks import (
     steps_of,
 )
 from .entries import kept_names
-from .grad_scaler import check_passes, hooked, inverse_scale, report_overflow, unscaled
 from .interrupts import surely
 from .layout import Layout, Traits
 from .passes import Pass
@@ -77,7 +76,7 @@ class SAM(Optimizer):
     """
 
     _step_supports_amp_scaling = True
-    profile_hook_step = staticmethod(hooked)  # what torch's constructor puts around `step`
+    profile_hook_step = staticmethod(grad_scaler.hooked)  # around `step`
     climbs_first = False  # whether it climbs before the forward pass, without a gradient
     base_optimizer: Optimizer
 
@@ -286,8 +285,8 @@ class SAM(Optimizer):
         if (eaten := phase.watch.read()) is not None:
             phase.warn("rounding", eaten)
         scaler = scaler if scaler is not None and scaler.is_enabled() else None
-        scaled = scaler is not None and not self._traits.along_v
-        passes, climbs = self._read(True, inverse_scale(scaler, self) if scaled else None), []
+        scaled_by = None if self._traits.along_v else scaler
+        passes, climbs = self._read(True, grad_scaler.inverse_scale(scaled_by, self)), []
         try:
             climbs = all_spaces.climb(phase.layout, passes)
             phase.climbs, phase.perturbed, phase.scaler, phase.plain = climbs, True, scaler, None
@@ -395,20 +394,17 @@ class SAM(Optimizer):
 
     @torch.no_grad()
     def _base_step(self) -> None:
-        """Return to w if perturbed, then update. GradScaler.step gives its loss scale and its
-        overflow flag in the attributes `grad_scale` and `found_inf`."""
-        phase = self._phase
-        grad_scale = getattr(self, "grad_scale", None)
-        found_inf = getattr(self, "found_inf", None)
-        check_passes(phase, self._traits, found_inf is not None, self.restore)
+        """Return to w if perturbed, then update."""
+        phase, (grad_scale, found_inf) = self._phase, grad_scaler.scale_and_flag(self)
+        grad_scaler.check_passes(phase, self._traits, found_inf is not None, self.restore)
         if phase.stash:
             raise PhaseError("gradients are set aside: call unstash_grad() before the step")
         if not phase.perturbed:
             phase.count_plain(self.climbs_next)
         ok = micro_batches.agreed_ok(phase)
         if phase.scaler is not None:
-            report_overflow(phase.scaler, self,
-                            phase.layout.spaces[0].cells.ok if ok is None else ok)
+            grad_scaler.report_overflow(
+                phase.scaler, self, phase.layout.spaces[0].cells.ok if ok is None else ok)
         if ok is not None:
             found_inf = (1 - ok) if found_inf is None else found_inf.to(ok) + (1 - ok)
         steps = steps_of(self._join_containers()) + 1
@@ -439,8 +435,9 @@ class SAM(Optimizer):
         if skip:
             cells.skipped += 1
             return
-        layout.show(self.state, unscaled(self.param_groups, grad_scale, lambda: foreign.step(
-            self.base_optimizer, self._traits.shared, layout.shown, self.state)))
+        stepped = grad_scaler.unscaled(self.param_groups, grad_scale, lambda: foreign.step(
+            self.base_optimizer, self._traits.shared, layout.shown, self.state))
+        layout.show(self.state, stepped)
 
     # ---- several first passes for one step
 

@@ -531,6 +531,23 @@ def test_looksam_uses_a_g_v_that_is_small_but_no_noise(backend):
     assert float(added.norm()) == pytest.approx(float(published.length(g)), rel=1e-3)
 
 
+@pytest.mark.parametrize("cls, way", [
+    (SAM, "climb"), (SAM, "stash"), (GSAM, "climb"), (LookSAM, "climb"), (LookSAM, "plain")])
+def test_a_scaled_step_without_a_second_gradient_is_quiet(cls, way):
+    """GradScaler's flag is the sum over no gradients then, the number 0."""
+    p = nn.Parameter(torch.tensor([1.0, 2.0]))
+    opt = cls([p], torch.optim.SGD, rho=0.1, lr=0.1, backend="reference")
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    loss = scaler.scale((p * p).sum())
+    if way != "plain":
+        loss.backward()
+        opt.first_step(zero_grad=True, scaler=scaler)
+    if way == "stash":
+        opt.stash_grad()
+    scaler.step(opt)
+    assert p.tolist() == [1.0, 2.0] and not opt.is_perturbed and opt.skipped_steps == 0
+
+
 def test_gsam_does_not_mix_a_scaled_gradient_with_one_that_is_not():
     p, q = (nn.Parameter(torch.tensor([1.0, 2.0])) for _ in range(2))
     opt, twin = (GSAM([x], torch.optim.SGD, rho=0.1, lr=0.1, backend="reference") for x in (p, q))
