@@ -71,5 +71,5 @@ def agreed_ok(phase: Phase) -> Tensor | None:
     last = phase.layout.spaces[0].cells.ok
     ok = last if phase.perturbed else torch.ones_like(last)
     if phase.stash_ok is not None:
-        ok, phase.stash_ok = ok * phase.stash_ok, None
+        ok = ok * phase.stash_ok
     return ok if phase.group is None else distributed.all_ok(ok, phase.group)

@@ -421,7 +421,7 @@ class SAM(Optimizer):
         climbs = phase.climbs if phase.perturbed else [None] * len(passes)
         all_spaces.step(phase.layout, passes, climbs, found_inf)
         vars(self.base_optimizer)["_opt_called"] = True  # for a scheduler that was built around it
-        phase.leave()
+        phase.finish()
         all_spaces.announce(all_spaces.written_weights(passes, climbs))
 
     def _foreign_step(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
@@ -431,7 +431,7 @@ class SAM(Optimizer):
         cells = layout.spaces[0].cells
         skip = (found_inf is not None and bool(found_inf)) or (phase.perturbed and not cells.ok)
         self._go_back()
-        phase.leave()
+        phase.finish()
         if skip:
             cells.skipped += 1
             return

@@ -91,6 +91,11 @@ class Phase:
         self.climbs, self.perturbed, self.scaler, self.group = (), False, None, None
         self.witness = None
 
+    def finish(self) -> None:
+        """The step is taken, or skipped, and what its micro-batches agreed on with it."""
+        self.leave()
+        self.stash_ok = None
+
     def give_up(self) -> None:
         """Forget the step, and what was set aside for it."""
         self.stash.clear()

@@ -221,6 +221,30 @@ def test_a_scaled_step_that_raised_may_be_tried_again(base, fault):
         assert torch.equal(p, q)
 
 
+@pytest.mark.parametrize("fault", [in_a_hook, at_a_value])
+@pytest.mark.parametrize("base", ["sgd", "rmsprop"])
+def test_a_skip_that_is_due_comes_where_the_step_was_refused_first(base, fault):
+    net, opt = build(base)
+    w = [p.detach().clone() for p in net.parameters()]
+    for overflow in torch.inf, 1.0:  # of the first micro-batch's climb
+        backward(net, 0)
+        net.bias.grad.mul_(overflow)
+        opt.first_step(zero_grad=True)
+        backward(net, 0)
+        opt.stash_grad()
+    opt.unstash_grad()
+    undo = fault(opt)
+    with pytest.raises((ValueError, RuntimeError)):
+        opt.step()
+    undo()
+    opt.step()
+    assert opt.skipped_steps == 1
+    assert all(torch.equal(p, q) for p, q in zip(net.parameters(), w, strict=True))
+    backward(net, 0)
+    opt.step()  # the skip is done
+    assert opt.skipped_steps == 1
+
+
 @pytest.mark.parametrize("base", ["sgd", "rmsprop"])
 @pytest.mark.parametrize("closure", [True, False])
 def test_a_step_after_a_scaled_one_that_raised_is_not_scaled(base, closure):
