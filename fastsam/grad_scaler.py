@@ -38,14 +38,18 @@ def inverse_scale(scaler: Any, optimizer: Optimizer) -> Tensor | None:
     """1 / the loss scale of an enabled GradScaler, on its device; None without one.
 
     Raises:
-        ValueError: the scaler has scaled nothing yet, or has unscaled already.
+        ValueError: the scaler has scaled nothing yet, has unscaled already, or was not updated.
     """
     if scaler is None:
         return None
     if scaler._get_scale_async() is None:
         raise ValueError("the scaler has not scaled a loss yet: call scaler.scale(loss).backward() "
                          "before first_step(scaler=scaler)")
-    if scaler._per_optimizer_states[id(optimizer)]["stage"] is not OptState.READY:
+    stage = scaler._per_optimizer_states[id(optimizer)]["stage"]
+    if stage is OptState.STEPPED:
+        raise ValueError("the scaler has stepped and was not updated since: call scaler.update() "
+                         "after scaler.step(optimizer)")
+    if stage is not OptState.READY:
         raise ValueError("scaler.unscale_ before first_step would divide the scale out twice: "
                          "leave it out; first_step(scaler=scaler) does it on the device")
     return 1 / scaler._get_scale_async()

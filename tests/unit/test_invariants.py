@@ -463,6 +463,13 @@ def test_grad_scaler_misuse_is_refused(backend, device):
     with pytest.raises(PhaseError, match="closure"):
         scaler.step(opt, lambda: None)
     assert_bits(net, w)
+    scaler.step(opt)
+    w = bits(net)
+    with pytest.raises(ValueError, match=r"call scaler.update\(\)"):
+        opt.first_step(scaler=scaler)
+    assert_bits(net, w)
+    scaler.update()
+    opt.first_step(scaler=scaler)
 
 
 def test_a_disabled_grad_scaler_does_nothing(backend, device):
