@@ -167,6 +167,7 @@ def between_hooks(optimizer: Any, state_dict: Saved, load: Callable[[Saved], Non
     """Run the hooks of load_state_dict on the whole state, before it is loaded and after it, and
     none of them inside."""
     before, after = LOADING
+    state_dict = state_dict.copy()  # which a hook may write into, as in torch
     for hook in getattr(optimizer, before).values():
         state_dict = hook(optimizer, state_dict) or state_dict
     without_hooks(optimizer, LOADING, lambda: load(state_dict))

@@ -322,6 +322,33 @@ def test_a_state_loads_into_groups_whose_parameters_were_edited(base, edit):
     assert_steps_alike(params, opt, theirs, other)
 
 
+@pytest.mark.parametrize("base", [torch.optim.AdamW, OwnAdam, OwnAdadelta])
+def test_a_load_leaves_the_callers_state_as_it_was(base):
+    """Also where a hook puts something else into it, and where it is trained on."""
+    params, opt = built(base)
+    theirs, other = built(base)
+    assert_steps_alike(params, opt, theirs, other)
+    state = opt.state_dict()
+    was = copy.deepcopy(state)
+    parts = {key: state[key] for key in state}
+
+    def hook(optimizer, given):
+        given["param_groups"] = [dict(group, lr=9.0) for group in given["param_groups"]]
+        given["state"] = dict(given["state"])
+        given["more"] = 1
+
+    other.register_load_state_dict_pre_hook(hook)
+    other.load_state_dict(state)
+    assert [group["lr"] for group in other.param_groups] == [9.0, 9.0]
+    for group in other.param_groups:
+        group["lr"] = 7.0
+    assert state.keys() == parts.keys() and all(state[key] is x for key, x in parts.items())
+    assert state["param_groups"] == was["param_groups"]
+    for i, entry in was["state"].items():
+        assert entry.keys() == state["state"][i].keys()
+        assert all(torch.equal(x, state["state"][i][name]) for name, x in entry.items())
+
+
 def test_a_full_gradient_is_found_beside_an_entry_that_is_no_parameters():
     class Counts(OwnAdam):
         def step(self, closure=None):
