@@ -38,10 +38,15 @@ def norm(backend: ModuleType, passes: Sequence[Pass]) -> None:
 
 def global_sums(passes: Sequence[Pass], space: Space) -> Tensor:
     """The partial sums of every space, side by side, (2, k), on the device and in the dtype of this
-    one: the norm is global."""
+    one: the norm is global. Of float64 they are inf where they are in the float32 of another space:
+    a step is skipped in all of them, or in none."""
     if len(passes) == 1:
         return space.partials
-    return torch.cat([to(p.space.partials, space) for p in passes], 1)
+    sums = torch.cat([to(p.space.partials, space) for p in passes], 1)
+    if space.kind.acc is torch.float64 and any(p.space.kind.acc is torch.float32 for p in passes):
+        there = sums.float().sum(1, keepdim=True)
+        sums = torch.where(there.isfinite(), sums, torch.inf)
+    return sums
 
 
 def dots(backend: ModuleType, passes: Sequence[Pass]) -> Tensor:

@@ -1,6 +1,7 @@
 """The public front: phases, closures, misuse, groups, schedulers, reports."""
 
 import copy
+import math
 import pickle
 import warnings
 import weakref
@@ -363,6 +364,24 @@ def test_a_bad_gradient_is_a_skip_even_where_the_full_gradient_is_zero(backend, 
         assert (p == 1).all()
         opt.second_step()
         assert opt.skipped_steps == skips
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float64, torch.float32), (torch.float32, torch.float64)],
+                         ids=["wide first", "narrow first"])
+@pytest.mark.parametrize("huge", [1e20, math.nan])
+def test_a_norm_that_overflows_in_one_dtype_skips_the_step_in_all(backend, device, dtypes, huge):
+    """1e20 squared is finite in float64, and not in float32."""
+    if backend == "triton":
+        pytest.skip("its kernels take no float64")
+    params = [nn.Parameter(torch.ones(2, dtype=dtype, device=device)) for dtype in dtypes]
+    opt = FriendlySAM(params, torch.optim.SGD, rho=0.1, lr=0.1, backend=backend)
+    for half in opt.first_step, opt.second_step:
+        for p in params:
+            p.grad = torch.full_like(p, huge if p.dtype == torch.float64 else 1.0)
+        half()
+    assert opt.skipped_steps == 1 and not math.isfinite(opt.last_grad_norm)
+    for p in params:
+        assert torch.equal(p, torch.ones_like(p)) and not opt.state[p]["ema"].any()
 
 
 def test_restore_gives_up_what_was_set_aside(backend, device):
