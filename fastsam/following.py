@@ -32,7 +32,7 @@ def follow(phase: Phase, traits: Traits, groups: Sequence[Group], state: State) 
     while not (layout.follow_values(groups) and layout.has_its_memory(not phase.perturbed)):
         layout = lay_out(phase, traits, groups, state)
     layout.follow_state(state)
-    layout.containers = groups, state
+    layout.containers, layout.groups = (groups, state), list(groups)
     return layout
 
 

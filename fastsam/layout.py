@@ -136,6 +136,7 @@ class Layout:
         self._last: dict[tuple[int, bool], Last] = {}  # by space, and whether a first pass
         self._state: tuple = (None, [], [])  # the state, all in it, and names, as last shown
         self.containers: tuple = (groups, None)  # of groups and state, as they were last seen
+        self.groups = list(groups)  # the same, also where the list was emptied since
         self._normed: list | None = None  # the v and the slots whose norm is in the partials
         self._dampened = False  # whether a pass reads how often v was updated, beside Adam's
         self._watch()

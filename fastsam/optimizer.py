@@ -170,7 +170,8 @@ class SAM(Optimizer):
         self._phase.need(False, "add_param_group")
         if not isinstance(param_group, dict):
             raise TypeError(f"a parameter group is a {type(param_group).__name__}: use a dict")
-        param_group, steps = foreign.unless_counted(param_group), steps_of(self._join_containers())
+        param_group = foreign.unless_counted(param_group)
+        steps = steps_of(self._join_containers() or self._phase.layout.groups)
         merged = {**self.defaults, **param_group, "sam_steps": steps}
         self._check([merged])
         was, count, added = dict(param_group), len(self.param_groups), False

@@ -651,6 +651,29 @@ def test_a_group_is_added_to_groups_that_were_replaced(base):
     assert [group["params"] for group in opt.param_groups] == [[p], [q]]
 
 
+@pytest.mark.parametrize("loaded", [False, True])
+@pytest.mark.parametrize("base", OVER)
+def test_groups_that_are_all_new_go_on_with_the_count_of_steps(base, loaded):
+    kind, hyper = OVER[base]
+
+    def build():
+        p = nn.Parameter(torch.ones(2))
+        return p, SAM([p], kind, start=2, interval=2, **hyper)
+
+    p, opt = build()
+    for _ in range(3):
+        p.grad = torch.ones(2)
+        opt.step()
+    if loaded:
+        state = opt.state_dict()
+        p, opt = build()
+        opt.load_state_dict(state)
+    opt.param_groups.clear()
+    opt.state.clear()
+    opt.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
+    assert opt.param_groups[0]["sam_steps"] == 3 and not opt.climbs_next
+
+
 class Copies(torch.optim.SGD):
     """Keeps dicts of its own, as some bases of other people's do."""
 
