@@ -391,6 +391,12 @@ class FullGradientSAM(SAM):
         """
         self._phase.need(False, "measure_full_gradient")
         self.zero_grad()
+        try:
+            self.set_full_gradient(self._mean_gradients(batches, loss))
+        finally:
+            self.zero_grad()
+
+    def _mean_gradients(self, batches: Iterable, loss: Callable) -> list[Tensor | None]:
         total = 0
         for batch in batches:
             with torch.enable_grad():
@@ -403,5 +409,4 @@ class FullGradientSAM(SAM):
         refuse_freed(grads)
         with torch.no_grad():
             torch._foreach_div_([g for g in grads if g is not None], total)
-        self.set_full_gradient(grads)
-        self.zero_grad()
+        return grads

@@ -671,6 +671,26 @@ def test_the_measured_full_gradient_is_that_of_the_mean_loss_over_all_examples(d
         opt.measure_full_gradient([], lambda b: None)
 
 
+@pytest.mark.parametrize("fault", ["a batch", "a freed gradient"])
+def test_a_measurement_that_fails_leaves_no_part_of_it(fault):
+    p = nn.Parameter(torch.ones(2))
+    opt = FullGradientSAM([p], torch.optim.SGD, "full", lr=0.1)
+    opt.set_full_gradient([torch.tensor([3.0, 4.0])])
+
+    def loss(x):
+        if x == 2.0 and fault == "a batch":
+            raise RuntimeError("no data")
+        if x == 2.0:
+            p.grad.untyped_storage().resize_(0)
+            return (p * 0).sum().detach().requires_grad_(), 1
+        return (p * x).sum(), 1
+
+    with pytest.raises((RuntimeError, ValueError), match="no data|freed"):
+        opt.measure_full_gradient([1.0, 2.0], loss)
+    left = p.grad is not None  # which may have no memory to be shown
+    assert not left and opt.state[p]["full_gradient"].tolist() == [3.0, 4.0]
+
+
 def test_set_full_gradient_takes_grad_or_a_list_and_refuses_what_does_not_fit(backend, device):
     net = network(device)
     opt = build(net, "sam-full", backend)
