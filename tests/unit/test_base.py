@@ -139,6 +139,24 @@ def test_a_step_of_the_base_itself_is_a_plain_step(base):
             torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW])
+def test_adams_own_foreach_takes_its_count_from_the_saved_state_alone(kind):
+    """The trap of docs/drop-in.md."""
+    net, _ = build("adamw")
+    opt = SAM(net.parameters(), kind, lr=0.01, foreach=True)
+    step(net, opt, 0)
+    backward(net, 1)
+    with pytest.raises(RuntimeError, match="`step` tensors"):
+        opt.base_optimizer.step()
+    alone = kind(net.parameters(), lr=0.01, foreach=True)
+    alone.load_state_dict(opt.base_optimizer.state_dict())
+    with pytest.raises(RuntimeError, match="`step` tensors"):
+        alone.step()
+    alone.load_state_dict(opt.state_dict())
+    alone.step()
+    assert alone.state[net.bias]["step"] == 2.0
+
+
 @pytest.mark.parametrize("register", ["register_step_pre_hook", "register_step_post_hook"])
 @pytest.mark.parametrize("base", FUSED)
 def test_step_hooks_of_a_fused_base_are_refused_by_name(base, register):
