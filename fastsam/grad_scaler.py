@@ -63,18 +63,41 @@ def scale_and_flag(optimizer: Any) -> tuple[Tensor | None, Tensor | None]:
             torch.as_tensor(flag) if isinstance(flag, int) else flag)
 
 
+def keep_scaled(phase: Phase, optimizer: Optimizer) -> None:
+    """Remember that the gradients of a step that is given up are scaled, if they are."""
+    if phase.scaler is not None:
+        state = phase.scaler._per_optimizer_states[id(optimizer)]
+        phase.scaled = next(((p, p.grad, p.grad._version, state) for p in phase.layout.params
+                             if p.grad is not None and not p.grad.is_inference()), None)
+
+
+def refuse_scaled(phase: Phase) -> None:
+    """Refuse, in a step without a scaler, gradients that a scaled one has left as they were.
+
+    Raises:
+        PhaseError: the first pass was scaled, and this step is not; or it was given up since.
+    """
+    if phase.scaler is not None:
+        raise PhaseError("the first pass was scaled, so the second is scaled too: call "
+                         "scaler.step(optimizer), not second_step()")
+    if phase.scaled is not None:
+        p, g, version, state = phase.scaled
+        if p.grad is g and g._version == version and state["stage"] is OptState.READY:
+            raise PhaseError("the gradients are those of a scaled step that was given up: call "
+                             "scaler.step(optimizer), or clear them")
+
+
 def check_passes(phase: Phase, traits: Traits, scaled: bool, give_up: Callable[[], None]) -> None:
     """Before a step, `scaled` or not: both passes are scaled, or neither, as far as is known.
 
     Raises:
-        PhaseError: the first was, and this is not; or this is, and GSAM, which would mix the two
-            gradients, was not told of it: the step is given up then.
+        PhaseError: as `refuse_scaled`; or this is, and GSAM, which would mix the two gradients, was
+            not told that the first was: the step is given up then.
     """
-    if phase.scaler is not None and not scaled:
-        raise PhaseError("the first pass was scaled, so the second is scaled too: call "
-                         "scaler.step(optimizer), not second_step()")
+    if not scaled:
+        return refuse_scaled(phase)
     climbed = phase.perturbed or phase.stash_ok is not None
-    if not (scaled and climbed and phase.scaler is None):
+    if phase.scaler is not None or not climbed:
         return
     if traits.mode == "gsam":
         give_up()
@@ -87,9 +110,16 @@ def check_passes(phase: Phase, traits: Traits, scaled: bool, give_up: Callable[[
                    "first_step(scaler=scaler)")
 
 
-def report_overflow(scaler: Any, optimizer: Optimizer, ok: Tensor) -> None:
-    """Let an overflow of a first pass (`ok` is 0), too, make the scaler back off at update()."""
-    found = scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"]
+def report_overflow(phase: Phase, optimizer: Optimizer, ok: Tensor | None) -> None:
+    """Let an overflow of a first pass, too, make its scaler, if any, back off at update().
+
+    Args:
+        ok: what all first passes agreed on: 0 where one overflowed; None: there is only the last.
+    """
+    if phase.scaler is None:
+        return
+    ok = phase.layout.spaces[0].cells.ok if ok is None else ok
+    found = phase.scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"]
     for device, found_inf in found.items():
         found_inf.logical_or_(ok.to(device, non_blocking=True) == 0)
 

@@ -403,9 +403,7 @@ class SAM(Optimizer):
         if not phase.perturbed:
             phase.count_plain(self.climbs_next)
         ok = micro_batches.agreed_ok(phase)
-        if phase.scaler is not None:
-            grad_scaler.report_overflow(
-                phase.scaler, self, phase.layout.spaces[0].cells.ok if ok is None else ok)
+        grad_scaler.report_overflow(phase, self, ok)
         if ok is not None:
             found_inf = (1 - ok) if found_inf is None else found_inf.to(ok) + (1 - ok)
         steps = steps_of(self._join_containers()) + 1
@@ -485,6 +483,7 @@ class SAM(Optimizer):
     def restore(self) -> None:
         """Go back to w, bit for bit, without an update: give the step up, and with it what
         `stash_grad` set aside. Harmless where there is nothing to give up."""
+        grad_scaler.keep_scaled(self._phase, self)
         try:
             self._go_back()
         finally:

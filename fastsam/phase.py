@@ -36,6 +36,8 @@ class Phase:
         scaler, group: the GradScaler and the process group of the first pass, if any.
         stash, stash_ok: what `stash_grad` has set aside, and whether its climbs were finite: 1 or
             0, a 0-dim tensor.
+        scaled: of a scaled step that was given up: a parameter, its gradient, that one's version,
+            and the GradScaler's state, to notice that the gradients are the same, still scaled.
         watch: of rounding.
         skipped: the skips that a copied or unpickled optimizer had before.
         plain: how many steps went by without a climb that was due, before the first climb; None
@@ -52,6 +54,7 @@ class Phase:
     group: Any = None
     stash: dict[Tensor, Tensor] = field(default_factory=dict)
     stash_ok: Tensor | None = None
+    scaled: tuple[Tensor, Tensor, int, dict[str, Any]] | None = None
     watch: RoundingWatch = field(default_factory=RoundingWatch)
     skipped: int = 0
     plain: int | None = 0
@@ -94,7 +97,7 @@ class Phase:
     def finish(self) -> None:
         """The step is taken, or skipped, and what its micro-batches agreed on with it."""
         self.leave()
-        self.stash_ok = None
+        self.stash_ok = self.scaled = None
 
     def give_up(self) -> None:
         """Forget the step, and what was set aside for it."""

@@ -239,6 +239,34 @@ def test_a_scaled_step_that_raised_may_be_tried_again(base, fault):
         assert torch.equal(p, q)
 
 
+@pytest.mark.parametrize("again", ["scaler.step", "unscale_", "backward", "second restore"])
+@pytest.mark.parametrize("base", ["sgd", "rmsprop"])
+def test_gradients_of_a_scaled_climb_that_was_given_up_are_still_scaled(base, again):
+    (net, opt), (twin, other) = build(base), build(base)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for n, o, s in ((net, opt, scaler), (twin, other, None)):
+        backward(n, 0, s)
+        o.first_step(zero_grad=True, scaler=s)
+        backward(n, 0, s)
+        o.restore()
+    if again == "second restore":
+        opt.restore()
+    if again in ("scaler.step", "second restore"):
+        with pytest.raises(PhaseError, match="scaler.step"):
+            opt.step()
+        scaler.step(opt)
+    elif again == "unscale_":
+        scaler.unscale_(opt)
+        opt.step()
+    else:
+        for n in net, twin:
+            backward(n, 1)
+        opt.step()
+    other.step()
+    for p, q in zip(net.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
 @pytest.mark.parametrize("fault", [in_a_hook, at_a_value])
 @pytest.mark.parametrize("base", ["sgd", "rmsprop"])
 def test_a_skip_that_is_due_comes_where_the_step_was_refused_first(base, fault):
