@@ -14,6 +14,7 @@ from ..helpers.sequences import EVENTS, METHODS, run
 
 # what is drawn on purpose; the interpreter is NumPy, which warns of inf and NaN
 pytestmark = pytest.mark.filterwarnings("ignore:the weights are 16-bit:UserWarning",
+                                        "ignore:the step is a GradScaler.s:UserWarning",
                                         "ignore:the closure left no gradients:UserWarning",
                                         "ignore:(invalid|overflow|divide):RuntimeWarning")
 # sequences, and the most events of one
