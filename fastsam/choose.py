@@ -67,6 +67,8 @@ def why_not_numba(device: torch.device, dtype: torch.dtype) -> str | None:
         cpu = import_module(MODULES["numba"])
     except Exception as error:  # a numba that does not fit its NumPy raises what it likes
         return f"numba cannot be imported ({first_line(error)}): pip install 'fastsam[cpu]'"
+    if import_module("numba").config.DISABLE_JIT:
+        return "NUMBA_DISABLE_JIT leaves nothing compiled: unset it"
     if dtype not in cpu.DTYPES:
         return f"parameters are {dtype}: numba's kernels take " + ", ".join(map(str, cpu.DTYPES))
     return None

@@ -31,7 +31,7 @@ class RoundingWatch:
             host = squares.to("cpu", non_blocking=True)
             if squares.is_cuda:
                 event = torch.cuda.Event()
-                event.record()
+                event.record(torch.cuda.current_stream(squares.device))
             self.pending = (host, event, squares.device)
 
     def read(self) -> str | None:

@@ -54,7 +54,8 @@ class FisherSAM(SAM):
     F is diagonal, F^-1 = 1 / (1 + eta f), with f = g^2 of the minibatch gradient g, the form in
     use (the exact empirical Fisher would average the squares of per-example gradients). In the
     terms of ASAM, T^2 = F^-1. Where the gradient's root mean square is far below 1 / sqrt(eta),
-    as in most networks, this is numerically SAM.
+    as in most networks, this is numerically SAM. In float32 an entry above 1.8e19, whose square
+    overflows, counts as zero.
 
     Args:
         params, base_optimizer, **kwargs: as `SAM`.

@@ -36,7 +36,9 @@ def ascent(g, m, sigma, lmbda, ema_share, algorithm1, full):
 @njit(inline="always")
 def scaling(w, g, a, b, by_w, one):
     """T. In fastsam.reference: `scaling`."""
-    return a * abs(w) + b if by_w else one / math.sqrt(one + a * g * g)
+    if by_w:
+        return a * abs(w) + b if a != 0 else b
+    return one / math.sqrt(one + a * g * g)
 
 
 @lru_cache

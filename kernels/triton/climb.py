@@ -34,6 +34,7 @@ from .common import (
     read,
     run_of_blocks,
     share_of_blocks,
+    store_sum,
     weights,
     wide_place,
     wide_pointer,
@@ -144,9 +145,9 @@ def climb_kernel(w_table, g_table, sums, saved, m, radii, blocks, layout, scalin
                 few_realised += x
                 if CAN_ROUND_AWAY:
                     few_wanted += y
-    tl.store(radii + tl.program_id(0), tl.sum(realised) + tl.sum(few_realised))
+    store_sum(radii, tl.sum(realised) + tl.sum(few_realised), PARTIALS)
     if CAN_ROUND_AWAY:
-        tl.store(radii + PARTIALS + tl.program_id(0), tl.sum(wanted) + tl.sum(few_wanted))
+        store_sum(radii + PARTIALS, tl.sum(wanted) + tl.sum(few_wanted), PARTIALS)
     if is_last_program(counters + CLIMB_TICKET):
         for i in range(0, n_slots, 128):
             slots = i + tl.arange(0, 128)

@@ -163,6 +163,16 @@ def folded(x, SUMS: tl.constexpr):
 
 
 @triton.jit
+def store_sum(sums, x, PARTIALS: tl.constexpr):
+    """sums[program] = the sum of x, and 0 for the programs that there are not: another launch, with
+    more of them, or another rank may have left its own there."""
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    tl.store(sums + program, x)
+    others = program + programs * (1 + tl.arange(0, PARTIALS))
+    tl.store(sums + others, 0.0, others < PARTIALS)
+
+
+@triton.jit
 def is_last_program(ticket):
     """Whether every other program has come this far: the last one may change what they read."""
     tl.debug_barrier()

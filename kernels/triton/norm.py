@@ -34,6 +34,7 @@ from .common import (
     read,
     run_of_blocks,
     share_of_blocks,
+    store_sum,
     weights,
     wide_place,
     wide_pointer,
@@ -66,7 +67,7 @@ def ascent(g, m, sigma, lmbda, ema_share, MODE: tl.constexpr):
 def scaling(w, g, a, b, SCALING: tl.constexpr):
     """T of ASAM or FisherSAM. A slot with a = 0, which is not adaptive, has T = b or T = 1."""
     if SCALING == WEIGHTS:
-        T = a * tl.abs(w) + b
+        T = tl.where(a != 0, a * tl.abs(w) + b, b)  # of a bias that is infinite, too
     else:
         T = tl.div_rn(1.0, tl.sqrt_rn(1.0 + a * g * g))
     return T
@@ -144,11 +145,9 @@ def norm_kernel(w_table, g_table, saved, m, partials, blocks, layout, scalings, 
                 few_of_d += folded(x, SUMS)
                 if MODE > PLAIN:
                     few_of_g += folded(y, SUMS)
-    total = tl.sum(of_d) + tl.sum(few_of_d)
-    tl.store(partials + tl.program_id(0), total)
+    store_sum(partials, tl.sum(of_d) + tl.sum(few_of_d), PARTIALS)
     if MODE > PLAIN:
-        total = tl.sum(of_g) + tl.sum(few_of_g)
-        tl.store(partials + PARTIALS + tl.program_id(0), total)
+        store_sum(partials + PARTIALS, tl.sum(of_g) + tl.sum(few_of_g), PARTIALS)
 
 
 def norm(p: Pass) -> None:
@@ -215,10 +214,9 @@ def dots_kernel(g_table, m, dots, blocks, layout, hyper, control, n_blocks,
                 few_gm += folded(x, SUMS)
                 few_gg += folded(y, SUMS)
                 few_mm += folded(z, SUMS)
-    program = tl.program_id(0)
-    tl.store(dots + program, tl.sum(gm) + tl.sum(few_gm))
-    tl.store(dots + PARTIALS + program, tl.sum(gg) + tl.sum(few_gg))
-    tl.store(dots + 2 * PARTIALS + program, tl.sum(mm) + tl.sum(few_mm))
+    store_sum(dots, tl.sum(gm) + tl.sum(few_gm), PARTIALS)
+    store_sum(dots + PARTIALS, tl.sum(gg) + tl.sum(few_gg), PARTIALS)
+    store_sum(dots + 2 * PARTIALS, tl.sum(mm) + tl.sum(few_mm), PARTIALS)
 
 
 def dots(p: Pass) -> None:

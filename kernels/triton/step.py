@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from ...passes import Climb, Pass
+from ...space import PARTIALS
 from .common import (
     ALPHA,
     BETA1,
@@ -42,6 +43,7 @@ from .common import (
     read,
     run_of_blocks,
     share_of_blocks,
+    store_sum,
     weights,
     wide_place,
     wide_pointer,
@@ -57,7 +59,7 @@ def sgd(w, g, v, mask, hyper, count, ok, HAS_MOMENTUM: tl.constexpr):
     """torch.optim.SGD's update of w, and the v that it stores. What the reference branches on is
     data here, except whether there is a momentum buffer."""
     lr, weight_decay, momentum, momentum_share, nesterov = hyper
-    g = g + weight_decay * w
+    g = tl.where(weight_decay != 0, g + weight_decay * w, g)  # 0 times an infinite w is NaN
     stored = g
     if HAS_MOMENTUM:
         old_v = read(v, mask)
@@ -93,7 +95,7 @@ def adam(w, g, v, u, mask, hyper, ok):
     """torch.optim.Adam's update of w, AdamW's where decoupled, and the v that it stores; stores u
     too."""
     decay, shrink, beta1, share1, beta2, share2, rate, c2, eps = hyper
-    g = g + decay * w
+    g = tl.where(decay != 0, g + decay * w, g)
     w = w * shrink
     old_v, old_u = read(v, mask), read(u, mask)
     new_v = beta1 * old_v + share1 * g
@@ -204,7 +206,7 @@ def step_kernel(w_table, g_table, climbed_table, saved, v, u, m, kept, partials,
                 hyper, control, counters, v_steps, n_blocks, n_slots, BASE: tl.constexpr,
                 MIX: tl.constexpr, PERTURBED: tl.constexpr, ALONG_V: tl.constexpr,
                 MASTERS: tl.constexpr, TYPE: tl.constexpr, G_TYPE: tl.constexpr,
-                BLOCK: tl.constexpr):
+                BLOCK: tl.constexpr, PARTIALS: tl.constexpr):
     """w = base(saved w, g); where there is no g, w = saved w. Reads saved w, v, u, g; writes v, u,
     w.
 
@@ -262,8 +264,7 @@ def step_kernel(w_table, g_table, climbed_table, saved, v, u, m, kept, partials,
                 of_v, few_of_v = add_squares(v, wide, flat, fours, whole, size, of_v, few_of_v,
                                              BLOCK)
     if ALONG_V:
-        total = tl.sum(of_v) + tl.sum(few_of_v)
-        tl.store(partials + tl.program_id(0), total)
+        store_sum(partials, tl.sum(of_v) + tl.sum(few_of_v), PARTIALS)
     skipped = tl.load(counters + SKIPPED)  # every thread reads, one writes: the barrier between
     if is_last_program(counters + STEP_TICKET):
         tl.store(counters + SKIPPED, skipped + (ok == 0).to(tl.int32))
@@ -290,4 +291,4 @@ def step_arguments(p: Pass, perturbed: bool, mix: int, along_v: bool) -> dict:
     return dict(saved=space.saved, v=space.v, u=space.u, m=m, kept=kept, partials=space.partials,
                 counters=space.counters, v_steps=space.steps[1], n_slots=len(space.slots),
                 BASE=BASES[space.kind.base], MIX=mix, PERTURBED=perturbed, ALONG_V=along_v,
-                MASTERS=masters, BLOCK=block_of(mix, masters))
+                MASTERS=masters, BLOCK=block_of(mix, masters), PARTIALS=PARTIALS)

@@ -15,7 +15,7 @@ import torch
 
 numba = pytest.importorskip("numba", reason="the CPU kernels need numba")
 
-from fastsam import reference  # noqa: E402
+from fastsam import SAM, reference  # noqa: E402
 from fastsam.kernels import cpu  # noqa: E402
 from fastsam.kernels.cpu import memory, passes, tables  # noqa: E402
 
@@ -296,6 +296,16 @@ def runs(tmp_path, monkeypatch) -> None:
     x = torch.zeros(1, dtype=torch.int64)
     tables.compiled(numba.int64[::1])(add_one)(x.numpy())
     assert x == 1
+
+
+def test_numba_that_compiles_nothing_is_named(monkeypatch):
+    """As NUMBA_DISABLE_JIT has it, which people set to debug code of their own."""
+    monkeypatch.setattr(numba.config, "DISABLE_JIT", 1)
+    p = torch.nn.Parameter(torch.ones(20_000))
+    report = SAM([p], torch.optim.SGD, lr=0.1).backend_report()
+    assert report["backend"] == "reference" and "NUMBA_DISABLE_JIT" in report["why"]
+    with pytest.raises(ValueError, match="NUMBA_DISABLE_JIT.*unset it"):
+        SAM([p], torch.optim.SGD, lr=0.1, backend="numba")
 
 
 @pytest.mark.filterwarnings("error")

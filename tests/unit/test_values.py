@@ -12,6 +12,7 @@ from torch import nn
 from fastsam import ASAM, SAM, FisherSAM, FriendlySAM
 
 from ..helpers.beside import RHO, Beside, close
+from ..helpers.lockstep import build
 
 
 def setting(**values):
@@ -333,3 +334,73 @@ def test_a_direction_that_is_rounding_noise_perturbs_nothing(rho, convention, ba
     opt.first_step()
     assert opt.last_radius == pytest.approx(rho, rel=1e-3)
     opt.restore()
+
+
+# ---- what other launches, other ranks and infinite weights leave
+
+
+@pytest.mark.parametrize("make, values", [
+    (lambda p, **own: SAM(p, torch.optim.SGD, adaptive=True, **own), dict(adaptive=False)),
+    (lambda p, **own: FisherSAM(p, torch.optim.SGD, eta=1.0, **own), dict(eta=0.0))])
+def test_a_scaling_that_is_switched_off_leaves_nothing_in_the_norm(make, values, backend):
+    """Kernels walk it in larger blocks then, and have fewer sums."""
+    p = nn.Parameter(torch.linspace(-9, 9, 10_000))
+    opt = make([p], rho=0.05, lr=0.1, backend=backend)
+    for now in ({}, values, {}):
+        opt.param_groups[0].update(now)
+        p.grad = torch.full_like(p, 0.01)
+        opt.first_step()
+        norm, radius = opt.last_grad_norm, opt.last_radius
+        p.grad = torch.full_like(p, 0.01)
+        opt.second_step()
+    assert norm == pytest.approx(1.0, rel=1e-5) and radius == pytest.approx(0.05, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["asam-all", "fsam-cosine", "gsam", "looksam", "msam"])
+def test_sums_that_lie_there_count_for_nothing(name, backend):
+    """Of another launch, or of a rank with more programs, after an all-reduce."""
+    def trained(leftovers):
+        params = [nn.Parameter(torch.linspace(-1, 1, n)) for n in (700, 3)]
+        opt = build(params, [dict(params=[0, 1], momentum=0.9)], name, backend)
+        (own,) = opt.spaces
+        for i in range(6):
+            half = (opt.first_step, opt.second_step)[i % 2]
+            for p in params:
+                p.grad = (p.detach() + i) / 3
+            if leftovers:
+                own.radii.fill_(7)
+                if name != "msam" or half == opt.second_step:  # whose step leaves the next norm
+                    own.partials.fill_(7)
+                if own.dots is not None:
+                    own.dots.fill_(7)
+            half()
+            yield [*(p.detach().clone() for p in params)], opt.last_radius if i % 2 == 0 else None
+
+    for (plain, radius), (after, found) in zip(trained(False), trained(True), strict=True):
+        assert all(map(torch.equal, plain, after)) and radius == found
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # of what is not taken
+@pytest.mark.parametrize("base, more", [("SGD", {}), ("SGD", dict(momentum=0.9)), ("Adam", {})])
+def test_an_infinite_weight_stays_without_weight_decay(base, more, backend):
+    """As one that masks does; 0 times it is NaN."""
+    p, q = (nn.Parameter(torch.tensor([-torch.inf, 1.0, 2.0, torch.inf])) for _ in "pq")
+    opt = SAM([p], getattr(torch.optim, base), rho=0.0, lr=0.1, backend=backend, **more)
+    plain = getattr(torch.optim, base)([q], lr=0.1, **more)
+    for half in 2 * [opt.first_step, opt.second_step]:
+        p.grad, q.grad = (torch.tensor([0.0, 0.1, 0.2, 0.0]) for _ in "pq")
+        half()
+        if half == opt.second_step:
+            plain.step()
+    torch.testing.assert_close(p, q, rtol=1e-6, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+def test_an_infinite_bias_climbs_beside_adaptive_weights(backend):
+    w, b = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.tensor([-torch.inf, 1.0]))
+    opt = ASAM([w, b], torch.optim.SGD, scale="weights", lr=0.1, backend=backend)
+    for half in (opt.first_step, opt.second_step):
+        w.grad, b.grad = torch.ones(2, 2), torch.tensor([0.0, 1.0])
+        half()
+    assert opt.skipped_steps == 0
+    assert b.tolist() == pytest.approx([-torch.inf, 0.9]) and (w < 0.95).all()
