@@ -240,8 +240,8 @@ def buffers(space: Space) -> list[Tensor]:
 def apart(entry: Entry, flats: set[int]) -> Entry:
     """The same state, with copies of what lies in these buffers, which loading writes: two entries
     may have changed places."""
-    return {name: x.clone() if isinstance(x, Tensor) and not is_sharded(x)
-            and x.untyped_storage().data_ptr() in flats else x for name, x in entry.items()}
+    return {name: x.clone() if isinstance(x, Tensor)
+            and local(x).untyped_storage().data_ptr() in flats else x for name, x in entry.items()}
 
 
 def load_slot(space: Space, slot: Slot, state: Entry) -> None:

@@ -12,7 +12,6 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
-from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -42,7 +41,6 @@ NORMS = {"linf": "Linf", "l2": "L2"}
 NAMES = ("fgsm", "pgd-10", "pgd-40", "apgd-ce-50", "apgd-t-20")
 PACKAGES = {"torchattacks": "torchattacks", "foolbox": "foolbox", "autoattack": "pyautoattack",
             "art": "adversarial-robustness-toolbox"}  # fmt: skip
-MODULES = ("torchattacks", "foolbox", "art", "pyautoattack")
 
 Run = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
@@ -293,7 +291,7 @@ def rows_of(
 
 def refuse_missing() -> None:
     """Raise ValueError where a peer is not installed."""
-    if missing := [name for name in MODULES if find_spec(name) is None]:
+    if missing := [name for name in PACKAGES.values() if package_version(name) is None]:
         raise ValueError(f"{', '.join(missing)}: not installed; pip install -e '.[bench,peers]'")
 
 

@@ -76,7 +76,8 @@ def run_all(
     left = {name: run for name, run in runs.items() if name not in made}
     refuse_all_early(left, out, pool, download)
     for name, summaries in made.items() if left else ():
-        refuse_changed_data(runs[name][0], summaries[0], out / name, download)
+        for summary in summaries:
+            refuse_changed_data(runs[name][0], summary, out / name, download)
     for summary in (summary for summaries in made.values() for summary in summaries):
         each(summary)
     if left:

@@ -9,6 +9,7 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
 from fastsam import GSAM, SAM, LookSAM, freeze_bn_stats
+from fastsam.checks import params_of
 from fastsam.distributed import average_gradients, ddp_of
 from fastsam.phase import restoring
 from fastsam.variants import refuse_micro_batches
@@ -68,8 +69,7 @@ def both_passes(accelerator: Accelerator, model: nn.Module, optimizer: Any,
             if accelerator.sync_gradients:
                 sam.unstash_grad()
                 if ddp is not None:
-                    params = [p for group in sam.param_groups for p in group["params"]]
-                    average_gradients(params, ddp.process_group)
+                    average_gradients(params_of(sam.param_groups), ddp.process_group)
     return loss
 
 

@@ -71,7 +71,7 @@ def test_what_cannot_be_attacked_is_refused_in_a_sentence(
 def test_peers_that_are_not_installed_are_named_before_anything_is_attacked(
     checkpoint, monkeypatch, capsys
 ):
-    monkeypatch.setattr(peer_attacks, "MODULES", ("torch", "no_such_tool"))
+    monkeypatch.setattr(peer_attacks, "PACKAGES", {"a": "torch", "b": "no_such_tool"})
     monkeypatch.setattr("sys.argv", ["peer_attacks", "--checkpoint", str(checkpoint)])
     with pytest.raises(SystemExit):
         main()

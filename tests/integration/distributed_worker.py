@@ -533,6 +533,22 @@ def test_gradients_of_another_placement_are_brought_to_the_parameters():
         torch.testing.assert_close(p.double(), w, rtol=1e-6, atol=1e-6)
 
 
+def test_sharded_momenta_may_change_places():
+    mesh = init_device_mesh("cpu", (RANKS,))
+    params = [nn.Parameter(distribute_tensor(torch.zeros(4), mesh, [Shard(0)])) for _ in "ab"]
+    opt = build(params, [dict(GROUPS[0], params=range(2), momentum=0.9)], "sam", "reference")
+    for half in (opt.first_step, opt.second_step):
+        for i, p in enumerate(params):
+            p.grad = distribute_tensor(torch.full((4,), i + 1.0), mesh, [Shard(0)])
+        half()
+    a, b = (opt.state[p] for p in params)
+    before = whole([a["momentum_buffer"], b["momentum_buffer"]])
+    a["momentum_buffer"], b["momentum_buffer"] = b["momentum_buffer"], a["momentum_buffer"]
+    opt.backend_report()
+    after = whole([opt.state[p]["momentum_buffer"] for p in params])
+    assert not torch.equal(*before) and all(map(torch.equal, after, before[::-1]))
+
+
 def test_partial_sums_as_parameters_are_refused():
     mesh = init_device_mesh("cpu", (RANKS,))
     p = nn.Parameter(DTensor.from_local(torch.ones(2), mesh, [Partial()]))
