@@ -154,8 +154,8 @@ def announce(changed: Collection[Tensor]) -> None:
 
 def moved_weights(climbs: Sequence[Climb]) -> list[Tensor]:
     """The weights that climbed."""
-    return [local(slot.param) for climb in climbs
-            for slot, moved in zip(climb.space.slots, climb.moved, strict=True) if moved]
+    return [w for climb in climbs for w in with_memory(climb.space, [
+        slot.param for slot, moved in zip(climb.space.slots, climb.moved, strict=True) if moved])]
 
 
 def written_weights(passes: Sequence[Pass], climbs: Sequence[Climb | None]) -> list[Tensor]:
@@ -163,6 +163,13 @@ def written_weights(passes: Sequence[Pass], climbs: Sequence[Climb | None]) -> l
     changed: list[Tensor] = []
     for p, climb in zip(passes, climbs, strict=True):
         climbed = climb.moved if climb else [False] * len(p.w)
-        changed += p.w if all(climbed) else [
-            w for w, g, moved in zip(p.w, p.g, climbed, strict=True) if moved or g is not None]
+        params = p.space.params
+        changed += with_memory(p.space, params if all(climbed) else [
+            w for w, g, moved in zip(params, p.g, climbed, strict=True) if moved or g is not None])
     return changed
+
+
+def with_memory(space: Space, params: list[Tensor]) -> list[Tensor]:
+    """Parameters of a space, and their memory here where that is another tensor: a DTensor's
+    version is its own, and it is the one that autograd has saved."""
+    return params if space.plain else [*params, *map(local, params)]

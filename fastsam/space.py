@@ -196,6 +196,11 @@ class Space:
     def params(self) -> list[Tensor]:
         return [slot.param for slot in self.slots]
 
+    @cached_property
+    def plain(self) -> bool:
+        """Whether the parameters are themselves what lies in memory here, and no DTensors."""
+        return all(local(p) is p for p in self.params)
+
     @property
     def numel(self) -> int:
         return sum(slot.numel for slot in self.slots)

@@ -549,6 +549,19 @@ def test_sharded_momenta_may_change_places():
     assert not torch.equal(*before) and all(map(torch.equal, after, before[::-1]))
 
 
+def test_autograd_refuses_a_graph_of_sharded_weights_that_have_moved():
+    """As it does under torch's optimizers: the version that it has saved is the DTensor's."""
+    mesh = init_device_mesh("cpu", (RANKS,))
+    p = nn.Parameter(distribute_tensor(torch.ones(4), mesh, [Shard(0)]))
+    opt = build([p], [dict(GROUPS[0], params=range(1))], "sam", "reference")
+    for call in (opt.first_step, opt.restore, opt.step):
+        old = (p * p).sum()
+        p.grad = distribute_tensor(torch.ones(4), mesh, [Shard(0)])
+        call()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            old.backward()
+
+
 def test_partial_sums_as_parameters_are_refused():
     mesh = init_device_mesh("cpu", (RANKS,))
     p = nn.Parameter(DTensor.from_local(torch.ones(2), mesh, [Partial()]))
