@@ -161,12 +161,13 @@ class Shown:
         somebody may hold them, and put them back one day."""
         for p in params:
             there, own = state.get(p), self.tensors[p]
-            if p not in self.visible or is_sharded(p) or is_shown(own, there):
+            if p not in self.visible or is_shown(own, there):
                 continue
             fresh = public(*self.places[p], self.has_m)
             for name, t in own.items():
                 if not (isinstance(there, dict) and there.get(name) is t):
-                    t.data = t.clone()
+                    memory = local(t)  # of a DTensor what it keeps, and not a view of that
+                    memory.data = memory.clone()
                     own[name] = fresh[name]
             self.renewed = True
 

@@ -549,6 +549,26 @@ def test_sharded_momenta_may_change_places():
     assert not torch.equal(*before) and all(map(torch.equal, after, before[::-1]))
 
 
+def test_a_sharded_momentum_that_was_put_aside_is_its_holders():
+    mesh = init_device_mesh("cpu", (RANKS,))
+    p = nn.Parameter(distribute_tensor(torch.zeros(4), mesh, [Shard(0)]))
+    opt = build([p], [dict(GROUPS[0], params=range(1), momentum=0.9)], "sam", "reference")
+
+    def step():
+        p.grad = distribute_tensor(torch.full((4,), 2.0), mesh, [Shard(0)])
+        opt.step()
+
+    step()
+    aside = opt.state[p]["momentum_buffer"]
+    before = whole([aside])
+    opt.state[p]["momentum_buffer"] = distribute_tensor(torch.ones(4), mesh, [Shard(0)])
+    step()
+    assert_bits(whole([aside]), before)
+    opt.state[p]["momentum_buffer"] = aside
+    opt.backend_report()
+    assert_bits(whole([opt.state[p]["momentum_buffer"]]), before)
+
+
 def test_autograd_refuses_a_graph_of_sharded_weights_that_have_moved():
     """As it does under torch's optimizers: the version that it has saved is the DTensor's."""
     mesh = init_device_mesh("cpu", (RANKS,))
