@@ -8,7 +8,7 @@ from types import ModuleType
 
 from bench.models import MODELS, layers, library
 
-HERE = "bench.models."
+HERE = "bench."
 
 
 def standalone(name: str, width: int, channels: int, classes: Sequence[str]) -> str:
@@ -19,7 +19,7 @@ def standalone(name: str, width: int, channels: int, classes: Sequence[str]) -> 
         parts = with_needed(sys.modules[network.__module__])
         made = f"{network.__name__}({channels}, {len(classes)}, {width})"
     else:
-        parts = [library]
+        parts = with_needed(library)
         made = f"library_model({name!r}, {channels}, {len(classes)})"
     parts = list(dict.fromkeys([layers, *parts]))
     imports: dict[str, None] = {}
@@ -39,7 +39,7 @@ def standalone(name: str, width: int, channels: int, classes: Sequence[str]) -> 
 
 
 def with_needed(part: ModuleType) -> list[ModuleType]:
-    """Return a module of bench.models after those of its folder that it imports from."""
+    """Return a module of this repository after those that it imports from."""
     needed = [str(node.module) for node in ast.parse(inspect.getsource(part)).body
               if isinstance(node, ast.ImportFrom)]  # fmt: skip
     found = [other for name in needed if name.startswith(HERE)
@@ -48,8 +48,8 @@ def with_needed(part: ModuleType) -> list[ModuleType]:
 
 
 def split_source(text: str) -> tuple[list[str], str]:
-    """Return a module's imports from elsewhere than its folder, and the rest, its docstring as a
-    comment."""
+    """Return a module's imports from elsewhere than this repository, and the rest, its docstring as
+    a comment."""
     tree, lines = ast.parse(text), text.splitlines()
     imports = []
     for node in tree.body:

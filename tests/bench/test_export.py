@@ -131,10 +131,14 @@ for path in Path(".").glob("*.py"):
         assert torch.equal(torch.load(tmp_path / f"{name}.out"), wanted), name
 
 
-def test_a_librarys_network_is_that_librarys():
-    found = {}
-    exec(standalone("torchvision:resnet18", 64, 1, ["0", "1"]), found)
-    assert found["build"]()[1].net.fc.out_features == 2
+@pytest.mark.parametrize("name", ["torchvision:resnet18", "timm:resnet18"])
+def test_a_librarys_network_needs_that_library_alone(name, tmp_path):
+    pytest.importorskip(name.partition(":")[0], reason="needs torchvision, timm: .[recipes]")
+    (tmp_path / "model.py").write_text(standalone(name, 64, 1, ["0", "1"]))
+    code = "import model\nprint(model.build()[1].net.fc.out_features)"
+    assert alone(code, tmp_path).strip() == "2"
+    with pytest.raises(AssertionError, match="did you mean"):
+        alone("import model\nmodel.library_model('torchvision:resnet19', 3, 2)", tmp_path)
 
 
 @pytest.mark.parametrize("spoil, said", [
