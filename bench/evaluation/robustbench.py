@@ -25,13 +25,19 @@ def leaderboard(data: str, evaluation: Evaluation, images: int) -> tuple[str, st
     """Return norm and radius, as text, of the leaderboard that an evaluation is made for.
 
     images: how many the test set has. Raises ValueError for an evaluation that no leaderboard
-    lists: other data, not AutoAttack, not every image, not one norm at the leaderboard's radius.
+    lists: other data, images other than its test images, not AutoAttack, not every image, not one
+    norm at the leaderboard's radius.
     """
     radii = {norm: eps for (name, norm), eps in RADII.items() if name == data}
     if not radii:
         raise ValueError(
             f"RobustBench has no leaderboard for data {data!r}, but for cifar10 and cifar100; "
             "leave out --robustbench"
+        )
+    if evaluation.on != "test" or evaluation.data is not None:
+        of = f"--eval-data {evaluation.data}" if evaluation.data else f"--eval-on {evaluation.on}"
+        raise ValueError(
+            f"RobustBench lists accuracies on {data}'s own test images; leave out {of}"
         )
     if "autoattack" not in evaluation.attacks:
         raise ValueError(

@@ -185,6 +185,10 @@ def test_every_leaderboard_has_its_radius(on_cifar, stub, data, options, eps):
      "pass --norms linf --eval-linf 8/255\n"),
     ("cifar10", ("--attacks", "autoattack", *CIFAR, "--n-examples", "11"),
      "all 12 test images, not on 11; leave out --n-examples"),
+    ("cifar10", ("--attacks", "autoattack", *CIFAR, "--eval-on", "held-out"),
+     "on cifar10's own test images; leave out --eval-on held-out"),
+    ("cifar10", ("--attacks", "autoattack", *CIFAR, "--eval-data", "photos"),
+     "on cifar10's own test images; leave out --eval-data photos"),
 ])  # fmt: skip
 def test_no_file_for_what_no_leaderboard_lists(on_cifar, stub, data, options, said, capsys):
     """And it says so before any attack."""
