@@ -94,7 +94,8 @@ def read_directory(path: Path) -> tuple[list[dict[str, Any]], list[Path]]:
 
 def read_runs(paths: list[Path]) -> tuple[list[dict[str, Any]], list[Path]]:
     """Return the rows of all runs in directories and JSONL files, and the unfinished runs'
-    directories. Of two rows of one config, evaluation and data the last counts.
+    directories. Of two rows of one config, judged by the same attacks on the same images, the last
+    counts, however many images were attacked at a time.
 
     Raises ValueError naming the path that is missing, empty or holds something else.
     """
@@ -111,7 +112,7 @@ def read_runs(paths: list[Path]) -> tuple[list[dict[str, Any]], list[Path]]:
                 "directory of them, and --rows FILE a row for each"
             )
         for row in rows:
-            key = identity(row["config"], row["evaluation"], measured(row))
+            key = identity(row["config"], measured(row))
             if not row["history"]:
                 row["history"] = latest.get(key, row)["history"]
             latest.pop(key, None)

@@ -148,7 +148,9 @@ def test_of_equal_runs_the_last_counts_and_metrics_stay(tmp_path):
     (tmp_path / "runs" / "summary.json").write_text("[]")  # a comparison's own
     (tmp_path / "runs" / "sam-seed1").mkdir()
     (tmp_path / "runs" / "sam-seed1" / "config.json").write_text("{}")
-    again = write_rows(tmp_path / "rows.jsonl", [made(natural=0.7)])
+    again = write_rows(tmp_path / "rows.jsonl", [
+        made(natural=0.6), made(natural=0.7, evaluated={"batch_size": 50}),  # fewer at a time
+    ])  # fmt: skip
     rows, unfinished = read_runs([tmp_path / "runs", again])
     assert [row["natural"] for row in rows] == [0.7] and len(rows[0]["history"]) == 3
     assert unfinished == [tmp_path / "runs" / "sam-seed1"]
