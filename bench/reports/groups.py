@@ -303,7 +303,8 @@ def deviations(group: Group) -> str:
 
 
 def command(group: Group) -> str:
-    """Return the command line that repeats the group's runs."""
+    """Return the command line that repeats the group's runs; a second one for attacks other than
+    those that `bench compare` has."""
     config, recipe = group.config, known_recipe(group)
     start = ["--recipe", recipe] if recipe else ["--data", config["data"]]
     words = ["python", "-m", "bench", "compare", *start]
@@ -318,12 +319,18 @@ def command(group: Group) -> str:
             words.append(option if value else "--no-" + option[2:])
         else:
             words += [option, text_of(value) if k in ("eps", "alpha") else str(value)]
-    return shlex.join(words + evaluation_words(config["data"], group.runs[0]["evaluation"]))
+    usual_one = asdict(resolve_evaluation(config["data"], {}))
+    evaluation = group.runs[0]["evaluation"]
+    judging = evaluation_words(usual_one, evaluation)
+    if tuple(evaluation.get("attacks", usual_one["attacks"])) == usual_one["attacks"]:
+        return shlex.join(words + judging)
+    return (f"{shlex.join(words)} --out runs/again && for run in runs/again/{config['method']}-*; "
+            f'do python -m bench evaluate "$run/last.pt" {shlex.join(judging)}; done')
 
 
-def evaluation_words(data: str, evaluation: dict[str, Any]) -> list[str]:
-    """Return the options of an evaluation that differs from the data's usual one."""
-    usual, words = asdict(resolve_evaluation(data, {})), []
+def evaluation_words(usual: dict[str, Any], evaluation: dict[str, Any]) -> list[str]:
+    """Return the options of an evaluation that differs from the usual one."""
+    words = []
     for name, of in settings_of(Evaluation).items():
         value = evaluation.get(name, of.value)
         value = tuple(value) if isinstance(value, list) else value

@@ -344,6 +344,20 @@ def test_the_command_repeats_the_runs(row, tmp_path):
     assert json.dumps(asdict(evaluation)) == json.dumps(row["evaluation"])
 
 
+def test_attacks_that_a_comparison_does_not_have_are_a_command_of_their_own(tmp_path):
+    row = made(evaluated={"attacks": ("apgd-t-20",), "samples": 9})
+    (group,) = sections(tmp_path, [row])[0].groups
+    training, loop, judging = re.split(" && | do ", command(group))
+    (config,), evaluation = repeated(training)
+    assert json.loads(json.dumps(asdict(config))) == row["config"]
+    assert evaluation == resolve_evaluation("digits", {})
+    assert loop == "for run in runs/again/sam-*;"
+    words = shlex.split(judging.removesuffix("; done"))
+    assert words[:5] == ["python", "-m", "bench", "evaluate", "$run/last.pt"]
+    _, options = parse(COMMANDS, words[3:])
+    assert json.dumps(asdict(evaluation_of("digits", options))) == json.dumps(row["evaluation"])
+
+
 @given(st.floats(1e-6, 4) | st.integers(1, 1000).map(lambda k: k / 255))
 def test_eps_is_read_back_to_the_bit(eps):
     assert parse_eps(text_of(eps), "l2") == eps
