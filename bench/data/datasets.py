@@ -327,6 +327,12 @@ def folder(root: Path, read: Callable) -> tuple:
     held_out = next((root / d for d in ("test", "val") if (root / d).is_dir()), None)
     if held_out is None:
         raise ValueError(f"{str(root)!r} has train/ but no test/; add test/<class>/ with images")
+    if held_out.name == "test" and (root / "val").is_dir():
+        warnings.warn(
+            f"{str(root / 'val')!r} is not read: test/ judges, and what chooses the best "
+            "checkpoint is held out of train/ (--val); move its images there to use them",
+            stacklevel=2,
+        )
     train, classes = several(root / "train", *read(root / "train"))
     test, test_classes = read(held_out)
     if classes != test_classes:

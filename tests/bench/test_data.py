@@ -51,6 +51,14 @@ def test_folder_with_train_and_test(tmp_path):
     assert (data.test.images[0].permute(1, 2, 0).numpy() == first).all()
 
 
+def test_a_folder_that_is_not_read_is_told(tmp_path):
+    for part in ("train", "test", "val"):
+        make_images(tmp_path / part, ["cat", "dog"], 4, seed=len(part))
+    with pytest.warns(UserWarning, match="val' is not read: test/ judges"):
+        data = load_data(str(tmp_path), val=0.25, seed=0)
+    assert [len(s) for s in (data.train, data.val, data.test)] == [6, 2, 8]
+
+
 def test_folder_without_test_is_split_the_same_way_each_time(tmp_path):
     make_images(tmp_path, ["a", "b", "c"], 10)
     data, other_seed = (load_data(str(tmp_path), val=0.25, seed=s) for s in (0, 1))
