@@ -189,16 +189,26 @@ def sha256(split: Split) -> str:
 
 
 def test_images_of(name: str, data: Data, image_size: int | None) -> tuple[Split, str]:
-    """Return the test images of a directory with the same classes as `data`, and their fingerprint.
-    Raises ValueError for other classes and for images that `data`'s network was not trained for."""
-    other = load_data(name, val=0.0, seed=0, image_size=image_size)
+    """Return the test images of a directory with the same classes as `data`, read and cut as its
+    own are, and their fingerprint. Raises ValueError for other classes and for images that `data`'s
+    network was not trained for."""
+    own, lazily = data.test, isinstance(data.test, Photographs)
+    size, workers = (own.size, own.workers) if lazily else (image_size, None)
+    other = load_data(name, 0.0, 0, image_size=size, lazily=lazily, workers=workers)
     if (other.channels, other.classes) != (data.channels, data.classes):
         raise ValueError(
             f"{name!r} has {other.channels} channels and the classes {other.classes}, but the "
             f"network was trained on {data.channels} and {data.classes}; give test images of those"
         )
-    trained_on = (image for part in (data.train, data.val) for image in pixels_of(part))
-    warn_of_shared(name, trained_on, pixels_of(other.test))
+    (h, w), (own_h, own_w) = other.test.images.shape[2:], own.images.shape[2:]
+    if (h, w) != (own_h, own_w):
+        raise ValueError(
+            f"the test images of {name!r} are {w}x{h}, and the network was trained for "
+            f"{own_w}x{own_h}; give test images of that size"
+        )
+    known = files_of if lazily else pixels_of
+    trained_on = (image for part in (data.train, data.val) for image in known(part))
+    warn_of_shared(name, trained_on, known(other.test))
     return other.test, other.test_fingerprint
 
 

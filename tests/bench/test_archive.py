@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from bench.__main__ import main
-from bench.data.datasets import load_data
+from bench.data.datasets import judges_of, load_data
 from bench.evaluation.evaluate import correct
 from bench.experiments.train_and_evaluate import (
     finished,
@@ -151,6 +151,18 @@ def test_an_evaluation_is_on_the_images_that_it_names(two, tmp_path):
     assert [(r["evaluation"]["on"], r["evaluation"]["data"]) for r in rows] == [
         ("test", None), ("held-out", None), ("test", str(png))
     ]  # fmt: skip
+
+
+def test_test_images_of_another_size_are_refused(two, tmp_path):
+    larger = tmp_path / "larger"
+    shutil.copytree(two[0], larger)
+    for path in larger.rglob("*.jpg"):
+        Image.open(path).resize((12, 10)).save(path)
+    with pytest.raises(ValueError, match="are 12x10, and the network was trained for 8x8"):
+        judges_of(load_data(str(two[0]), 0, 0), str(larger), "test", None)
+    data = load_data(str(two[0]), 0, 0, image_size=9)
+    judges, _ = judges_of(data, str(larger), "test", 9)
+    assert judges.images.shape == data.test.images.shape
 
 
 def test_a_summary_from_before_an_evaluation_named_its_images_is_finished(two, tmp_path):

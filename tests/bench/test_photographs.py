@@ -12,7 +12,7 @@ from PIL import Image
 from torchvision.transforms import functional as TF
 
 from bench.__main__ import main
-from bench.data.datasets import load_data
+from bench.data.datasets import judges_of, load_data
 from bench.data.photographs import central
 from bench.models import build_model
 from bench.settings.config import resolve
@@ -62,6 +62,14 @@ def test_splits_have_the_central_crops(photographs):
     some = data.test.take(torch.tensor([7, 0]))
     assert torch.equal(some.batch(slice(None))[0][0], data.test.batch(slice(7, 8))[0][0])
     assert data.test.take(torch.arange(0)).batch(slice(None))[0].shape == (0, 3, SIZE, SIZE)
+
+
+def test_other_test_photographs_are_cut_like_ones_own(photographs, recwarn):
+    data = lazily(photographs)
+    for size in (None, SIZE):
+        judges, _ = judges_of(data, str(photographs), "test", size)
+        assert torch.equal(judges.batch(slice(None))[0], data.test.batch(slice(None))[0])
+    assert not recwarn.list
 
 
 def test_training_crops_are_random_repeat_and_do_not_depend_on_the_workers(photographs):
