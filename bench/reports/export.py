@@ -101,7 +101,7 @@ def card(checkpoint: dict[str, Any], summary: dict[str, Any], which: str) -> str
         front_matter(checkpoint, summary, accuracies, title),
         f"# {title}", about(checkpoint, which),
         "## Loading", f"```python\n{loading(checkpoint)}```", requirements(config["model"]),
-        "## Accuracy", accuracy_text(summary, accuracies),
+        "## Accuracy", accuracy_text(summary, accuracies, which),
         "## Training", settings_text(checkpoint, summary), "## Licence", LICENCE,
     ]  # fmt: skip
     return "\n\n".join(filter(None, sections)) + "\n"
@@ -116,17 +116,23 @@ def accuracies_of(summary: dict[str, Any], which: str) -> dict[str, float]:
     }  # fmt: skip
 
 
+def judges_of(summary: dict[str, Any]) -> tuple[str, str]:
+    """Return the data and the part of it that the accuracies are on."""
+    evaluation = summary["evaluation"]
+    return evaluation.get("data") or summary["config"]["data"], evaluation.get("on", "test")
+
+
 def front_matter(
     checkpoint: dict[str, Any], summary: dict[str, Any], accuracies: dict[str, float], title: str
 ) -> str:
     """Return the Hub's metadata. Its values are JSON, which is YAML too."""
-    config = checkpoint["config"]
+    config, (data, on) = checkpoint["config"], judges_of(summary)
     metrics = [{"type": "accuracy", "name": f"accuracy, {name}", "value": value}
                for name, value in accuracies.items()]  # fmt: skip
     result = {
         "task": {"type": "image-classification"},
-        "dataset": {"name": config["data"], "type": config["data"],
-                    "split": summary["evaluation"]["on"]},
+        "dataset": {"name": data, "type": data,
+                    "split": on},
         "metrics": metrics,
     }  # fmt: skip
     entries = {
@@ -163,19 +169,21 @@ def requirements(model: str) -> str:
     return f"It needs `torch`, `safetensors`{more}, and `model.py` from here."
 
 
-def accuracy_text(summary: dict[str, Any], accuracies: dict[str, float]) -> str:
-    n = summary["test_images"]
+def accuracy_text(summary: dict[str, Any], accuracies: dict[str, float], which: str) -> str:
+    n, (data, on) = summary["test_images"], judges_of(summary)
     lines = ["| attack | accuracy, % | 95 % interval |", "|---|---:|---:|"]
     for name, accuracy in accuracies.items():
         low, high = interval(accuracy, n)
         lines.append(f"| {name} | {100 * accuracy:.1f} | {100 * low:.1f} to {100 * high:.1f} |")
     attacks = [f"- {text}" for by in summary["attacks"].values() for text in by.values()]
-    warnings = [f"- Warning: {text}" for text in summary.get("warnings", [])]
+    said = summary.get("warnings", [])
+    said = said if which == "last" else summary["best"].get("warnings", said)
+    warnings = [f"- Warning: {text}" for text in said]
     seed = summary["config"]["seed"]
-    on = summary["evaluation"]["on"]
     return "\n".join([
-        *lines, "", f"On {n} {on} images, of one training (seed {seed}); the intervals "
-        "(Clopper-Pearson) are about other images, not other trainings. Attacks:",
+        *lines, "", f"On {n} {on} images of `{data}` (fingerprint of the whole set "
+        f"`{summary.get('judged_fingerprint') or 'unknown'}`), of one training (seed {seed}); the "
+        "intervals (Clopper-Pearson) are about other images, not other trainings. Attacks:",
         "", *(attacks or ["- none"]), *warnings,
     ])  # fmt: skip
 

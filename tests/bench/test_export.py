@@ -93,6 +93,23 @@ def test_the_card_says_what_was_measured_and_of_what(run, tmp_path):
     assert " | None |" not in card
 
 
+def test_the_card_names_the_images_that_judged(run, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    summary = json.loads((copy / "summary.json").read_text())
+    summary["evaluation"]["data"], summary["judged_fingerprint"] = "others", "0123"
+    summary["warnings"], summary["best"]["warnings"] = ["of last"], ["of best"]
+    (copy / "summary.json").write_text(json.dumps(summary))
+    assert main(["export", str(copy), str(tmp_path / "last")]) == 0
+    card = (tmp_path / "last/README.md").read_text()
+    n = summary["test_images"]
+    assert f"On {n} test images of `others` (fingerprint of the whole set `0123`)" in card
+    assert '"dataset": {"name": "others", "type": "others", "split": "test"}' in card
+    assert "Warning: of last" in card and "of best" not in card
+    assert main(["export", str(copy), str(tmp_path / "best"), "--checkpoint", "best"]) == 0
+    assert "Warning: of best" in (tmp_path / "best/README.md").read_text()
+
+
 def test_the_hub_reads_the_cards_head(run, tmp_path):
     hub = pytest.importorskip("huggingface_hub", reason="needs huggingface_hub: .[recipes]")
     assert main(["export", str(run), str(tmp_path)]) == 0
