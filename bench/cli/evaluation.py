@@ -94,11 +94,14 @@ def run_evaluate(options: dict[str, Any]) -> None:
     images, judged = judges_of(data, evaluation.data, evaluation.on, config["image_size"])
     result = evaluate(model, images.to(device), evaluation,
                       say=lambda text: print(text, file=sys.stderr), bar=True)  # fmt: skip
-    print(report(result | {"evaluation": asdict(evaluation)}))
+    said = asdict(evaluation)
+    if options["other_data"] and evaluation.data is None:
+        said["data"] = config["data"]
+    print(report(result | {"evaluation": said}))
     if options["rows"]:
         row = {"checkpoint": "/".join(path.parts[-2:]), **result, "judged_fingerprint": judged,
                "config": checkpoint["config"], "trained": checkpoint.get("trained", []),
-               "evaluation": asdict(evaluation), **stamp(str(device), git)}  # fmt: skip
+               "evaluation": said, **stamp(str(device), git)}  # fmt: skip
         append_jsonl(options["rows"], [row])
     if file:
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -439,7 +439,11 @@ def test_one_more_image_makes_test_images_of_training_images_and_is_refused(tmp_
     (out / "sgd-seed0/summary.json").unlink()
     text = error(capsys, "train", "--method", "sgd", *arguments, "--out", out / "sgd-seed0")
     assert "training and test images" in text and "changed" in text
-    assert main(["evaluate", str(last), *FAST[4:], "--other-data"]) == 0
+    capsys.readouterr()
+    rows = tmp_path / "rows.jsonl"
+    assert main(["evaluate", str(last), *FAST[4:], "--other-data", "--rows", str(rows)]) == 0
+    assert json.loads(rows.read_text())["evaluation"]["data"] == str(root)
+    assert f" {root} test images" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("augment", ["none", "resized-crop"])
