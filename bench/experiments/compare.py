@@ -17,7 +17,7 @@ from bench.files import (
     write_json,
     write_text,
 )
-from bench.reports.statistics import aggregate
+from bench.reports.statistics import aggregate, warned
 from bench.reports.tables import markdown
 from bench.settings.config import SETTINGS, Config
 from bench.settings.evaluation import Evaluation
@@ -64,8 +64,8 @@ def differing(configs: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def caption(rows: list[dict[str, Any]]) -> str:
-    """Return what the table's numbers are: data, model, attacks, seeds, device, and all settings in
-    which the methods differ."""
+    """Return what the table's numbers are: data, model, attacks, seeds, device, all settings in
+    which the methods differ, and what the evaluations warned of."""
     config, evaluation = rows[0]["config"], rows[0]["evaluation"]
     configs = [row["config"] for row in rows]
     apart = differing(configs)
@@ -77,8 +77,10 @@ def caption(rows: list[dict[str, Any]]) -> str:
     devices = "; ".join(dict.fromkeys(row["device"] for row in rows))
     radii = {norm: [labelled(eps_key(e)) for e in evaluation[norm]] for norm in NORM_NAMES}
     passes = IN_BF16 if evaluation.get("precision") == "bf16" else ""
+    warnings = [f"\n{text}" for row in rows
+                for text in warned(method_name(row["config"]["method"]), row)]  # fmt: skip
     return (
-        f"Test accuracy in % on {rows[0]['test_images']} images of {config['data']}, {network}, "
+        f"{judged_accuracy(rows[0])} of {config['data']}, {network}, "
         f"last checkpoint, seeds {', '.join(map(str, rows[0]['seeds']))}; {devices}.\n"
         f"Methods: {in_both_forms(methods)}.\n"
         f"Attacks: PGD-{evaluation['steps']}, random start, 1 restart, "
@@ -86,7 +88,18 @@ def caption(rows: list[dict[str, Any]]) -> str:
         "model.eval(), images in [0, 1]; "
         f"l_inf {', '.join(radii['linf'])} with alpha eps/4, l2 {', '.join(radii['l2'])} "
         "with alpha eps/8.\nCost: training time per image, relative to the cheapest method."
+        + "".join(warnings)
     )
+
+
+def judged_accuracy(row: dict[str, Any]) -> str:
+    """Return of which images the accuracy is that a row has."""
+    evaluation, n = row["evaluation"], row["test_images"]
+    if evaluation.get("on", "test") == "held-out":
+        return f"Accuracy in % on {n} images held out of the training images"
+    if evaluation.get("data"):
+        return f"Test accuracy in % on {n} images of {evaluation['data']}, after training on those"
+    return f"Test accuracy in % on {n} images"
 
 
 def write_outputs(rows: list[dict[str, Any]], out: Path) -> list[Path]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from bench.experiments.compare import append_rows
 from bench.experiments.pool import run_all
-from bench.experiments.sweep import by_setting, runs_of, table
+from bench.experiments.sweep import by_setting, runs_of, with_warnings
 from bench.files import write_text
 from bench.reports.claims import Claim, cost, judged
 from bench.reports.groups import read_runs, sections_of
@@ -135,7 +135,7 @@ def texts_of(
     grid, claims, parts = list(study["grid"]), claims_of(study), []
     for name, rows in by_name.items():
         if rows:
-            parts += [f"{name}\n"] * (len(by_name) > 1) + [table(by_setting(rows, grid))]
+            parts += [f"{name}\n"] * (len(by_name) > 1) + [with_warnings(by_setting(rows, grid))]
     for name, rows in by_name.items():
         if rows and claims:
             parts += [f"The claims under {name}\n", judged(rows, claims)]

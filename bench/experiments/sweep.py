@@ -13,7 +13,7 @@ from bench.evaluation.evaluate import NORM_NAMES
 from bench.experiments.compare import append_rows
 from bench.experiments.pool import run_all
 from bench.files import alone_in, refuse_unwritable, remove_unfinished, write_json, write_text
-from bench.reports.statistics import aggregate
+from bench.reports.statistics import aggregate, warned
 from bench.reports.tables import markdown
 from bench.settings.config import SETTINGS, Config, check_used, resolve
 from bench.settings.evaluation import Evaluation
@@ -145,6 +145,16 @@ def table(rows: list[dict[str, Any]]) -> str:
     return markdown(["method", *heads], lines, left=1)
 
 
+def with_warnings(rows: list[dict[str, Any]]) -> str:
+    """Return the table, and below it what the evaluations warned of."""
+    found = []
+    for row in rows:
+        used = {k: v for k, v in row["setting"].items() if v is not None}
+        values = [f"{k.replace('_', ' ')} {shown(k, v)}" for k, v in used.items()]
+        found += warned(", ".join([method_name(row["method"]), *values]), row)
+    return "\n\n".join([table(rows), *["\n".join(found)] * bool(found)])
+
+
 def sweep(
     runs: dict[str, Config],
     names: list[str],
@@ -167,8 +177,8 @@ def sweep(
     with alone_in(out, wait=True):
         remove_unfinished(out)
         write_json(out / "summary.json", rows)
-        write_text(out / "table.md", f"{table(rows)}\n")
+        write_text(out / "table.md", f"{with_warnings(rows)}\n")
     paths = [out / "summary.json", out / "table.md", *append_rows(rows_path, summaries)]
-    print(f"\n{table(rows)}\n")
+    print(f"\n{with_warnings(rows)}\n")
     print("\n".join(f"wrote {path}" for path in paths))
     return rows

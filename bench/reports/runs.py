@@ -24,6 +24,7 @@ from bench.reports.groups import (
     shown,
 )
 from bench.reports.html import page
+from bench.reports.statistics import warned
 from bench.reports.tables import csv_text, latex, markdown
 from bench.settings.config import USED_BY
 
@@ -73,8 +74,9 @@ def notes(section: Section) -> list[str]:
     common = ", ".join(f"{k} {config[k]}" for k in ("model", "width", "epochs", "batch_size", "lr")
                        if identity(k, config[k]) in shared)  # fmt: skip
     several = any(len(group.runs) > 1 for group in section.groups)
+    on = section.groups[0].runs[0]["evaluation"].get("on", "test")
     lines = [
-        f"Test accuracy in % on {section.title}"
+        f"{'Accuracy' if on == 'held-out' else 'Test accuracy'} in % on {section.title}"
         + ", mean ± sample standard deviation over the seeds" * several + ".",
         "Last: after the last epoch; best: after the epoch of the highest validation accuracy.",
         "Training time is that of the training epochs alone, whatever else the machine did.",
@@ -82,6 +84,8 @@ def notes(section: Section) -> list[str]:
     devices = dict.fromkeys(run["device"] for group in section.groups for run in group.runs)
     if len(devices) > 1:
         lines.append(f"Times come from several devices: {'; '.join(devices)}.")
+    lines += [f"By their fingerprints, not all of these runs have the same {part} images: do not "
+              "compare them." for part in parts_that_differ(section)]
     lines += [f"All with {common}."] * bool(common)
     if any(g.config["eps"] is not None and g.histories for g in section.groups):
         lines.append("Validation accuracy of adversarial training is under its own attack.")
@@ -90,7 +94,37 @@ def notes(section: Section) -> list[str]:
             lines.append(f"{group.label}: the recipe {recipe_of(group)!r} is not known here.")
         if published(group) and (changed := deviations(group)):
             lines.append(f"paper*: {group.label} differs from its recipe in {changed}.")
+        lines += warnings_of(group)
     return lines
+
+
+def parts_that_differ(section: Section) -> list[str]:
+    """Return "training" and "test" where the runs' fingerprints differ although the images were
+    read alike. What was made before there were fingerprints is not compared, nor are noisy labels,
+    which are of the fingerprint and other ones for every seed."""
+    found: dict[tuple[str, Any], set[str]] = {}
+    for run in (run for group in section.groups for run in group.runs):
+        config, evaluation = run["config"], run["evaluation"]
+        own = None if evaluation.get("data") else run.get("test_fingerprint")
+        prints = {
+            "training": None if config["label_noise"] else run.get("fingerprint"),
+            "test": run.get("judged_fingerprint", own) if evaluation.get("on") == "test" else None,
+        }
+        how = config["image_size"], config["augment"] == "resized-crop"
+        for part, value in prints.items():
+            found.setdefault((part, how), set()).add(value)
+    return list(dict.fromkeys(part for (part, _), values in found.items()
+                              if len(values - {None}) > 1))
+
+
+def warnings_of(group: Group) -> list[str]:
+    """Return what the evaluations of the last checkpoints warned of, then what those of the best
+    ones did beside it."""
+    last, best = group.last["warnings"], group.best["warnings"]
+    beside = {text: seeds for text, seeds in best.items() if text not in last}
+    return warned(group.label, group.last) + warned(
+        f"{group.label}, best checkpoint", {"warnings": beside}
+    )
 
 
 def attack_lines(section: Section) -> list[str]:

@@ -481,7 +481,7 @@ def test_the_caption_tells_all_that_differs_between_methods():
     rows = [
         {"config": vars(resolve(m, "fsam-cifar10", {"seed": 0, **own})), "seeds": [0],
          "evaluation": {"linf": [8 / 255], "l2": [0.5], "steps": 10}, "test_images": 10,
-         "device": "an abacus"}
+         "device": "an abacus", "warnings": {}}
         for m, own in methods.items()
     ]  # fmt: skip
     text = caption(rows)
@@ -493,3 +493,18 @@ def test_the_caption_tells_all_that_differs_between_methods():
     assert "resnet18, width 64, last checkpoint" in text and "8/255 (0.0314)" in text
     alike = caption([row | {"config": row["config"] | {"epochs": 5}} for row in rows])
     assert "width 64, 5 epochs, last checkpoint" in alike and "epochs" not in alike.splitlines()[1]
+
+
+@pytest.mark.parametrize("judges, said", [
+    ({}, "Test accuracy in % on 10 images of digits, "),
+    ({"on": "held-out"}, "Accuracy in % on 10 images held out of the training images of digits, "),
+    ({"data": "p"}, "Test accuracy in % on 10 images of p, after training on those of digits, "),
+])
+def test_the_caption_tells_which_images_judged_and_what_was_warned_of(judges, said):
+    flat = "the gradient is exactly 0 for 9 of 10 images"
+    row = {"config": vars(resolve("sam", "digits", {})), "seeds": [0], "test_images": 10,
+           "evaluation": {"linf": [8 / 255], "l2": [0.5], "steps": 10, **judges},
+           "device": "an abacus", "warnings": {flat: [0]}}  # fmt: skip
+    text = caption([row])
+    assert text.startswith(said)
+    assert text.splitlines()[-1] == f"Warning: SAM, seed 0: {flat}."

@@ -156,6 +156,45 @@ def test_of_equal_runs_the_last_counts_and_metrics_stay(tmp_path):
     assert unfinished == [tmp_path / "runs" / "sam-seed1"]
 
 
+def test_what_evaluations_warned_of_is_beside_the_numbers(tmp_path):
+    flat, faint = "the gradient is exactly 0 for 9 of 10 images", "two <passes> differ"
+    rows = [made(seed=seed) | {"warnings": [flat]} for seed in (0, 1)]
+    rows[1]["best"]["warnings"] = [flat, faint]
+    rows += [made("sgd") | {"warnings": []}]
+    (section,) = sections(tmp_path, rows)
+    said = [line for line in notes(section) if line.startswith("Warning")]
+    assert said == [f"Warning: SAM, seeds 0, 1: {flat}.",
+                    f"Warning: SAM, best checkpoint, seed 1: {faint}."]  # fmt: skip
+    assert main(["report", str(tmp_path / "rows.jsonl"), "--out", str(tmp_path / "out")]) == 0
+    for name in ("table.md", "table.tex", "report.html"):
+        assert said[0] in (tmp_path / "out" / name).read_text()
+    assert "two &lt;passes&gt; differ" in (tmp_path / "out/report.html").read_text()
+
+
+def test_images_that_changed_under_one_name_are_told(tmp_path):
+    def prints(row, training, test):
+        return row | {"fingerprint": training, "test_fingerprint": test, "judged_fingerprint": test}
+
+    def told(*rows):
+        (section,) = sections(tmp_path, rows)
+        return [line for line in notes(section) if "fingerprints" in line]
+
+    alike = [prints(made(seed=0), "a", "b"), prints(made("sgd"), "a", "b"), made(seed=1)]
+    assert told(*alike) == []
+    (said,) = told(*alike, prints(made(seed=2), "a", "c"))
+    assert "the same test images" in said
+    (said,) = told(*alike, prints(made("fsam"), "c", "b"))
+    assert "the same training images" in said
+    # a label's noise is the seed's own, and other sizes are other pixels
+    assert told(*(prints(made(seed=s, label_noise=0.4), f"{s}", "b") for s in range(2))) == []
+    assert told(*(prints(made(image_size=s), f"{s}", f"{s}") for s in (8, 16))) == []
+
+
+def test_held_out_images_are_no_test_images(tmp_path):
+    (section,) = sections(tmp_path, [made(evaluated={"on": "held-out"})])
+    assert notes(section)[0] == "Accuracy in % on digits, 100 held-out images."
+
+
 def test_sections_of_one_data_set_are_numbered(tmp_path, monkeypatch):
     rows = [made(data="cifar10"), made(), made(evaluated={"steps": 20}), made(test_images=50)]
     assert titles(sections(tmp_path, rows)) == [

@@ -7,7 +7,7 @@ import pytest
 
 from bench.__main__ import main
 from bench.experiments.study import STUDIES, load_study, show, study_runs
-from bench.experiments.sweep import by_setting, parse_grid, runs_of, table
+from bench.experiments.sweep import by_setting, parse_grid, runs_of, table, with_warnings
 from bench.experiments.train_and_evaluate import train_and_evaluate
 from bench.settings.evaluation import Evaluation
 from bench.training.train import train
@@ -98,6 +98,10 @@ def test_the_table_holds_numpys_means_and_deviations():
         mean, std = 100 * values[rho].mean(0), 100 * values[rho].std(0, ddof=1)
         cells = [f"{m:.1f} ± {s:.1f}" for m, s in zip(mean, std, strict=True)]
         assert line == ["SAM", str(rho), "3", *cells]
+    flat = "the gradient is exactly 0 for 9 of 10 images"
+    summaries = [s | {"warnings": [flat] * (s["config"]["rho"] == 0.1)} for s in summaries]
+    told = with_warnings(by_setting(summaries, ["rho"])).removeprefix(table(rows))
+    assert told == f"\n\nWarning: SAM, rho 0.1, seeds 0, 1, 2: {flat}."
 
 
 def test_a_sweep_makes_what_is_left_and_nothing_again(tmp_path, capsys):

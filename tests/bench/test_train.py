@@ -137,6 +137,7 @@ def test_a_run_directory_and_its_numbers(tmp_path):
         model = load_model(tmp_path / f"{name}.pt")
         again = evaluate(model, run.data.test, EVALUATION)
         assert again["natural"] == result["natural"] and again["robust"] == result["robust"]
+        assert again["warnings"] == result["warnings"]
     rows = learning(tmp_path)
     best = max(range(6), key=lambda i: (rows[i]["val_acc"], -i))
     assert summary["best"]["epoch"] == best == load_checkpoint(tmp_path / "best.pt")["epoch"]
