@@ -76,19 +76,25 @@ def read_history(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def summaries_in(folder: Path) -> list[Path]:
+    """Return a run's summary.json and, of a study's further evaluations, summary-1.json, ..."""
+    found = [*folder.glob("summary.json"), *folder.glob("summary-[1-9]*.json")]
+    return sorted(found, key=lambda path: (len(path.name), path.name))
+
+
 def read_directory(path: Path) -> tuple[list[dict[str, Any]], list[Path]]:
     """Return the finished runs at any depth, with their epochs' metrics as "history", and the
     directories of the unfinished ones."""
     rows, unfinished = [], []
     for folder in sorted(p.parent for p in path.rglob("config.json")):
-        summary, metrics = folder / "summary.json", folder / "metrics.jsonl"
-        if not summary.exists():
+        summaries, metrics = summaries_in(folder), folder / "metrics.jsonl"
+        if not summaries:
             unfinished.append(folder)
-            continue
-        row = completed(read_summary(summary), repr(str(summary)))
-        if metrics.exists():
-            row["history"] = read_history(metrics)
-        rows.append(row)
+        for summary in summaries:
+            row = completed(read_summary(summary), repr(str(summary)))
+            if metrics.exists():
+                row["history"] = read_history(metrics)
+            rows.append(row)
     return rows, unfinished
 
 

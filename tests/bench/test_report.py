@@ -156,6 +156,18 @@ def test_of_equal_runs_the_last_counts_and_metrics_stay(tmp_path):
     assert unfinished == [tmp_path / "runs" / "sam-seed1"]
 
 
+def test_every_evaluation_of_a_studys_run_is_read(tmp_path):
+    folder = tmp_path / "sam-seed0"
+    write_run(folder, made())
+    for i in (1, 2, 10):
+        (folder / f"summary-{i}.json").write_text(json.dumps(made(test_images=i)))
+    rows, unfinished = read_runs([tmp_path])
+    assert [row["test_images"] for row in rows] == [100, 1, 2, 10] and not unfinished
+    assert all(row["history"] for row in rows)
+    (folder / "summary.json").unlink()  # a study's rows may hold it
+    assert len(read_runs([tmp_path])[0]) == 3
+
+
 def test_what_evaluations_warned_of_is_beside_the_numbers(tmp_path):
     flat, faint = "the gradient is exactly 0 for 9 of 10 images", "two <passes> differ"
     rows = [made(seed=seed) | {"warnings": [flat]} for seed in (0, 1)]
