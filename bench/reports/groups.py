@@ -309,29 +309,38 @@ def deviations(group: Group) -> str:
 
 
 def command(group: Group) -> str:
-    """Return the command line that repeats the group's runs; a second one for attacks other than
-    those that `bench compare` has."""
+    """Return the command line that repeats the group's runs: one a run for those of several
+    processes, and a second one for attacks other than those that `bench compare` has."""
+    config, method, evaluation = group.config, group.config["method"], group.runs[0]["evaluation"]
+    usual = asdict(resolve_evaluation(config["data"], {}))
+    own, judging = option_words(group), evaluation_words(usual, evaluation)
+    if config["processes"] > 1:
+        start = ["torchrun", "--nproc-per-node", str(config["processes"]), "-m", "bench", "train"]
+        runs = ([*start, "--method", method, "--seed", str(seed)] for seed in group.seeds)
+        return " && ".join(shlex.join([*run, *own, *judging]) for run in runs)
+    words = ["python", "-m", "bench", "compare", "--methods", method]
+    words += ["--seeds", *map(str, group.seeds), *own]
+    if tuple(evaluation.get("attacks", usual["attacks"])) == usual["attacks"]:
+        return shlex.join(words + judging)
+    return (f"{shlex.join(words)} --out runs/again && for run in runs/again/{method}-*; "
+            f'do python -m bench evaluate "$run/last.pt" {shlex.join(judging)}; done')
+
+
+def option_words(group: Group) -> list[str]:
+    """Return the options of the group's data or recipe, and of what differs from their usual
+    values."""
     config, recipe = group.config, known_recipe(group)
-    start = ["--recipe", recipe] if recipe else ["--data", config["data"]]
-    words = ["python", "-m", "bench", "compare", *start]
-    words += ["--methods", config["method"], "--seeds", *map(str, group.seeds)]
-    given = {} if recipe else {"data": config["data"]}
-    usual = asdict(resolve(config["method"], recipe, given))
+    words = ["--recipe", recipe] if recipe else ["--data", config["data"]]
+    usual = asdict(resolve(config["method"], recipe, {} if recipe else {"data": config["data"]}))
     for k, value in config.items():
-        if k in ("seed", "recipe") or value is None or value == usual.get(k):
+        if k in ("seed", "recipe", "processes") or value is None or value == usual.get(k):
             continue
         option = "--" + k.replace("_", "-")
         if isinstance(value, bool):
             words.append(option if value else "--no-" + option[2:])
         else:
             words += [option, text_of(value) if k in ("eps", "alpha") else str(value)]
-    usual_one = asdict(resolve_evaluation(config["data"], {}))
-    evaluation = group.runs[0]["evaluation"]
-    judging = evaluation_words(usual_one, evaluation)
-    if tuple(evaluation.get("attacks", usual_one["attacks"])) == usual_one["attacks"]:
-        return shlex.join(words + judging)
-    return (f"{shlex.join(words)} --out runs/again && for run in runs/again/{config['method']}-*; "
-            f'do python -m bench evaluate "$run/last.pt" {shlex.join(judging)}; done')
+    return words
 
 
 def evaluation_words(usual: dict[str, Any], evaluation: dict[str, Any]) -> list[str]:

@@ -395,6 +395,17 @@ def test_the_command_repeats_the_runs(row, tmp_path):
     assert json.dumps(asdict(evaluation)) == json.dumps(row["evaluation"])
 
 
+def test_runs_of_several_processes_are_torchruns(tmp_path):
+    rows = [made(seed=seed, local_ascent=True, processes=2) for seed in (0, 3)]
+    (group,) = sections(tmp_path, rows)[0].groups
+    for row, text in zip(rows, command(group).split(" && "), strict=True):
+        words = shlex.split(text)
+        assert words[:6] == ["torchrun", "--nproc-per-node", "2", "-m", "bench", "train"]
+        _, options = parse(COMMANDS, words[5:])
+        config = resolve(options["method"], None, options | {"processes": 2})
+        assert json.loads(json.dumps(asdict(config))) == row["config"]
+
+
 def test_attacks_that_a_comparison_does_not_have_are_a_command_of_their_own(tmp_path):
     row = made(evaluated={"attacks": ("apgd-t-20",), "samples": 9})
     (group,) = sections(tmp_path, [row])[0].groups
