@@ -78,7 +78,7 @@ def notes(section: Section) -> list[str]:
     lines = [
         f"{'Accuracy' if on == 'held-out' else 'Test accuracy'} in % on {section.title}"
         + ", mean ± sample standard deviation over the seeds" * several + ".",
-        "Last: after the last epoch; best: after the epoch of the highest validation accuracy.",
+        f"Last: after the last epoch; best: {best_epoch(section)}.",
         "Training time is that of the training epochs alone, whatever else the machine did.",
     ]
     devices = dict.fromkeys(run["device"] for group in section.groups for run in group.runs)
@@ -96,6 +96,14 @@ def notes(section: Section) -> list[str]:
             lines.append(f"paper*: {group.label} differs from its recipe in {changed}.")
         lines += warnings_of(group)
     return lines
+
+
+def best_epoch(section: Section) -> str:
+    held_out = [group.config["val"] > 0 for group in section.groups]
+    if not any(held_out):
+        return "the same, for no image was held out to choose by"
+    chosen = "after the epoch of the highest validation accuracy"
+    return chosen if all(held_out) else f"{chosen}, or the last where no image was held out"
 
 
 def parts_that_differ(section: Section) -> list[str]:

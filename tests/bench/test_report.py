@@ -202,6 +202,18 @@ def test_images_that_changed_under_one_name_are_told(tmp_path):
     assert told(*(prints(made(image_size=s), f"{s}", f"{s}") for s in (8, 16))) == []
 
 
+@pytest.mark.parametrize("vals, said", [
+    ((0.1, 0.2), "after the epoch of the highest validation accuracy."),
+    ((0.0, 0.0), "the same, for no image was held out to choose by."),
+    ((0.0, 0.1), "after the epoch of the highest validation accuracy, or the last where no image "
+     "was held out."),
+])  # fmt: skip
+def test_what_the_best_checkpoint_is(vals, said, tmp_path):
+    rows = [made(method, val=val) for method, val in zip(("sam", "sgd"), vals, strict=True)]
+    (section,) = sections(tmp_path, rows)
+    assert notes(section)[1] == f"Last: after the last epoch; best: {said}"
+
+
 def test_held_out_images_are_no_test_images(tmp_path):
     (section,) = sections(tmp_path, [made(evaluated={"on": "held-out"})])
     assert notes(section)[0] == "Accuracy in % on digits, 100 held-out images."
