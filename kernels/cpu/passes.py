@@ -2,8 +2,9 @@
 
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastsam.hyper import COLUMN, FRIENDLY, WITH_M
+from fastsam.interrupts import surely
 from fastsam.memory import table_of
 from fastsam.passes import Climb, Pass
 from fastsam.reference import taking_part, weights
@@ -84,19 +86,35 @@ def run(loop: Callable, p: Pass, f: Frame, steps: np.ndarray, *more,
     if threads < 2:
         loop(*arguments)
         return
-    helpers: list[Future] = []
-    try:
-        for _ in range(threads - 1):
-            helpers.append(pool.submit(loop, *arguments))
-    except RuntimeError:
-        pass  # no more threads, or the interpreter is about to end: those that there are do it all
-    finally:
+    helpers: list[Future[None]] = [Future() for _ in range(threads - 1)]
+
+    def work() -> None:
+        # no more threads, or the interpreter is about to end: those that there are do it all
+        with suppress(RuntimeError):
+            for helper in helpers:
+                pool.submit(help_with, helper, loop, arguments)
+        loop(*arguments)
+
+    surely(work, lambda: wait_for(helpers))
+
+
+def help_with(helper: Future[None], loop: Callable, arguments: Sequence) -> None:
+    """In a thread of the pool: run the loop, unless nobody waits for this helper. The pool's own
+    future is lost where a Ctrl-C, or a thread that cannot start, comes when the work is queued."""
+    if helper.set_running_or_notify_cancel():
         try:
             loop(*arguments)
-        finally:
-            for helper in helpers:
-                if not helper.cancel():
-                    helper.result()
+        except BaseException as error:
+            helper.set_exception(error)
+        else:
+            helper.set_result(None)
+
+
+def wait_for(helpers: Iterable[Future[None]]) -> None:
+    """Until those that have begun are done; the others never begin."""
+    for helper in helpers:
+        if not helper.cancel():
+            helper.result()
 
 
 def dtypes(p: Pass) -> tuple[str, str]:

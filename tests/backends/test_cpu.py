@@ -2,10 +2,14 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
+import time
 import types
+from concurrent.futures import Future
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -238,6 +242,56 @@ def test_an_interrupted_climb_leaves_the_weights(threads, monkeypatch):
     assert len(calls) == 4  # the second of the climb's
     for i, w in enumerate(hand.weights):
         assert torch.equal(w, before[f"w{i}"])
+
+
+class Helpers:
+    """A loop that ends when a helper is at work, and which the helpers are late to end."""
+
+    def __init__(self, monkeypatch, interrupts: bool):
+        self.begun, self.ended, self.interrupts = threading.Event(), False, interrupts
+        monkeypatch.setattr(passes, "climb_loop", lambda *_: self.loop)
+
+    def loop(self, ticket, *_) -> None:
+        ticket[0] = 1
+        if threading.current_thread() is threading.main_thread():
+            assert self.begun.wait(10)
+            return
+        self.begun.set()
+        time.sleep(0.1)
+        if self.interrupts:
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+            time.sleep(0.3)
+        self.ended = True
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="this system sends no signals")
+def test_an_interrupted_climb_waits_for_its_helpers(threads, monkeypatch):
+    """They would move weights that are back."""
+    threads(2)
+    hand, helpers = large(), Helpers(monkeypatch, interrupts=True)
+    with pytest.raises(KeyboardInterrupt):
+        hand.first_step(cpu, draw_large(1))
+    assert helpers.ended
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("can't start new thread")])
+def test_a_helper_that_was_queued_before_the_pool_failed_is_waited_for(error, threads, monkeypatch):
+    """As ThreadPoolExecutor.submit does where it cannot start a thread."""
+    threads(2)
+    hand, submit = large(), passes.pool.submit
+    helpers = Helpers(monkeypatch, interrupts=False)
+
+    def queue(*args) -> Future:
+        queued = submit(*args)
+        if helpers.loop in args:
+            assert helpers.begun.wait(10)
+            raise error
+        return queued
+
+    monkeypatch.setattr(passes.pool, "submit", queue)
+    with nullcontext() if isinstance(error, RuntimeError) else pytest.raises(KeyboardInterrupt):
+        hand.first_step(cpu, draw_large(1))
+    assert helpers.ended
 
 
 def in_a_process(code: str, **env: str) -> str:
