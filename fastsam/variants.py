@@ -398,16 +398,21 @@ class FullGradientSAM(SAM):
             self.zero_grad()
 
     def _mean_gradients(self, batches: Iterable, loss: Callable) -> list[Tensor | None]:
-        total = 0
+        """Summed up in no less than float32: in 16 bits, a sum soon is too large to grow."""
+        total, sums = 0, dict[Tensor, Tensor]()
         for batch in batches:
             with torch.enable_grad():
                 mean, n = loss(batch)
-                (mean * n).backward()
+                mean.backward()
             total += n
+            params = params_of(self._join_containers())
+            refuse_freed([p.grad for p in params])
+            for p in params:
+                if p.grad is not None:
+                    g = p.grad.to(torch.promote_types(p.grad.dtype, torch.float32)) * n
+                    sums[p] = sums[p].add_(g) if p in sums else g
+                    p.grad = None
         if total == 0:
             raise ValueError("batches is empty: give an iterable that can be walked again")
-        grads = [p.grad for p in params_of(self._join_containers())]
-        refuse_freed(grads)
-        with torch.no_grad():
-            torch._foreach_div_([g for g in grads if g is not None], total)
-        return grads
+        return [sums[p] / total if p in sums else None
+                for p in params_of(self._join_containers())]

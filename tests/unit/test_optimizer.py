@@ -671,6 +671,15 @@ def test_the_measured_full_gradient_is_that_of_the_mean_loss_over_all_examples(d
         opt.measure_full_gradient([], lambda b: None)
 
 
+@pytest.mark.parametrize("dtype, g, n", [(torch.bfloat16, 1.0, 1), (torch.float16, 100.0, 1000)])
+def test_a_full_gradient_of_16_bit_weights_is_summed_up_in_float32(dtype, g, n):
+    """bfloat16 stops at 256 + 1, and float16 has no 100,000."""
+    p = nn.Parameter(torch.ones(2, dtype=dtype))
+    opt = FullGradientSAM([p], torch.optim.SGD, "full", lr=0.1)
+    opt.measure_full_gradient([g] * 300, lambda x: ((p * x).sum(), n))
+    assert opt.state[p]["full_gradient"].tolist() == [g, g]
+
+
 @pytest.mark.parametrize("fault", ["a batch", "a freed gradient"])
 def test_a_measurement_that_fails_leaves_no_part_of_it(fault):
     p = nn.Parameter(torch.ones(2))
@@ -681,6 +690,7 @@ def test_a_measurement_that_fails_leaves_no_part_of_it(fault):
         if x == 2.0 and fault == "a batch":
             raise RuntimeError("no data")
         if x == 2.0:
+            p.grad = torch.ones(2)
             p.grad.untyped_storage().resize_(0)
             return (p * 0).sum().detach().requires_grad_(), 1
         return (p * x).sum(), 1
