@@ -198,7 +198,7 @@ class GSAM(SAM):
     h is g's part orthogonal to g', along which the gap between the loss at w' and the loss at w
     falls without the loss at w' changing, to first order. Inner product and norm are over all
     parameters. A parameter that has a gradient in one of the two passes only is stepped with it
-    as by SAM. A second gradient that is not finite makes the step a counted skip.
+    as by SAM. A second gradient that is not finite, of what climbed, makes the step a counted skip.
 
     In the paper rho follows the learning rate: see `RhoScheduler`.
 
@@ -248,7 +248,7 @@ class LookSAM(SAM):
     is 0 and nothing is added; a parameter without one of both gradients keeps its g_v.
     `step(closure)` sees to the passes; a loop of its own asks `climbs_next`, and calls `step()`
     alone where it is False. Before the first climb (`start`) steps are the base optimizer's. A
-    gradient that is not finite makes the step a counted skip.
+    gradient that is not finite, of what climbs, makes the step a counted skip.
 
     Args:
         params, base_optimizer, **kwargs: as `SAM`; the base is SGD, Adam or AdamW.
