@@ -12,7 +12,7 @@ class RhoScheduler:
     Args:
         optimizer: any optimizer of this package; its groups' rho now is the initial one, and that
             of a group that is added later is what it has at the next `step`. A rho that is a
-            tensor is written in place.
+            tensor is written in place, for all groups that share it.
         rho_lambda: maps the number of `step` calls so far (0 at construction) to a factor of at
             least 0.
 
@@ -38,7 +38,10 @@ class RhoScheduler:
             raise ValueError(f"rho_lambda({step}) = {factor} is out of range: "
                              "return a finite factor of at least 0")
         groups = self.optimizer.param_groups
-        new = [float(group["rho"]) for group in groups[len(base_rhos):]]
+        tensors = {id(group["rho"]): rho for group, rho in zip(groups, base_rhos, strict=False)
+                   if isinstance(group["rho"], Tensor)}  # which later groups may share
+        new = [tensors.get(id(group["rho"]), float(group["rho"]))
+               for group in groups[len(base_rhos):]]
         self.last_step, self.base_rhos = step, base_rhos + new
         for group, rho in zip(groups, self.base_rhos, strict=False):  # a state may know more
             if isinstance(group["rho"], Tensor):

@@ -571,6 +571,17 @@ def test_a_rho_schedule_takes_groups_that_come_later():
     assert schedule.get_last_rho() == [0.1, 0.05]
 
 
+def test_a_later_group_that_shares_the_tensor_of_a_schedule_has_its_initial_rho():
+    """As one has that takes its rho from the defaults."""
+    opt = SAM([nn.Parameter(torch.ones(2))], torch.optim.SGD, rho=torch.tensor(0.8), lr=0.1)
+    schedule = RhoScheduler(opt, lambda step: 0.5**step)
+    schedule.step()
+    opt.add_param_group(dict(params=[nn.Parameter(torch.ones(2))]))
+    opt.add_param_group(dict(params=[nn.Parameter(torch.ones(2))], rho=torch.tensor(0.4)))
+    schedule.step()
+    assert [float(rho) for rho in schedule.get_last_rho()] == pytest.approx([0.2, 0.2, 0.1])
+
+
 def test_a_rho_schedule_that_is_refused_stays_where_it_was():
     opt = SAM([nn.Parameter(torch.ones(2))], torch.optim.SGD, rho=0.8, lr=0.1)
     factors = [1.0, -1.0, 0.25]
