@@ -11,7 +11,7 @@ from .layout import Layout
 from .memory import has_storage
 from .passes import Climb, Pass
 from .reference import projection, share
-from .space import Space, local
+from .space import Space, local, sent
 
 
 def climb(layout: Layout, passes: Sequence[Pass]) -> list[Climb]:
@@ -121,7 +121,7 @@ def mixed(layout: Layout, passes: Sequence[Pass], climbs: Sequence[Climb | None]
 
 def to(t: Tensor, space: Space) -> Tensor:
     """A device value on a space's device, in the dtype of its arithmetic."""
-    return t.to(space.kind.device, space.kind.acc, non_blocking=True)
+    return sent(t, space.kind.device).to(space.kind.acc)
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from .checks import params_of
 from .layout import Group, Traits
 from .phase import Phase, PhaseError
+from .space import sent
 
 P = ParamSpec("P")
 Result = TypeVar("Result")
@@ -121,7 +122,7 @@ def report_overflow(phase: Phase, optimizer: Optimizer, ok: Tensor | None) -> No
     ok = phase.layout.spaces[0].cells.ok if ok is None else ok
     found = phase.scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"]
     for device, found_inf in found.items():
-        found_inf.logical_or_(ok.to(device, non_blocking=True) == 0)
+        found_inf.logical_or_(sent(ok, device) == 0)
 
 
 def unscaled(groups: Sequence[Group], scale: Tensor | None, step: Callable[[], Result]) -> Result:

@@ -211,10 +211,10 @@ class Layout:
         self._bring(values.rows)
         if same and values.numbers() == old.numbers():
             return True  # at most tensors changed, in place: what was read (`Last`) stays true
-        self.values = values
         for i, space in enumerate(self.spaces):
-            if old is None or self.values.ab[i] != old.ab[i]:
-                upload(self.values.ab[i], space.scalings)
+            if old is None or values.ab[i] != old.ab[i]:
+                upload(values.ab[i], space.scalings)
+        self.values = values
         if self._dampened != any(row.dampening for row in values.rows):
             self._dampened = not self._dampened
             self._watch()
@@ -250,8 +250,8 @@ class Layout:
     def set_cell(self, i: int, name: str, value: Tensor | None, neutral: float) -> None:
         """Copy a device value into a cell of space i's control; None puts it back to neutral."""
         if value is not None:
-            getattr(self.spaces[i].cells, name).copy_(value, non_blocking=True)
             self._set.add((i, name))
+            getattr(self.spaces[i].cells, name).copy_(value, non_blocking=True)
         elif (i, name) in self._set:
             getattr(self.spaces[i].cells, name).fill_(neutral)
             self._set.discard((i, name))

@@ -270,9 +270,9 @@ class Tables:
         """The column `name`, holding these addresses: uploaded where they changed."""
         column: Tensor = getattr(self, name)
         if self._held.get(name) != addresses:
-            self._held[name] = addresses
             if not self.late:
                 upload(addresses, column)
+            self._held[name] = addresses
         return column
 
     def held(self, name: str) -> list[int] | None:
@@ -293,6 +293,12 @@ def upload(values: list, target: Tensor) -> None:
     pinned = torch.tensor(values, dtype=target.dtype, device="cpu",
                           pin_memory=target.device.type == "cuda")
     target.copy_(pinned, non_blocking=True)
+
+
+def sent(t: Tensor, device: torch.device) -> Tensor:
+    """t on a device. A GPU is not waited for, but where t goes to the host's memory: who reads it
+    there would read what was there before."""
+    return t.to(device, non_blocking=device.type != "cpu")
 
 
 def local(t: Tensor) -> Tensor:

@@ -2,13 +2,15 @@
 are uploaded when something changed."""
 
 import itertools
+import sys
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.overrides import TorchFunctionMode
 
-from fastsam import SAM, FriendlySAM, layout, space
+from fastsam import GSAM, SAM, FriendlySAM, layout, space
 from fastsam.choose import BACKENDS
 from fastsam.hyper import COLUMN
 from fastsam.space import PAD, Kind, Space, Tables, is_dense, same_layout
@@ -236,6 +238,38 @@ def test_blocks_cover_every_element_once(sizes, block):
     assert made.blocks(block) is made.blocks(block)
 
 
+class ToTheHost(TorchFunctionMode):
+    """Counts what fastsam sends to the host's memory without waiting for it."""
+
+    def __init__(self):
+        super().__init__()
+        self.not_waited_for = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        ours = sys._getframe(1).f_globals["__name__"].startswith("fastsam")
+        self.not_waited_for += (ours and func is torch.Tensor.to and torch.device("cpu") in args[1:]
+                                and kwargs.get("non_blocking", False))
+        return func(*args, **kwargs)
+
+
+@pytest.mark.parametrize("make", [
+    lambda ps: FriendlySAM(ps, torch.optim.SGD, projection="cosine", lr=0.1),
+    lambda ps: GSAM(ps, torch.optim.SGD, lr=0.1),
+], ids=["projection", "mix"])
+def test_spaces_on_the_host_wait_for_what_they_share_with_a_gpu_s(make):
+    """A copy from a GPU that is not waited for leaves what was in the memory before."""
+    params = [torch.nn.Parameter(torch.ones(3, dtype=dtype))
+              for dtype in (torch.float32, torch.float64)]
+    opt, scaler = make(params), torch.amp.GradScaler("cpu", init_scale=4.0)
+    with ToTheHost() as seen:
+        scaler.scale(sum(p.float().square().sum() for p in params)).backward()
+        opt.first_step(zero_grad=True, scaler=scaler)
+        scaler.scale(sum(p.float().square().sum() for p in params)).backward()
+        scaler.step(opt)
+    assert not opt.is_perturbed and seen.not_waited_for == 0
+
+
 def test_spaces_are_by_dtype_and_share_one_norm(backend, device):
     params = [torch.nn.Parameter(torch.ones(4, device=device, dtype=d))
               for d in (torch.float32, torch.bfloat16, torch.float32)]
@@ -346,6 +380,42 @@ def test_tables_are_uploaded_again_only_when_an_address_changed(uploads, backend
     assert step() == 0
     params[1].data = params[1].data.clone()
     assert step() == 1  # w
+
+
+def test_what_could_not_be_uploaded_is_uploaded_the_next_time(monkeypatch):
+    """After a Ctrl-C, say: the kernels would read at the addresses of before."""
+    params = [torch.nn.Parameter(torch.ones(2))]
+    opt = SAM(params, torch.optim.SGD, adaptive=True, lr=0.1)
+    (own,) = opt.spaces
+    tables = Tables(own)
+
+    def fails(values, target):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(space, "upload", fails)
+        with pytest.raises(KeyboardInterrupt):
+            tables.bring("w", [16])
+        patched.setattr(layout, "upload", fails)
+        opt.param_groups[0]["adaptive"] = False
+        with pytest.raises(KeyboardInterrupt):
+            opt.backend_report()
+    assert tables.bring("w", [16]).tolist() == [16]
+    assert opt.spaces == (own,) and own.scalings.tolist() == [[0.0, 1.0]]
+
+
+def test_a_cell_that_was_set_is_known_to_be():
+    """A Ctrl-C before it is would leave a loss scale to the steps that have none."""
+    class Interrupted(set):
+        def add(self, x):
+            raise KeyboardInterrupt
+
+    opt = SAM([torch.nn.Parameter(torch.ones(2))], torch.optim.SGD, lr=0.1)
+    own = opt._phase.layout
+    own._set = Interrupted()
+    with pytest.raises(KeyboardInterrupt):
+        own.set_cell(0, "inv_scale1", torch.tensor(0.5), 1)
+    assert own.spaces[0].cells.inv_scale1 == 1
 
 
 def test_tables_of_a_capture_are_filled_when_it_ends(uploads):
