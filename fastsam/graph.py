@@ -1,10 +1,12 @@
 """The whole two-pass step as one CUDA graph."""
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from .batchnorm import freeze_bn_stats
 from .optimizer import SAM
@@ -38,17 +40,19 @@ class GraphedStep:
         loss_fn: (output, target) -> mean loss, a scalar.
         optimizer: a SAM-family optimizer of the model's parameters; on a GPU one of the Triton
             kernels, base optimizer included.
-        sample: (x, y) of the shapes, dtypes and device of every batch to come.
+        sample: (x, y) of the shapes, dtypes and device of every batch to come; x is what the model
+            takes, and loss_fn all others after the output.
         attack: (model, x, y) -> x_adv, without host synchronisation. Default None.
         autocast: dtype of torch.autocast around the forward passes, such as torch.bfloat16; there
             is no GradScaler here, which float16 would need. Default None: no autocast.
 
     Attributes:
-        output: the model's output of the last step's first pass; overwritten by the next.
+        output: the model's output of the last step's first pass, without its graph of autograd;
+            overwritten by the next.
 
     Raises:
-        ValueError: the optimizer is not of this package; on a GPU, it is not the kernels', or it
-            has step hooks.
+        ValueError: the optimizer is not of this package; a sample that is no tuple of tensors; on
+            a GPU, the optimizer is not the kernels', or it has step hooks.
     """
 
     def __init__(self, model: nn.Module, loss_fn: Callable, optimizer: SAM,
@@ -57,12 +61,15 @@ class GraphedStep:
         if not isinstance(optimizer, SAM):
             raise ValueError(f"optimizer is a {type(optimizer).__name__}: GraphedStep takes an "
                              "optimizer of fastsam")
+        if isinstance(sample, Tensor) or not sample or not are_tensors(sample):
+            raise ValueError(f"sample is a {type(sample).__name__} of no tensors for the model and "
+                             "the loss: give those of a batch, such as (x, y)")
         self.device = sample[0].device
         if self.device.type == "cuda":
             refuse_uncapturable(optimizer)
         self.model, self.loss_fn, self.optimizer = model, loss_fn, optimizer
         self.attack, self.autocast = attack, autocast
-        self.output: Tensor | None = None
+        self.output: Any = None
         self._batch = [torch.empty_like(t, memory_format=torch.preserve_format) for t in sample]
         self._graphs: dict[bool, Captured] = {}
         self._built_for: list | None = None
@@ -89,11 +96,15 @@ class GraphedStep:
             The loss of the first pass, a 0-dim tensor of its own on the device.
 
         Raises:
-            ValueError: a batch of other shapes or dtypes than the sample's; on a GPU, step hooks
-                of the optimizer.
+            ValueError: a batch of other shapes or dtypes than the sample's, or of another number of
+                tensors; on a GPU, step hooks of the optimizer.
             PhaseError: while perturbed, or with gradients set aside.
         """
         self.optimizer._phase.need(False, "GraphedStep")
+        if len(batch) != len(self._batch) or not are_tensors(batch):
+            what = ", ".join(f"a {type(t).__name__}" for t in batch) or "nothing"
+            raise ValueError(f"{what} where the sample has {len(self._batch)} tensors: call "
+                             "step(x, y), with as many as the sample has")
         for given, static in zip(batch, self._batch, strict=True):
             if (given.shape, given.dtype) != (static.shape, static.dtype):
                 raise ValueError(f"a batch of shape {tuple(given.shape)} and {given.dtype} where "
@@ -144,12 +155,12 @@ class GraphedStep:
         self.optimizer.step()
         return loss
 
-    def _backward(self, x: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
+    def _backward(self, x: Tensor, *rest: Tensor) -> tuple[Tensor, Any]:
         with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
             output = self.model(x)
             loss = self.loss_fn(output, *rest)
         loss.backward()
-        return loss.detach(), output.detach()
+        return loss.detach(), tree_map_only(Tensor, Tensor.detach, output)
 
 
 class Captured:
@@ -203,6 +214,10 @@ class Captured:
         with optimizer.replay():
             self.graph.replay()
         return self.loss.clone()
+
+
+def are_tensors(batch: Iterable[object]) -> bool:
+    return all(isinstance(t, Tensor) for t in batch)
 
 
 def state_of(model: nn.Module, optimizer: SAM) -> list[Tensor]:

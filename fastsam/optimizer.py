@@ -29,7 +29,7 @@ from .interrupts import surely
 from .layout import Layout, Traits
 from .passes import Pass
 from .phase import Phase, PhaseError, restoring
-from .space import Space, Tables
+from .space import Space, Tables, local
 
 Loss = TypeVar("Loss")  # what a closure returns
 FUSED: dict[type[Optimizer], str] = {SGD: "sgd", Adam: "adam", AdamW: "adam"}
@@ -521,13 +521,18 @@ class SAM(Optimizer):
 
     @contextmanager
     def replay(self) -> Iterator[None]:
-        """Around the replay of a captured step, which the optimizer itself does not see."""
+        """Around the replay of a captured step, which the optimizer itself does not see, nor does
+        torch: autograd, autocast and learning-rate schedulers are told of it."""
         climbs = self.climbs_next
         if climbs:
             self._bring_norm()
         yield
         if not climbs:
             self._phase.layout.keep_norm(None)
+        all_spaces.announce([local(p) for space in self._phase.layout.spaces for p in space.params
+                             if p.requires_grad])
+        for stepped in (self, self.base_optimizer):
+            vars(stepped)["_opt_called"] = True
         steps = steps_of(self._join_containers()) + 1
         for group in self.param_groups:
             group["sam_steps"] = steps

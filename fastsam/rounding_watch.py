@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .space import Space
+from .space import Space, capturing
 
 
 class RoundingWatch:
@@ -48,7 +48,3 @@ class RoundingWatch:
         return (f"the weights are 16-bit and moved by {realised:.3g} where a radius of "
                 f"{wanted:.3g} was wanted: the climb is rounded away; use float32 weights with "
                 "autocast, or a larger rho")
-
-
-def capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

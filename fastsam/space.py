@@ -285,11 +285,24 @@ class Tables:
             upload(addresses, getattr(self, name))
 
 
+def capturing(device: torch.device) -> bool:
+    """Whether what is launched on a device becomes a part of a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def upload(values: list, target: Tensor) -> None:
-    """target = values, without waiting for the device."""
+    """target = values, without waiting for the device.
+
+    Raises:
+        RuntimeError: a graph is captured, whose every replay would bring these values again.
+    """
     if target.device.type == "cpu":
         target.numpy()[...] = values
         return
+    if capturing(target.device):
+        raise RuntimeError("a CUDA graph that is captured would bring the gradients' addresses and "
+                           "the hyper-parameters of today at every replay: use GraphedStep, or "
+                           "capture within the optimizer's capture() and replay within replay()")
     pinned = torch.tensor(values, dtype=target.dtype, device="cpu",
                           pin_memory=target.device.type == "cuda")
     target.copy_(pinned, non_blocking=True)

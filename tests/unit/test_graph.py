@@ -26,6 +26,7 @@ from fastsam import (
 )
 from fastsam.graph import refuse_uncapturable, set_counts, state_of
 from fastsam.passes import Climb
+from fastsam.space import upload
 
 from ..helpers.contract import assert_bits, backward, batch, bits, network
 
@@ -214,6 +215,82 @@ def test_what_it_refuses(device):
         step(x[:5], y[:5])
     with pytest.raises(ValueError, match="float64"):
         step(x.double(), y)
+
+
+@pytest.mark.parametrize("wrong, said", [
+    (lambda x, y: [(x, y)], "a tuple where .* 2 tensors"), (lambda x, y: [x], "a Tensor where"),
+    (lambda x, y: [x, y, y], "a Tensor, a Tensor, a Tensor where"),
+    (lambda x, y: [x.tolist(), y], "a list, a Tensor where"), (lambda x, y: [], "nothing where")])
+def test_what_is_no_batch_is_refused_in_words(wrong, said, device):
+    net = network(device)
+    x, y = batch(0, device)
+    step = GraphedStep(net, cross_entropy, CASES["sam"](net.parameters()), (x, y))
+    with pytest.raises(ValueError, match=f"{said}.*step\\(x, y\\)"):
+        step(*wrong(x, y))
+
+
+@pytest.mark.parametrize("wrong", [
+    lambda x, y: x, lambda x, y: {"x": x, "y": y}, lambda x, y: (), lambda x, y: (x, 3)])
+def test_what_is_no_sample_is_refused_in_words(wrong, device):
+    net = network(device)
+    with pytest.raises(ValueError, match=r"sample is a \w+.*such as \(x, y\)"):
+        GraphedStep(net, cross_entropy, CASES["sam"](net.parameters()), wrong(*batch(0, device)))
+
+
+def test_an_output_may_hold_several_tensors(device):
+    """As those of transformers' models do, and of networks with more than one head."""
+    class Several(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = network(device)
+
+        def forward(self, x):
+            logits = self.net(x)
+            return {"logits": logits, "all": (logits, x), "name": "several"}
+
+    model, (x, y) = Several(), batch(0, device)
+    step = GraphedStep(model, lambda output, y: cross_entropy(output["logits"], y),
+                       CASES["sam"](model.parameters()), (x, y))
+    twin = network(device)
+    plain_step(twin, CASES["sam"](twin.parameters()), x, y)
+    step(x, y)
+    assert_bits(model.net, bits(twin))
+    assert step.output["logits"].shape == (12, 4) and step.output["name"] == "several"
+    assert not step.output["logits"].requires_grad and not step.output["all"][0].requires_grad
+
+
+def test_a_replay_is_told_to_autograd_and_autocast():
+    """Neither sees what a graph writes."""
+    net = nn.Linear(3, 3, bias=False)
+    opt = reference(net.parameters())
+    x = torch.ones(1, 3, requires_grad=True)
+    loss = net(x).sum()
+    with torch.autocast("cpu", torch.bfloat16):
+        before = net(x)
+        with opt.replay():
+            net.weight.data.mul_(2)
+        assert torch.equal(net(x), 2 * before)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_a_scheduler_takes_a_replay_for_a_step(recwarn):
+    net = network("cpu")
+    opt = reference(net.parameters())
+    schedules = [torch.optim.lr_scheduler.StepLR(o, 1) for o in (opt, opt.base_optimizer)]
+    with opt.replay():
+        pass
+    for schedule in schedules:
+        schedule.step()
+    assert not [w for w in recwarn if "lr_scheduler.step" in str(w.message)]
+
+
+def test_what_a_graph_of_someone_else_s_would_bring_anew_is_refused(monkeypatch):
+    """The copy would be a part of the graph, and bring today's rates at every replay."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    table = SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.int64)
+    with pytest.raises(RuntimeError, match=r"CUDA graph.*GraphedStep.*capture\(\)"):
+        upload([1, 2], table)
 
 
 def test_tables_that_change_during_a_capture_are_uploaded_after_it(device):
