@@ -55,8 +55,8 @@ class GraphedStep:
             a GPU, the optimizer is not the kernels', or it has step hooks.
     """
 
-    def __init__(self, model: nn.Module, loss_fn: Callable, optimizer: SAM,
-                 sample: Sequence[Tensor], *, attack: Callable | None = None,
+    def __init__(self, model: nn.Module, loss_fn: Callable[..., Tensor], optimizer: SAM,
+                 sample: Sequence[Tensor], *, attack: Callable[..., Tensor] | None = None,
                  autocast: torch.dtype | None = None):
         if not isinstance(optimizer, SAM):
             raise ValueError(f"optimizer is a {type(optimizer).__name__}: GraphedStep takes an "
@@ -72,7 +72,7 @@ class GraphedStep:
         self.output: Any = None
         self._batch = [torch.empty_like(t, memory_format=torch.preserve_format) for t in sample]
         self._graphs: dict[bool, Captured] = {}
-        self._built_for: list | None = None
+        self._built_for: list[Any] | None = None
         self._layers: list[nn.Module] = []
         self._forget_when_loaded()
 
@@ -131,7 +131,7 @@ class GraphedStep:
         self.output = self._graphs[climbs].output
         return self._graphs[climbs].replay(self.optimizer)
 
-    def _structure(self) -> list:
+    def _structure(self) -> list[Any]:
         """What a graph has in it as it was at the capture. Brings the rest to the device."""
         groups = self.optimizer.param_groups
         scaled = [(group["adaptive"], group.get("scale"), group.get("eta"), group["perturb"])

@@ -1,6 +1,7 @@
 """A schedule for rho, as torch's schedulers are for the learning rate."""
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -56,11 +57,11 @@ class RhoScheduler:
         of one that is a tensor."""
         return [rho.clone() if isinstance(rho, Tensor) else rho for rho in self._last_rho]
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
         """How far the schedule is, and the initial radii; not the function."""
         return {"last_step": self.last_step, "base_rhos": list(self.base_rhos)}
 
-    def load_state_dict(self, state_dict: dict) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where `state_dict` was taken. Groups that it does not know keep their initial rho.
         """
         loaded = list(state_dict["base_rhos"])

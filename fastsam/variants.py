@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,9 +11,11 @@ from torch.optim import Optimizer
 from .checks import params_of
 from .distributed import placed_like
 from .gradients import refuse_freed
-from .optimizer import FUSED, SAM
+from .optimizer import FUSED, SAM, Loss
 from .phase import PhaseError
 from .space import local
+
+Batch = TypeVar("Batch")
 
 
 class ASAM(SAM):
@@ -36,7 +38,7 @@ class ASAM(SAM):
         ValueError: as `SAM`; an unknown scale; a negative eta.
     """
 
-    def __init__(self, params: Iterable, base_optimizer: type[Optimizer],
+    def __init__(self, params: Iterable[Any], base_optimizer: type[Optimizer],
                  rho: float | None = None, scale: str = "all", eta: float = 0.01,
                  **kwargs: Any):
         if scale not in ("all", "weights"):
@@ -66,7 +68,7 @@ class FisherSAM(SAM):
         ValueError: as `SAM`; a negative eta.
     """
 
-    def __init__(self, params: Iterable, base_optimizer: type[Optimizer], rho: float = 0.1,
+    def __init__(self, params: Iterable[Any], base_optimizer: type[Optimizer], rho: float = 0.1,
                  eta: float = 1.0, **kwargs: Any):
         self._build(params, base_optimizer, dict(rho=rho, adaptive=True, eta=eta),
                     scales_with="gradient", **kwargs)
@@ -101,7 +103,7 @@ class FriendlySAM(SAM):
         ValueError: as `SAM`; sigma or lmbda out of range; an unknown convention or projection.
     """
 
-    def __init__(self, params: Iterable, base_optimizer: type[Optimizer], rho: float = 0.05,
+    def __init__(self, params: Iterable[Any], base_optimizer: type[Optimizer], rho: float = 0.05,
                  sigma: float = 1.0, lmbda: float = 0.9, adaptive: bool = False, *,
                  convention: str = "algorithm1", projection: str = "constant", **kwargs: Any):
         if convention not in ("algorithm1", "official"):
@@ -151,7 +153,7 @@ class MomentumSAM(SAM):
 
     climbs_first = True
 
-    def __init__(self, params: Iterable, base_optimizer: type[Optimizer], rho: float = 3.0,
+    def __init__(self, params: Iterable[Any], base_optimizer: type[Optimizer], rho: float = 3.0,
                  **kwargs: Any):
         if "adaptive" in kwargs:
             raise TypeError("Momentum-SAM has no adaptive form: leave adaptive= out")
@@ -180,7 +182,8 @@ class MomentumSAM(SAM):
             raise TypeError("Momentum-SAM climbs without a pass: leave ascent_closure out")
         super()._check_closures(closure, None)
 
-    def _climbing_step(self, closure: Callable, ascent_closure: Callable) -> Any:
+    def _climbing_step(self, closure: Callable[[], Loss], ascent_closure: Callable[[], Loss],
+                       ) -> Loss:
         return self._climb_and_step(closure, zero_grad=False)
 
     def local_first_pass(self, model: Any) -> NoReturn:
@@ -214,7 +217,7 @@ class GSAM(SAM):
         ValueError: as `SAM`; alpha out of range; another base.
     """
 
-    def __init__(self, params: Iterable, base_optimizer: type[Optimizer], rho: float = 0.05,
+    def __init__(self, params: Iterable[Any], base_optimizer: type[Optimizer], rho: float = 0.05,
                  alpha: float = 0.4, adaptive: bool = False, **kwargs: Any):
         refuse_other_bases(base_optimizer, type(self))
         own = dict(rho=rho, alpha=alpha, adaptive=adaptive)
@@ -262,7 +265,7 @@ class LookSAM(SAM):
         ValueError: as `SAM`; alpha or k out of range; another base.
     """
 
-    def __init__(self, params: Iterable, base_optimizer: type[Optimizer], rho: float = 0.05,
+    def __init__(self, params: Iterable[Any], base_optimizer: type[Optimizer], rho: float = 0.05,
                  alpha: float = 0.7, k: int = 5, **kwargs: Any):
         for name, way in (("adaptive", "leave adaptive= out"), ("interval", "use k=")):
             if name in kwargs:
@@ -316,7 +319,7 @@ class FullGradientSAM(SAM):
         ValueError: as `SAM`; an unknown part or projection.
     """
 
-    def __init__(self, params: Iterable, base_optimizer: type[Optimizer], part: str,
+    def __init__(self, params: Iterable[Any], base_optimizer: type[Optimizer], part: str,
                  rho: float = 0.05, *, projection: str = "cosine", **kwargs: Any):
         if part not in ("full", "noise"):
             raise ValueError(f"part={part!r} is unknown: use 'full' or 'noise'")
@@ -377,7 +380,8 @@ class FullGradientSAM(SAM):
             layout.shown.show_m(True)
             layout.show(self.state)
 
-    def measure_full_gradient(self, batches: Iterable, loss: Callable) -> None:
+    def measure_full_gradient(self, batches: Iterable[Batch],
+                              loss: Callable[[Batch], tuple[Tensor, int]]) -> None:
         """Set G to the gradient of the mean loss over all examples of `batches`, at w. Costs a
         forward and backward pass over them; clears `.grad`. BatchNorm's statistics move as in any
         forward pass in training mode (see `freeze_bn_stats`).
@@ -397,7 +401,8 @@ class FullGradientSAM(SAM):
         finally:
             self.zero_grad()
 
-    def _mean_gradients(self, batches: Iterable, loss: Callable) -> list[Tensor | None]:
+    def _mean_gradients(self, batches: Iterable[Batch],
+                        loss: Callable[[Batch], tuple[Tensor, int]]) -> list[Tensor | None]:
         """Summed up in no less than float32: in 16 bits, a sum soon is too large to grow."""
         total, sums = 0, dict[Tensor, Tensor]()
         for batch in batches:

@@ -7,11 +7,16 @@ used, and only its own.
 """
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .accelerate import both_passes
+    from .lightning import SAMModule
+    from .transformers import SAMTrainer
 
 HOMES = {"SAMTrainer": "transformers", "SAMModule": "lightning", "both_passes": "accelerate"}
 
-__all__ = ["SAMModule", "SAMTrainer", "both_passes"]  # noqa: F822
+__all__ = ["SAMModule", "SAMTrainer", "both_passes"]
 
 
 def __getattr__(name: str) -> Any:

@@ -13,6 +13,7 @@ RIGHT = """
 import torch
 from torch import Tensor
 from fastsam import ASAM, SAM, FriendlySAM, FullGradientSAM, GraphedStep, RhoScheduler
+from fastsam.integrations import SAMModule, SAMTrainer, both_passes
 
 p = torch.nn.Parameter(torch.ones(3))
 opt = FriendlySAM([p], torch.optim.SGD, rho=0.1, sigma=1.0, lmbda=0.6, lr=0.05, momentum=0.9)
@@ -42,10 +43,24 @@ last: float | Tensor = RhoScheduler(sam, lambda i: 0.9 ** i).get_last_rho()[0]
 radius: float = sam.last_radius
 perturbed: bool = sam.is_perturbed
 backend: str = sam.backend_report()["backend"]
+graphed: Tensor = GraphedStep(torch.nn.Linear(3, 1), torch.nn.MSELoss(), sam, (p, p))(p, p)
+
+def mean(batch: Tensor) -> tuple[Tensor, int]:
+    return batch.mean(), len(batch)
+
+FullGradientSAM([p], torch.optim.SGD, "noise", lr=0.1).measure_full_gradient([p], mean)
+
+class Net(SAMModule):
+    def training_step(self, batch: Tensor) -> Tensor:
+        return batch.sum() if self.second_pass else 2 * batch.sum()
+
+class Trainer(SAMTrainer):
+    pass
 """
 WRONG = """
 import torch
-from fastsam import SAM
+from fastsam import SAM, FullGradientSAM
+from fastsam.integrations import both_passes
 p = torch.nn.Parameter(torch.ones(3))
 opt = SAM([p], torch.optim.SGD, lr=0.1)
 opt.step().item()
@@ -54,6 +69,8 @@ opt.second_step(scaler=None)
 SAM.wrap(torch.optim.SGD)
 SAM([p], torch.optim.SGD, rho="0.05")
 opt.sync_lookahead()
+FullGradientSAM([p], torch.optim.SGD, "noise", lr=0.1).measure_full_gradient([p], p.sum)
+both_passes(p)
 """
 
 
@@ -69,4 +86,4 @@ def test_mypy_takes_right_code_and_refuses_wrong(tmp_path):
     found = {int(line.partition("wrong.py:")[2].partition(":")[0]) for line in lines
              if "wrong.py" in line}
     assert not [line for line in lines if "wrong.py" not in line], done.stdout
-    assert found == set(range(6, 12)), done.stdout + done.stderr
+    assert found == set(range(7, 15)), done.stdout + done.stderr
