@@ -145,7 +145,8 @@ class SAM(Optimizer):
                 not one that all groups have of an optimizer of this package around it before.
 
         Raises:
-            TypeError: a class instead of an optimizer.
+            TypeError: a class instead of an optimizer; arguments of the base's.
+            ValueError: as the constructor.
         """
         if not isinstance(base_optimizer, Optimizer):
             raise TypeError(f"wrap takes an optimizer that exists, not {base_optimizer!r}: use "
@@ -275,9 +276,11 @@ class SAM(Optimizer):
 
         Raises:
             PhaseError: called twice without a second step or `restore()`.
+            TypeError: a loss or a closure in place of a flag; a scaler that is none.
             ValueError: a sparse gradient; a scaler that has scaled nothing or unscaled already; a
                 value in a group that is out of range; parameters that share memory.
-            RuntimeError: a parameter changed its device, dtype or shape.
+            RuntimeError: a parameter changed its device, dtype or shape; a CUDA graph is captured
+                outside of `capture()` that would bring stale addresses back.
         Whatever is raised, the weights are as before.
         """
         phase = self._phase
@@ -311,7 +314,10 @@ class SAM(Optimizer):
             zero_grad: clear the gradients afterwards. Default False.
 
         Raises:
-            PhaseError: without a `first_step` before.
+            PhaseError: without a `first_step` before; one pass was scaled, and the other not.
+            TypeError, ValueError, RuntimeError: as `first_step`, of the second gradients.
+        Where it raises, the weights stay moved: mend what is wrong and call it again, or
+        `restore()`.
         """
         self._phase.need(True, "second_step")
         check_call(zero_grad)
@@ -346,7 +352,9 @@ class SAM(Optimizer):
             PhaseError: a closure while perturbed, with gradients set aside, or through
                 GradScaler.step.
             TypeError: a closure that cannot be called, such as a loss.
-            ValueError: an ascent_closure without a closure.
+            ValueError, RuntimeError: an ascent_closure without a closure; else as `first_step`.
+        Where it or a closure raises, the weights are back at w; without a closure they are where
+        they were.
         """
         self._check_closures(closure, ascent_closure)
         if closure is None:
@@ -482,7 +490,11 @@ class SAM(Optimizer):
     @torch.no_grad()
     def restore(self) -> None:
         """Go back to w, bit for bit, without an update: give the step up, and with it what
-        `stash_grad` set aside. Harmless where there is nothing to give up."""
+        `stash_grad` set aside. Harmless where there is nothing to give up.
+
+        Raises:
+            RuntimeError: a parameter has another shape, or no memory, by now; the others are back.
+        """
         grad_scaler.keep_scaled(self._phase, self)
         try:
             self._go_back()
@@ -621,8 +633,8 @@ class SAM(Optimizer):
 
         Raises:
             PhaseError: while perturbed, or with gradients set aside.
-            ValueError: groups, parameter counts or shapes differ, or a value this class refuses;
-                nothing has changed then.
+            ValueError: it is no optimizer's state; groups, parameter counts or shapes differ, or a
+                value this class refuses; nothing has changed then.
         """
         self._phase.need(False, "load_state_dict")
         saving.between_hooks(self, state_dict, self._load)

@@ -55,10 +55,12 @@ def fitting(state_dict: Saved, mine: list[Group], base: Optimizer, traits: Trait
         mine: the optimizer's groups.
 
     Raises:
-        ValueError: it is another class's, or another model's, or has a value that is refused.
+        ValueError: it is none of an optimizer, another class's, or another model's, or has a value
+            that is refused.
     """
     if not traits.base:
         state_dict = foreign.as_saved(state_dict, mine, traits.shared)
+    refuse_no_state(state_dict)
     theirs, saved, params = state_dict["param_groups"], state_dict["state"], params_of(mine)
     refuse_others_keys(mine, theirs, saved.values(), traits)
     groups = merged_groups(mine, theirs)
@@ -72,6 +74,15 @@ def fitting(state_dict: Saved, mine: list[Group], base: Optimizer, traits: Trait
     check_containers(groups)
     check_groups(groups, traits.own, traits.base, traits.along_v, traits.mode)
     return {**state_dict, "param_groups": groups}, dict(zip(params, states, strict=False))
+
+
+def refuse_no_state(state_dict: Saved) -> None:
+    """Refuse what no optimizer has saved, such as a whole checkpoint, or a model's."""
+    for name in ("state", "param_groups"):
+        if name not in state_dict:
+            has = ", ".join(map(repr, [*state_dict][:4])) or "nothing"
+            raise ValueError(f"a state without {name!r}, which has {has}: load what an optimizer's "
+                             "state_dict() returned, and not all of the checkpoint that it is in")
 
 
 def load(optimizer: Optimizer, base: Optimizer, traits: Traits, layout: Layout, state_dict: Saved,

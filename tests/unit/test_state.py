@@ -92,6 +92,20 @@ def test_a_state_of_another_model_changes_nothing(backend, device):
                for k, x in entry.items())
 
 
+@pytest.mark.parametrize("wrong, said", [
+    (lambda net, opt: {"model": net.state_dict(), "opt": opt.state_dict()}, "'model', 'opt'"),
+    (lambda net, opt: net.state_dict(), "'conv.weight'"), (lambda net, opt: {}, "nothing"),
+    (lambda net, opt: {"param_groups": opt.state_dict()["param_groups"]}, "without 'state'")],
+    ids=["checkpoint", "model", "nothing", "groups"])
+def test_what_is_no_state_is_refused_in_words(wrong, said, device):
+    net = network(device)
+    opt = SAM(net.parameters(), torch.optim.SGD, lr=0.1)
+    before = opt.state_dict()
+    with pytest.raises(ValueError, match=f"{said}.*state_dict"):
+        opt.load_state_dict(wrong(net, opt))
+    assert opt.state_dict()["param_groups"] == before["param_groups"]
+
+
 def test_group_keys_that_a_state_lacks_stay(device):
     ps = [nn.Parameter(torch.ones(2)) for _ in range(2)]
     opt = SAM([dict(params=[ps[0]], rho=0.3), dict(params=[ps[1]], perturb=False)],
