@@ -29,7 +29,7 @@ from .interrupts import surely
 from .layout import Layout, Traits
 from .passes import Pass
 from .phase import Phase, PhaseError, restoring
-from .space import Space, Tables, local
+from .space import Space, Tables
 
 Loss = TypeVar("Loss")  # what a closure returns
 FUSED: dict[type[Optimizer], str] = {SGD: "sgd", Adam: "adam", AdamW: "adam"}
@@ -541,8 +541,9 @@ class SAM(Optimizer):
         yield
         if not climbs:
             self._phase.layout.keep_norm(None)
-        all_spaces.announce([local(p) for space in self._phase.layout.spaces for p in space.params
-                             if p.requires_grad])
+        for space in self._phase.layout.spaces:
+            all_spaces.announce(all_spaces.with_memory(
+                space, [p for p in space.params if p.requires_grad]))
         for stepped in (self, self.base_optimizer):
             vars(stepped)["_opt_called"] = True
         steps = steps_of(self._join_containers()) + 1
