@@ -92,6 +92,7 @@ def combined(methods: list[str], optimizer: str | None) -> list[str]:
 def run_compare(options: dict[str, Any]) -> None:
     from bench.experiments.compare import compare
     from bench.settings.config import check_used, preset_of, resolve
+    from bench.settings.effects import check_effects
 
     if options["demo"]:
         options |= {"preset": "digits", "seeds": [0, 1], "jobs": 2, "threads": 1}
@@ -104,6 +105,7 @@ def run_compare(options: dict[str, Any]) -> None:
         [resolve(m, preset_of(options), options | {"seed": seed}) for m in methods]
         for seed in options["seeds"]
     ]
+    check_effects(by_seed[0], options)
     evaluation = evaluation_of(by_seed[0][0].data, options)
     out = options["out"] or Path("runs", preset_of(options))
     say_alpha(by_seed[0], options)

@@ -54,6 +54,7 @@ def train_in(sitting: Any, options: dict[str, Any]) -> None:
     from bench.evaluation.evaluate import report
     from bench.experiments.train_and_evaluate import finished, train_and_evaluate
     from bench.settings.config import check_used, preset_of, resolve
+    from bench.settings.effects import check_effects
     from bench.settings.recipes import load_recipe
     from bench.training import processes
     from bench.training.train import refuse_early
@@ -61,6 +62,7 @@ def train_in(sitting: Any, options: dict[str, Any]) -> None:
     options = options | {"processes": processes.processes()}
     config = resolve(options["method"], preset_of(options), options)
     check_used([config.method], options)
+    check_effects([config], options)
     evaluation = evaluation_of(config.data, options)
     out = options["out"] or Path("runs", preset_of(options), config.name)
     finished(config, evaluation, out)  # what these two refuse comes before the bar is drawn

@@ -11,6 +11,7 @@ from bench.experiments.sweep import Grid, check_grid, given, named
 from bench.files import refuse_unwritable
 from bench.reports.runs import report_runs
 from bench.settings.config import Config, resolve
+from bench.settings.effects import check_effects
 from bench.settings.pool import Pool
 
 
@@ -20,7 +21,7 @@ def runs_of_recipes(
     """Return the configs by their directories' names, a recipe's in one of its name, all settings
     of a seed before the next.
 
-    Raises ValueError as resolve, for an option or a grid that no recipe's method uses, and for two
+    Raises ValueError as resolve, for an option or a grid that no run uses, and for two
     files of one name.
     """
     check_grid([resolve(None, name, options).method for name in recipes], grid, options)
@@ -31,6 +32,7 @@ def runs_of_recipes(
         name = f"{own}/{named(config, grid)}"
         if runs.setdefault(name, config) != config:
             raise ValueError(f"two recipes of the name {own!r}; give one of the files another")
+    check_effects(runs.values(), options | grid)
     return runs
 
 

@@ -16,6 +16,7 @@ from bench.files import alone_in, refuse_unwritable, remove_unfinished, write_js
 from bench.reports.statistics import aggregate, warned
 from bench.reports.tables import markdown
 from bench.settings.config import SETTINGS, Config, check_used, resolve
+from bench.settings.effects import check_effects
 from bench.settings.evaluation import Evaluation
 from bench.settings.names import method_name
 from bench.settings.pool import Pool
@@ -72,14 +73,16 @@ def runs_of(
 ) -> dict[str, Config]:
     """Return the configs by their directories' names, all settings of a seed before the next.
 
-    Raises ValueError as resolve, and for an option or a grid that no method uses.
+    Raises ValueError as resolve, and for an option or a grid that no run uses.
     """
     check_grid(methods, grid, options)
-    return {
+    runs = {
         named(config, grid): config
         for seed, method, *values in product(seeds, methods, *grid.values())
         for config in [resolve(method, preset, options | given(grid, values) | {"seed": seed})]
     }
+    check_effects(runs.values(), options | grid)
+    return runs
 
 
 def given(grid: Grid, values: list[Any]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ def check(config: Config) -> None:
     if config.optimizer == "msam" and config.base == "sgd" and config.momentum == 0:
         raise ValueError("msam climbs along SGD's momentum, of which momentum 0.0 leaves nothing; "
                          "use momentum 0.9, or base adamw")  # fmt: skip
+    check_starts(config)
     check_processes(config)
     check_other_images(config)
     check_graph(config)
@@ -32,6 +33,16 @@ def check(config: Config) -> None:
     from bench.devices import usable_device
 
     usable_device(config.device)
+
+
+def check_starts(config: Config) -> None:
+    """Raise ValueError for what would begin after the last epoch."""
+    if config.late_epoch >= config.epochs:
+        raise ValueError(f"late {config.late:g} of {config.epochs} epochs leaves none that climbs; "
+                         "lower late, or raise epochs")  # fmt: skip
+    if config.awp_gamma and config.awp_warmup >= config.epochs:
+        raise ValueError(f"awp_warmup {config.awp_warmup} of {config.epochs} epochs leaves none "
+                         "that perturbs the weights; lower it, or raise epochs")  # fmt: skip
 
 
 def check_processes(config: Config) -> None:

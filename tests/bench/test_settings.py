@@ -15,6 +15,7 @@ from bench.cli.options import document
 from bench.cli.parse import parse
 from bench.models import MODELS
 from bench.settings.config import SETTINGS, USED_BY, Config, resolve, values_of
+from bench.settings.effects import check_effects
 from bench.settings.methods import ADVERSARIES, OPTIMIZERS
 from bench.settings.setting import check_settings, inside, setting, settings_of
 from bench.speed.contenders import BASES
@@ -217,6 +218,45 @@ def test_a_recipe_is_held_to_the_settings(config, said, of, tmp_path):
     with pytest.raises(ValueError) as error:
         resolve("sgd", str(path), {})
     assert said in str(error.value) and str(path) in str(error.value)
+
+
+@pytest.mark.parametrize("words, said", [
+    ("--image-size 16", "image_size 16 has no effect here: it needs a directory of images"),
+    ("--cutout 4 --augment none", "cutout 4 has no effect here: it needs augment crop or crop"),
+    ("--padding zero --augment none", "padding 'zero' has no effect here"),
+    ("--noise-kind true", "noise_kind 'true' has no effect here: it needs a label_noise"),
+    ("--workers 2", "workers 2 has no effect here: it needs augment resized-crop"),
+    ("--method adamw --momentum 0.5", "momentum 0.5 has no effect here: it needs SGD"),
+    ("--method sam --base adamw --momentum 0.5", "momentum 0.5 has no effect here"),
+    ("--second-bn moving", "second_bn 'moving' has no effect here: it needs a second pass"),
+    ("--method msam --second-bn moving", "second_bn 'moving' has no effect here"),
+    ("--attack-bn train", "attack_bn 'train' has no effect here: it needs an adversary"),
+    ("--awp-warmup 5", "awp_warmup 5 has no effect here: it needs an awp_gamma"),
+    ("--method sam-late --epochs 1", "late 0.75 of 1 epochs leaves none that climbs"),
+    ("--method sam-late --epochs 2", "late 0.75 of 2 epochs leaves none that climbs"),
+    ("--awp-gamma 0.1 --awp-warmup 3 --epochs 3", "awp_warmup 3 of 3 epochs leaves none"),
+])  # fmt: skip
+@pytest.mark.parametrize("command", ["train", "compare", "sweep"])
+def test_an_option_that_would_change_nothing_is_refused(command, words, said, tmp_path, capsys):
+    if command != "train":
+        words = words if "--method" in words else f"--method sgd {words}"
+        words = words.replace("--method", "--methods")
+    assert main([command, *words.split(), "--out", str(tmp_path / "out")]) == 2
+    assert said in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_an_option_is_taken_that_changes_one_of_the_runs_or_nothing_at_all():
+    runs = [resolve(method, "digits", {}) for method in ("sgd", "adamw", "sam", "at-linf")]
+    given = {"momentum": 0.5, "second_bn": "moving", "attack_bn": "train", "pad": 2}
+    check_effects(runs, given)
+    check_effects(runs[:1], {"cutout": 0, "workers": None, "awp_warmup": 0, "momentum": 0.1})
+    check_effects(runs[1:2], {"momentum": 0.9})
+    uncropped = resolve("sgd", "digits", {"augment": "none"})
+    check_effects([uncropped, runs[0]], {"augment": ["none", "crop"], "cutout": [0, 3]})
+    with pytest.raises(ValueError, match=r"cutout \[0, 3\] has no effect here"):
+        check_effects([uncropped], {"cutout": [0, 3]})
+    directory = resolve("sgd", "digits", {"data": "photographs", "image_size": 16})
+    check_effects([directory], {"image_size": 16})
 
 
 def test_bounds():
