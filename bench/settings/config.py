@@ -310,7 +310,9 @@ def resolve(method: str | None, recipe: str | None, options: dict[str, Any]) -> 
         adversary, own = split_method(file.config.get("method", "sgd"))
         method, optimizer = adversary or "standard", optimizer or own
     method = method_of(method, optimizer)
-    preset = values_of(method) | file.values(*split_method(method))
+    own = file.values(*split_method(method))
+    own |= {k: str(own[k]) for k in ("eps", "alpha") if own.get(k) is not None}
+    preset = values_of(method) | own
     values = preset | options
     fitting = settings - (USED_BY.keys() - values_of(method).keys())
     values = {k: v for k, v in values.items() if k in fitting} | {"method": method}

@@ -12,12 +12,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench.settings.methods import with_relatives
+from bench.settings.methods import ADVERSARIES, OPTIMIZERS, with_relatives
 from bench.spelling import meant
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 PRESETS, STUDIES = RECIPES / "presets", RECIPES / "studies"
-KEYS = {"extends", "source", "published", "note", "config", "methods"}
+KEYS: dict[str, type] = {"extends": str, "note": str, "source": dict, "published": dict,
+                         "config": dict, "methods": dict}  # fmt: skip
+INNER: dict[str, Any] = {"methods": dict, "published": (int, float)}  # of their values
+KINDS = {str: "text", dict: "an object", (int, float): "a number"}
 
 
 @dataclass
@@ -69,10 +72,11 @@ def names_in(folder: Path) -> list[str]:
     return sorted(p.stem for p in folder.glob("*.json"))
 
 
-def load_recipe(name: str) -> Recipe:
+def load_recipe(name: str, extending: tuple[Path, ...] = ()) -> Recipe:
     """Return the recipe of this name, a preset by its short name, or the JSON file at a path.
 
-    Raises ValueError for an unknown name and for a file that is no recipe.
+    extending: the files that extend it. Raises ValueError for an unknown name and for a file that
+    is no recipe.
     """
     places = [RECIPES / f"{name}.json", PRESETS / f"{name}.json", Path(name)]
     path = next((p for p in places if p.suffix == ".json" and p.is_file()), None)
@@ -82,18 +86,13 @@ def load_recipe(name: str) -> Recipe:
             f"unknown recipe or preset {name!r}{meant(name, [*presets, *recipe_names()])}; `python "
             f"-m bench recipes` lists the recipes, the presets are {', '.join(presets)}"
         )
-    try:
-        text = json.loads(path.read_text())
-        odd = sorted(text.keys() - KEYS)
-    except (ValueError, AttributeError) as e:
-        raise ValueError(f"{str(path)!r} is not a recipe ({e}); see bench/recipes/README.md") from e
-    if odd:
-        raise ValueError(
-            f"{str(path)!r} has the unknown keys {odd}{meant(odd[0], KEYS)}; known are "
-            f"{sorted(KEYS)}"
-        )
+    text = read_recipe(path)
+    if path in extending:
+        raise ValueError(f"{str(path)!r} extends itself; name another recipe there")
     config, methods = text.get("config", {}), text.get("methods", {})
-    base = load_recipe(text["extends"]) if "extends" in text else Recipe(name)
+    base = Recipe(name)
+    if "extends" in text:
+        base = load_recipe(text["extends"], (*extending, path))
     inherited = {
         m: {k: v for k, v in values.items() if k not in config}
         for m, values in base.methods.items()
@@ -106,6 +105,39 @@ def load_recipe(name: str) -> Recipe:
         text.get("published", {}),
         base.notes + ([text["note"]] if "note" in text else []),
     )
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """Return what a recipe's file holds. Raises ValueError for a file of another form, and for
+    values of methods that there are not."""
+    try:
+        text = json.loads(path.read_text())
+        odd = sorted(text.keys() - KEYS.keys())
+    except (ValueError, AttributeError) as e:
+        raise ValueError(f"{str(path)!r} is not a recipe ({e}); see bench/recipes/README.md") from e
+    if odd:
+        raise ValueError(
+            f"{str(path)!r} has the unknown keys {odd}{meant(odd[0], KEYS)}; known are "
+            f"{sorted(KEYS)}"
+        )
+    refuse_kinds(text, path)
+    known = (*OPTIMIZERS, *ADVERSARIES)
+    for method in text.get("methods", {}):
+        if method not in known:
+            raise ValueError(f"{str(path)!r} has values for {method!r}{meant(method, known)}; they "
+                             f"are for one of {', '.join(known)}")  # fmt: skip
+    return text
+
+
+def refuse_kinds(text: dict[str, Any], path: Path) -> None:
+    """Raise ValueError for a value of another kind than a recipe's."""
+    outer = [(k, value, KEYS[k]) for k, value in text.items()]
+    inner = [(f"{k}: {name}", value, kind) for k, kind in INNER.items()
+             for name, value in (text[k].items() if isinstance(text.get(k), dict) else ())]
+    for where, value, kind in (*outer, *inner):
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise ValueError(f"{str(path)!r}: {where} must be {KINDS[kind]}, got {value!r}; see "
+                             "bench/recipes/README.md")  # fmt: skip
 
 
 def listing(names: list[str]) -> str:

@@ -185,12 +185,38 @@ def test_a_file_of_ones_own(tmp_path, capsys):
         ("[1]", "not a recipe"),
         ("{", "not a recipe"),
         ('{"extends": "nothing"}', "nothing"),
+        (json.dumps({"extends": str(path)}), "extends itself"),
+        ('{"extends": ["presets/digits"]}', "extends must be text, got ['presets/digits']"),
+        ('{"config": ["lr"]}', "config must be an object, got ['lr']"),
+        ('{"methods": ["sgd"]}', "methods must be an object, got ['sgd']"),
+        ('{"methods": {"sgd": 3}}', "methods: sgd must be an object, got 3"),
+        ('{"methods": {"at_linf": {"eps": "2/255"}}}', "at_linf' (did you mean 'at-linf'?)"),
+        ('{"methods": {"at-linf+sam": {"rho": 0.2}}}', "'at-linf+sam'"),
+        ('{"published": {"natural": "95"}}', "published: natural must be a number, got '95'"),
+        ('{"source": "a paper"}', "source must be an object, got 'a paper'"),
+        ('{"note": ["one"]}', "note must be text, got ['one']"),
+        ('{"methods": {"sgd": {}}, "config": {"method": "at-linf", "eps": 80}}', "above 0.25"),
     ):
         path.write_text(text)
         assert main(["train", "--recipe", str(path), "--out", str(tmp_path / "out")]) == 2
         error = capsys.readouterr().err
         assert said in error and error.count("\n") == 1
     assert [p.name for p in tmp_path.iterdir()] == ["mine.json"]
+
+
+@pytest.mark.parametrize("eps, meant", [(8, 8 / 255), (8.0, None), (0.03, 0.03), (1e-5, 1e-5)])
+def test_a_number_as_eps_is_what_it_is_on_the_command_line(eps, meant, tmp_path):
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps({"methods": {m: {"eps": eps, "alpha": eps}
+                                            for m in ("at-linf", "at-l2")}}))  # fmt: skip
+    for method in ("at-linf", "at-l2"):
+        if meant is None and method == "at-l2":
+            with pytest.raises(ValueError, match="can mean"):
+                resolve(method, str(path), {})
+            continue
+        config = resolve(method, str(path), {})
+        assert config.eps == config.alpha == (8 / 255 if meant is None else meant)
+    assert resolve("at-linf", str(path), {"eps": "4/255"}).eps == 4 / 255
 
 
 def test_presets_are_what_they_were():
