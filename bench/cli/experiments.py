@@ -91,7 +91,7 @@ def combined(methods: list[str], optimizer: str | None) -> list[str]:
 
 def run_compare(options: dict[str, Any]) -> None:
     from bench.experiments.compare import compare
-    from bench.settings.config import check_used, preset_of, resolve
+    from bench.settings.config import check_used, folder_of, preset_of, resolve
     from bench.settings.effects import check_effects
 
     if options["demo"]:
@@ -107,7 +107,7 @@ def run_compare(options: dict[str, Any]) -> None:
     ]
     check_effects(by_seed[0], options)
     evaluation = evaluation_of(by_seed[0][0].data, options)
-    out = options["out"] or Path("runs", preset_of(options))
+    out = options["out"] or folder_of(preset_of(options))
     say_alpha(by_seed[0], options)
     compare(by_seed, evaluation, out, pool, options["rows"], options["download"])
 

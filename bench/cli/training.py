@@ -53,7 +53,7 @@ def train_in(sitting: Any, options: dict[str, Any]) -> None:
 
     from bench.evaluation.evaluate import report
     from bench.experiments.train_and_evaluate import finished, train_and_evaluate
-    from bench.settings.config import check_used, preset_of, resolve
+    from bench.settings.config import check_used, folder_of, preset_of, resolve
     from bench.settings.effects import check_effects
     from bench.settings.recipes import load_recipe
     from bench.training import processes
@@ -64,7 +64,7 @@ def train_in(sitting: Any, options: dict[str, Any]) -> None:
     check_used([config.method], options)
     check_effects([config], options)
     evaluation = evaluation_of(config.data, options)
-    out = options["out"] or Path("runs", preset_of(options), config.name)
+    out = options["out"] or folder_of(preset_of(options)) / config.name
     finished(config, evaluation, out)  # what these two refuse comes before the bar is drawn
     refuse_early(config, out, options["download"])
     quiet = processes.rank() > 0

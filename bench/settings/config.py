@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bench.attacks.notation import form_of, parse_eps, refuse_mixed
@@ -366,6 +367,11 @@ def preset_of(options: dict[str, Any]) -> str:
     by_data = {"digits": "digits", "cifar100": "sam-at-cifar100"}
     default = by_data.get(options.get("data", "digits"), "sam-at-cifar10")
     return recipe or preset or default
+
+
+def folder_of(preset: str) -> Path:
+    """Return where the runs of a recipe or preset go; those of a file of one's own by its name."""
+    return Path("runs", Path(preset).stem if preset.endswith(".json") else preset)
 
 
 def differences(old: dict[str, Any], new: Config) -> str:

@@ -204,6 +204,19 @@ def test_a_file_of_ones_own(tmp_path, capsys):
     assert [p.name for p in tmp_path.iterdir()] == ["mine.json"]
 
 
+@pytest.mark.parametrize("command", ["train --method sgd", "compare --methods sgd --seeds 0"])
+def test_runs_of_a_file_of_ones_own_go_to_runs_by_its_name(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("mine.json").write_text(json.dumps(
+        {"extends": "presets/digits", "config": {"width": 2, "epochs": 1}}
+    ))  # fmt: skip
+    few = ["--n-examples", "9", "--eval-linf", "8", "--eval-l2", "32", "--eval-steps", "1"]
+    words = [*command.split(), *few, "--recipe", str(tmp_path / "mine.json")]
+    assert main(words) == 0
+    assert (tmp_path / "runs/mine/sgd-seed0/summary.json").exists()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["mine.json", "runs"]
+
+
 @pytest.mark.parametrize("eps, meant", [(8, 8 / 255), (8.0, None), (0.03, 0.03), (1e-5, 1e-5)])
 def test_a_number_as_eps_is_what_it_is_on_the_command_line(eps, meant, tmp_path):
     path = tmp_path / "mine.json"
