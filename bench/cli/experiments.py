@@ -16,7 +16,9 @@ COMPARED = ("sgd", "sam", "fsam", "at-linf")
 
 @dataclass(kw_only=True)
 class OfMany(OfRuns):
-    seeds: tuple[int, ...] = setting((0, 1, 2), "a run each", metavar="SEED...")
+    seeds: tuple[int, ...] | None = setting(
+        None, "a run each", default="0 1 2", metavar="SEED..."
+    )
     recipes: tuple[str, ...] | None = setting(
         None, "in place of --methods: published settings, such as 'sam-at/cifar10/*', and JSON "
         "files; ends with `bench report` of --out, beside the papers' numbers",
@@ -31,7 +33,8 @@ class OfCompare(OfMany):
         None, f"of {METHODS}", default=" ".join(COMPARED), metavar="METHOD..."
     )
     demo: bool = setting(
-        False, "a few minutes on two CPU cores: --preset digits --seeds 0 1 --jobs 2 --threads 1"
+        False, "a few minutes on two CPU cores: --preset digits, and --seeds 0 1 --jobs 2 "
+        "--threads 1 unless given",
     )
     out: Path | None = setting(None, "the runs' directory", default="runs/PRESET", metavar="DIR")
 
@@ -86,7 +89,24 @@ def combined(methods: list[str], optimizer: str | None) -> list[str]:
         raise ValueError(
             f"optimizer {optimizer!r} has no effect on {', '.join(methods)}, which name theirs"
         )
-    return [method_of(m, optimizer if m in open_ones else None) for m in methods]
+    named = [method_of(m, optimizer if m in open_ones else None) for m in methods]
+    return list(dict.fromkeys(named))
+
+
+def of_demo(options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options with the demo's where they are not given. Raises ValueError for settings
+    of another name than the demo's."""
+    for name in ("recipes", "recipe", "preset"):
+        if options[name]:
+            raise ValueError(f"--demo is --preset digits, and --{name} asks for other settings; "
+                             "leave one of the two out")  # fmt: skip
+    jobs = {} if {"devices", "ray"} & options.keys() else {"jobs": 2}
+    given = {k: value for k, value in options.items() if value is not None}
+    return options | {"preset": "digits", "seeds": [0, 1], "threads": 1} | jobs | given
+
+
+def with_seeds(options: dict[str, Any]) -> dict[str, Any]:
+    return options if options["seeds"] else options | {"seeds": [0, 1, 2]}
 
 
 def run_compare(options: dict[str, Any]) -> None:
@@ -94,8 +114,7 @@ def run_compare(options: dict[str, Any]) -> None:
     from bench.settings.config import check_used, folder_of, preset_of, resolve
     from bench.settings.effects import check_effects
 
-    if options["demo"]:
-        options |= {"preset": "digits", "seeds": [0, 1], "jobs": 2, "threads": 1}
+    options = with_seeds(of_demo(options) if options["demo"] else options)
     pool = pool_of(options)
     if options["recipes"]:
         return compare_recipes(options, {}, pool)
@@ -132,6 +151,7 @@ def run_sweep(options: dict[str, Any]) -> None:
     from bench.experiments.sweep import parse_grid, runs_of, sweep
     from bench.settings.config import preset_of
 
+    options = with_seeds(options)
     grid, pool = parse_grid(options["grid"], options), pool_of(options)
     if options["recipes"]:
         return compare_recipes(options, grid, pool)

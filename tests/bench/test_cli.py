@@ -60,6 +60,20 @@ def test_compare_leaves_summary_table_plots_and_rows(tmp_path, capsys):
     assert len(rows_path.read_text().splitlines()) == 6, "the same rows again"
 
 
+def test_the_demo_leaves_what_is_given_and_a_method_named_twice_is_one(tmp_path, capsys):
+    out = tmp_path / "out"
+    words = ["--methods", "sgd", "sgd", "--seeds", "3", "--jobs", "1", "--eval-on", "held-out"]
+    assert main(["compare", "--demo", *TINY, *words, "--out", str(out)]) == 0
+    (row,) = json.loads((out / "summary.json").read_text())
+    assert row["seeds"] == [3] and row["config"]["threads"] == 1
+    assert sorted(p.name for p in out.glob("*seed*")) == ["sgd-seed3"]
+    assert "Accuracy in % on 144 images held out of the training images of digits" in capsys.readouterr().out
+    for words in (["--preset", "cifar-fast"], ["--recipe", "sam-at/cifar10/st"],
+                  ["--recipes", "sam-at/cifar10/st"]):  # fmt: skip
+        assert main(["compare", "--demo", *words]) == 2
+        assert f"--demo is --preset digits, and {words[0]} asks" in capsys.readouterr().err
+
+
 def test_a_combination_of_everything(tmp_path):
     command = ["--method", "at-linf", "--optimizer", "sam", "--attack-steps", "1", "--awp-gamma",
                "0.01", "--label-noise", "0.3", "--noise-kind", "true", "--val", "0", "--padding",

@@ -491,6 +491,10 @@ def test_the_caption_tells_all_that_differs_between_methods():
     assert said["SAM"] == "rho 0.1, epochs 200, lr 0.05, weight_decay 0.001"
     assert all(x in said["Friendly-SAM"] for x in ("epochs 200", "lr 0.2", "sigma 1.0"))
     assert "resnet18, width 64, last checkpoint" in text and "8/255 (0.0314)" in text
+    assert text.startswith("Test accuracy in % on 10 images of cifar10, resnet18")
+    other = caption([row | {"evaluation": row["evaluation"] | {"on": "test", "data": "elsewhere"}}
+                     for row in rows])  # fmt: skip
+    assert other.startswith("Test accuracy in % on 10 images of elsewhere, after training on those of cifar10, resnet18")
     alike = caption([row | {"config": row["config"] | {"epochs": 5}} for row in rows])
     assert "width 64, 5 epochs, last checkpoint" in alike and "epochs" not in alike.splitlines()[1]
 

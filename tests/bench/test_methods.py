@@ -278,12 +278,12 @@ def test_awp_steps_from_weights_moved_layer_by_layer_and_moves_them_back(method)
 
 def test_awp_waits_for_its_first_epoch(tmp_path):
     plain, late, early = (
-        train(tiny("at-linf", attack_steps=1, **awp), tmp_path / name).model.state_dict()
-        for name, awp in (("plain", {}), ("late", {"awp_gamma": 0.01, "awp_warmup": 2}),
-                          ("early", {"awp_gamma": 0.01, "awp_warmup": 1}))
+        [row["train_loss"] for row in train(tiny("at-linf", attack_steps=1, **awp),
+                                            tmp_path / name).history]
+        for name, awp in (("plain", {}), ("late", {"awp_gamma": 0.01, "awp_warmup": 1}),
+                          ("early", {"awp_gamma": 0.01}))
     )  # fmt: skip
-    assert all(torch.equal(plain[k], late[k]) for k in plain)
-    assert not all(torch.equal(plain[k], early[k]) for k in plain)
+    assert plain[0] == late[0] != early[0] and plain[1] != late[1]
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sam", "fsam"])
@@ -303,7 +303,7 @@ def test_adamw_is_the_base_where_asked(optimizer):
 
 def test_every_optimizer_has_a_builder():
     for optimizer in OPTIMIZERS:
-        run = set_up(tiny(optimizer))
+        run = set_up(tiny(optimizer, epochs=4))
         assert type(run.opt).__module__.startswith("fastsam" if run.config.rho else "torch")
 
 
