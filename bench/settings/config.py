@@ -377,9 +377,10 @@ def folder_of(preset: str) -> Path:
 def differences(old: dict[str, Any], new: Config) -> str:
     """Return "lr 0.1 -> 0.05, ..." for the fields in which a stored config differs, or "".
 
-    A config that was stored before a field existed has that field's default.
+    A config that was stored before a field existed has that field's default. The number of workers
+    changes no bit and may differ.
     """
     now, defaults = asdict(new), {f.name: f.default for f in fields(Config) if f.name != "method"}
     old = defaults | old
-    keys = [k for k in now | old if old.get(k) != now.get(k)]
+    keys = [k for k in now | old if old.get(k) != now.get(k) and k != "workers"]
     return ", ".join(f"{k} {old.get(k)!r} -> {now.get(k)!r}" for k in keys)

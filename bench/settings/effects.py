@@ -30,11 +30,11 @@ NEEDED: dict[str, Needed] = {
 
 def check_effects(configs: Iterable[Config], options: dict[str, Any]) -> None:
     """Raise ValueError for an option of the command line that changes none of the runs, unless it
-    says what its setting is anyway. options: by the settings' names; a grid's hold lists."""
+    says what its setting is anyway, or 0. options: by the settings' names; a grid's hold lists."""
     configs = list(configs)
     for name in options.keys() & NEEDED.keys():
         value, (needed, has) = options[name], NEEDED[name]
-        usual = SETTINGS[name].value
-        if value not in (usual, [usual]) and not any(map(has, configs)):
+        values, usual = value if isinstance(value, list) else [value], SETTINGS[name].value
+        if any(v not in (usual, 0) for v in values) and not any(map(has, configs)):
             raise ValueError(f"{name} {value!r} has no effect here: it needs {needed}; leave it "
                              "out, or add that")  # fmt: skip

@@ -249,7 +249,7 @@ def test_an_option_is_taken_that_changes_one_of_the_runs_or_nothing_at_all():
     runs = [resolve(method, "digits", {}) for method in ("sgd", "adamw", "sam", "at-linf")]
     given = {"momentum": 0.5, "second_bn": "moving", "attack_bn": "train", "pad": 2}
     check_effects(runs, given)
-    check_effects(runs[:1], {"cutout": 0, "workers": None, "awp_warmup": 0, "momentum": 0.1})
+    check_effects(runs[:1], {"cutout": 0, "workers": 0, "awp_warmup": 0, "momentum": 0.1})
     check_effects(runs[1:2], {"momentum": 0.9})
     uncropped = resolve("sgd", "digits", {"augment": "none"})
     check_effects([uncropped, runs[0]], {"augment": ["none", "crop"], "cutout": [0, 3]})
