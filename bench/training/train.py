@@ -68,7 +68,7 @@ def set_up(config: Config, download: bool = False) -> Run:
     if config.channels_last:
         model = model.to(memory_format=torch.channels_last)
     steps = math.ceil(len(data.train) / config.batch_size)
-    refuse_empty_shares(len(data.train) // steps, len(data.val))
+    refuse_empty_shares(len(data.train) // steps, len(data.val), config.micro)
     opt = build_optimizer(config, model, steps)
     net = processes.replicated(model, config.sync_bn)
     scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
@@ -92,9 +92,9 @@ def fit_to(model: nn.Module, data: Data) -> None:
         model[1].whitening.fit(model[0](x.cpu()))
 
 
-def refuse_empty_shares(smallest: int, held_out: int) -> None:
+def refuse_empty_shares(smallest: int, held_out: int, micro: int = 1) -> None:
     """Raise ValueError where a process would have no image of the smallest batch, or none of those
-    held out."""
+    held out, or fewer of the batch than `micro` parts."""
     counts = (("a batch", smallest, "--batch-size"), ("validation", held_out, "--val"))
     for what, n, option in counts:
         if 0 < n < processes.processes():
@@ -102,6 +102,9 @@ def refuse_empty_shares(smallest: int, held_out: int) -> None:
                 f"{what} has {n} images for {processes.processes()} processes; raise {option}, or "
                 "lower torchrun's --nproc-per-node"
             )
+    if (mine := smallest // processes.processes()) < micro:
+        raise ValueError(f"micro {micro} parts are more than the {mine} images of a batch in a "
+                         "process; lower --micro, or raise --batch-size")  # fmt: skip
 
 
 def augmentation_of(config: Config) -> Augmentation | None:
@@ -173,8 +176,7 @@ def train_epoch(run: Run, epoch: int, out: Path, sitting: Sitting) -> dict[str, 
     Sums stay on the device until its end. Writes last.pt when it is due. Raises Stopped and
     Diverged.
     """
-    config, n = run.config, len(run.data.train)
-    here = Position(run, epoch)
+    config, here = run.config, Position(run, epoch)
     if run.position is not None:
         here.load_state_dict(run.position)
         run.position = None
@@ -198,6 +200,8 @@ def train_epoch(run: Run, epoch: int, out: Path, sitting: Sitting) -> dict[str, 
         here.sums += torch.stack([loss * len(y), (answers(logits) == y).sum()])
         here.done = i + 1
         if here.done < steps and (demand := sitting.demand(run.device, here.done)):
+            if processes.highest(len(lost_in(run)), run.device):
+                break  # nothing to save; the epoch's end says so
             here.seconds += time.perf_counter() - start
             save(run, out, here.state_dict())
             if demand == STOP:
@@ -205,6 +209,7 @@ def train_epoch(run: Run, epoch: int, out: Path, sitting: Sitting) -> dict[str, 
             sitting.saved, start = time.monotonic(), time.perf_counter()
     loss_sum, right = processes.total(here.sums).tolist()
     seconds = here.seconds + time.perf_counter() - start
+    n = sum(map(len, here.batches[: here.done]))
     row = {
         "epoch": epoch,
         "lr": run.opt.param_groups[0]["lr"],
@@ -288,14 +293,20 @@ def note_place(run: Run) -> None:
         run.trained.append({"epoch": len(run.history), **now})
 
 
+def lost_in(run: Run) -> list[str]:
+    """Return the names of the weights and statistics that are not finite."""
+    return [name for name, t in run.model.state_dict().items()
+            if t.is_floating_point() and not t.isfinite().all()]  # fmt: skip
+
+
 def refuse_divergence(run: Run, row: dict[str, Any], loss: Tensor, out: Path) -> None:
     """Raise Diverged after an epoch that ended with weights or a loss that are not finite, with its
     row in metrics.jsonl; last.pt stays what it was. Warn where a loss on the way was not.
 
     loss: the last step's.
     """
-    tensors = [t for t in run.model.state_dict().values() if t.is_floating_point()]
-    lost = sum(not t.isfinite().all() for t in tensors)
+    lost = len(lost_in(run))
+    tensors = sum(t.is_floating_point() for t in run.model.state_dict().values())
     where = f"epoch {row['epoch'] + 1} of {run.config.name}"
     if not processes.highest(int(lost > 0 or not loss.isfinite()), run.device):
         if not math.isfinite(row["train_loss"]):
@@ -304,7 +315,7 @@ def refuse_divergence(run: Run, row: dict[str, Any], loss: Tensor, out: Path) ->
     if processes.rank() == 0:
         write_jsonl(out / "metrics.jsonl", [*run.history, row])
     raise Diverged(
-        f"the training diverged in {where}: the loss is {loss:g} and {lost} of {len(tensors)} "
+        f"the training diverged in {where}: the loss is {loss:g} and {lost} of {tensors} "
         f"tensors of weights are not finite; lower lr ({run.config.lr:g}) or what else drives it, "
         f"and choose another --out than {str(out)!r}"
     )

@@ -144,6 +144,7 @@ def test_evaluate_repeats_the_summary(tmp_path, capsys):
         (["--lr", "nan"], "nan"),
         (["--batch-size", "0"], "0"),
         (["--pad", "8"], "8"),
+        (["--method", "sam-micro", "--micro", "62"], "micro 62 parts are more than the 61 images"),
         (["--val", "1.5"], "1.5"),
         (["--seed", "-1"], "-1"),
     ],

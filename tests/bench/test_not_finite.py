@@ -20,6 +20,8 @@ from bench.settings.evaluation import resolve_evaluation
 from bench.training.adversarial import watch_single_step
 from bench.training.checkpoint import load_checkpoint, save_checkpoint
 from bench.training.diverged import DIVERGED, Diverged
+from bench.training.session import Sitting
+from bench.training.stopped import Stopped
 from bench.training.train import set_up, train
 
 from ..helpers.trained import digits, held_out, model
@@ -232,6 +234,23 @@ def test_what_was_trained_before_it_diverged_stays(tmp_path, monkeypatch):
     assert kept["epoch"] == 0 and all(t.isfinite().all() for t in kept["model"].values())
     rows = [strict(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["epoch"] for row in rows] == [0, 1] and rows[1]["train_loss"] is None
+
+
+@pytest.mark.parametrize("budget", [None, 0])
+def test_no_checkpoint_within_an_epoch_is_of_weights_that_are_lost(budget, tmp_path, monkeypatch):
+    """Saved after every step; the fourth of six loses the weights."""
+    monkeypatch.setattr("bench.training.train.lr_at",
+                        lambda config, epoch, i, steps: math.inf if i == 3 else 0.05)
+    config = resolve("sgd", "digits", {"width": 4, "epochs": 1, "threads": 1, "batch_size": 256})
+    for _ in range(4 if budget == 0 else 1):
+        with pytest.raises((Diverged, Stopped)) as ended:
+            train(config, tmp_path, sitting=Sitting(save_every=0, time_budget=budget))
+    assert ended.type is Diverged and "in epoch 1 of sgd-seed0" in str(ended.value)
+    kept = load_checkpoint(tmp_path / "last.pt")
+    assert kept["position"]["done"] == 3
+    assert all(t.isfinite().all() for t in kept["model"].values())
+    (row,) = (strict(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert row["epoch"] == 0 and 0 <= row["train_acc"] <= 1
 
 
 def test_a_loss_that_was_lost_on_the_way_is_warned_of(tmp_path, monkeypatch):
