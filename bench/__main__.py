@@ -19,6 +19,14 @@ COMMANDS = {
 PIPE_CLOSED, INTERRUPTED = 128 + signal.SIGPIPE, 128 + signal.SIGINT  # as shells have it
 
 
+def open_closed_output() -> None:
+    """Let output that is closed from the start, as by >&-, go nowhere: without it Python has no
+    stdout, and a checkpoint could be opened in its place."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))
+
+
 def parsed(words: list[str]) -> tuple[Command, dict[str, Any]]:
     try:
         return parse(COMMANDS, words)
@@ -31,6 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     the input that cannot be used, DIVERGED (3) after one about the training that did, 143 after
     SIGTERM, 130 after Ctrl-C, or 141 where nobody reads the output."""
 
+    open_closed_output()
     try:
         command, given = parsed(sys.argv[1:] if argv is None else argv)
         if "TORCHELASTIC_RUN_ID" in os.environ and command.name != "train":

@@ -118,7 +118,7 @@ def load_data(
         given = noisy(clean, len(classes), label_noise, noise_kind, seed)
         train, wrong = replace(train, labels=given), int((given != clean).sum())
         digest = hashlib.sha256(digest.encode() + given.numpy().tobytes()).hexdigest()
-    kept, held_out = stratified(train.labels, val, seed, classes, "lower --val")
+    kept, held_out = stratified(train.labels, val, seed, classes, "give another --val, or 0")
     parts = train.take(kept), train.take(held_out), test
     mean, std = constants(name, normalisation, parts[0])
     return Data(*parts, classes, mean, std, digest, wrong, test_digest)

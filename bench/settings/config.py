@@ -193,8 +193,8 @@ class Config:
         bounds="[0, inf)", told=True,
     )
     awp_warmup: int = setting(0, "epochs before it", bounds="[0, inf)")
-    seed: int = setting(0, "of weights, order, augmentation and attacks", bounds="[0, inf)",
-                        machine=True)
+    seed: int = setting(0, "of weights, order, augmentation and attacks", bounds="[0, 4294967296)",
+                        machine=True)  # scikit-learn, which holds images out, takes 32 bits
     device: str = setting("cpu", "cpu, cuda, cuda:1, ...", machine=True)
     amp: str = setting(
         "off", "of training; evaluation is always float32",

@@ -146,7 +146,10 @@ def test_evaluate_repeats_the_summary(tmp_path, capsys):
         (["--pad", "8"], "8"),
         (["--method", "sam-micro", "--micro", "62"], "micro 62 parts are more than the 61 images"),
         (["--val", "1.5"], "1.5"),
+        (["--val", "0.0001"], "give another --val"),
         (["--seed", "-1"], "-1"),
+        (["--seed", "4294967296"], "seed must be in [0, 4294967296), got 4294967296"),
+        (["--seed", "1" + "0" * 20, "--val", "0"], "seed must be in"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

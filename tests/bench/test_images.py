@@ -430,7 +430,7 @@ def test_a_class_of_one_image_is_named(lazily, tmp_path):
     (tmp_path / "one").rename(both / "train")
     folder_of(both / "test", ("x", "y", "z"), 2)
     assert load_data(str(both), 0, 0, lazily=lazily).train.labels.bincount().tolist() == [6, 1, 6]
-    with pytest.raises(ValueError, match="'y'; add images of it, or lower --val"):
+    with pytest.raises(ValueError, match="'y'; add images of it, or give another --val, or 0"):
         load_data(str(both), 0.2, 0, lazily=lazily)
 
 

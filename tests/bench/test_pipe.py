@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import subprocess
 import sys
 import threading
 
@@ -10,6 +11,7 @@ import pytest
 from bench.__main__ import main
 from bench.provenance import ROOT
 from bench.reports import runs
+from bench.training.checkpoint import load_checkpoint
 
 from ..helpers.survive import SMALL
 
@@ -88,3 +90,12 @@ def test_a_reader_who_leaves_in_mid_report(arguments, tmp_path, monkeypatch, cap
     assert capsys.readouterr().err == ""
     if more:
         assert (tmp_path / "out" / "report.html").exists()
+
+
+@pytest.mark.parametrize("closed", ["", ">&-", ">&- 2>&-"])
+def test_output_that_is_closed_from_the_start_ends_nothing(closed, trained):
+    command = f"{sys.executable} -m bench train {' '.join(TINY)} --out {trained} {closed}"
+    done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert ("natural" in done.stdout) == (closed == "")
+    assert load_checkpoint(trained / "last.pt")
