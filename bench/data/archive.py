@@ -18,7 +18,7 @@ def unpack(archive: Path, out: Path) -> dict[str, int]:
     file that is no such archive or that names places outside it.
     """
     if out.exists():
-        raise ValueError(f"{str(out)!r} is there already; remove it, or choose another --out")
+        raise ValueError(f"{str(out)!r} is there already; remove it, or choose another directory")
     tmp = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(tmp, ignore_errors=True)
     tmp.mkdir(parents=True)
