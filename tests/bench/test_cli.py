@@ -67,7 +67,8 @@ def test_the_demo_leaves_what_is_given_and_a_method_named_twice_is_one(tmp_path,
     (row,) = json.loads((out / "summary.json").read_text())
     assert row["seeds"] == [3] and row["config"]["threads"] == 1
     assert sorted(p.name for p in out.glob("*seed*")) == ["sgd-seed3"]
-    assert "Accuracy in % on 144 images held out of the training images of digits" in capsys.readouterr().out
+    on = "on 144 images held out of the training images of digits"
+    assert f"Accuracy in % {on}" in capsys.readouterr().out
     for words in (["--preset", "cifar-fast"], ["--recipe", "sam-at/cifar10/st"],
                   ["--recipes", "sam-at/cifar10/st"]):  # fmt: skip
         assert main(["compare", "--demo", *words]) == 2

@@ -494,7 +494,8 @@ def test_the_caption_tells_all_that_differs_between_methods():
     assert text.startswith("Test accuracy in % on 10 images of cifar10, resnet18")
     other = caption([row | {"evaluation": row["evaluation"] | {"on": "test", "data": "elsewhere"}}
                      for row in rows])  # fmt: skip
-    assert other.startswith("Test accuracy in % on 10 images of elsewhere, after training on those of cifar10, resnet18")
+    assert other.startswith("Test accuracy in % on 10 images of elsewhere, after training on those "
+                            "of cifar10, resnet18")
     alike = caption([row | {"config": row["config"] | {"epochs": 5}} for row in rows])
     assert "width 64, 5 epochs, last checkpoint" in alike and "epochs" not in alike.splitlines()[1]
 
