@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo as untraced
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from typing_extensions import Self
 
@@ -234,6 +235,7 @@ class SAM(Optimizer):
 
     # ---- what others may have changed
 
+    @untraced
     def _follow(self) -> Layout:
         """The layout of the parameters and values as they are now (see `following.follow`)."""
         if self._traits.base:
@@ -261,6 +263,7 @@ class SAM(Optimizer):
 
     # ---- the step
 
+    @untraced
     @torch.no_grad()
     def first_step(self, zero_grad: bool = False, scaler: Any = None) -> None:
         """Climb from w to w + e with the gradients in `.grad`, and save w.
@@ -401,6 +404,7 @@ class SAM(Optimizer):
                              "one, call first_step and second_step")
         return loss
 
+    @untraced
     @torch.no_grad()
     def _base_step(self) -> None:
         """Return to w if perturbed, then update."""
@@ -448,6 +452,7 @@ class SAM(Optimizer):
 
     # ---- several first passes for one step
 
+    @untraced
     def stash_grad(self) -> None:
         """Return to w and set the gradients in `.grad` aside, added to those already set aside.
 
@@ -459,6 +464,7 @@ class SAM(Optimizer):
         with restoring(self.restore):
             micro_batches.stash(self._phase, params_of(self._join_containers()), self._go_back)
 
+    @untraced
     def unstash_grad(self) -> None:
         """Put the sums of the gradients set aside into `.grad`, in place of what is there.
 
@@ -487,6 +493,7 @@ class SAM(Optimizer):
             yield
         self._phase.group = group
 
+    @untraced
     @torch.no_grad()
     def restore(self) -> None:
         """Go back to w, bit for bit, without an update: give the step up, and with it what

@@ -19,7 +19,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim import SGD, AdamW
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from fastsam import GSAM, SAM, FriendlySAM, LookSAM, freeze_bn_stats
+from fastsam import GSAM, SAM, FriendlySAM, FullGradientSAM, LookSAM, freeze_bn_stats
 
 from .recipes_support import (
     PAGES,
@@ -363,6 +363,62 @@ def test_torch_compile(run):
         return counted["unique_graphs"] - before
 
     assert [both_passes(64), both_passes(30)] == [2, 4]
+
+
+@pytest.mark.parametrize("cls, calls, backend", [
+    (FriendlySAM, "closure", "numba"), (SAM, "plain steps between", "reference"),
+    (FullGradientSAM, "both steps", "numba")])
+def test_of_a_compiled_training_step_only_the_forward_passes_are_compiled(
+        run, cls, calls, backend):
+    pytest.importorskip({"numba": "numba"}.get(backend, "torch"))
+    torch._dynamo.reset()
+    page, graphs = run("torch-compile"), []
+    frames = torch._dynamo.utils.counters["frames"]
+
+    def kept(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    def train(compiled):
+        model, own = page.network(), {"part": "full"} if cls is FullGradientSAM else {}
+        opt = cls(model.parameters(), SGD, **own, rho=0.05, lr=0.1, momentum=0.9, backend=backend,
+                  interval=1 + (calls == "plain steps between"))
+        if own:
+            opt.set_full_gradient([torch.ones_like(p) for p in model.parameters()])
+        schedule, seen = CosineAnnealingLR(opt, 20), []
+
+        def gradient(x, y):
+            loss = cross_entropy(model(x), y)
+            loss.backward()
+            return loss
+
+        def both(x, y):
+            gradient(x, y)
+            if opt.climbs_next:
+                opt.first_step(zero_grad=True)
+                with freeze_bn_stats(model):
+                    gradient(x, y)
+            opt.step()
+            opt.zero_grad()
+
+        def closed(x, y):
+            opt.step(lambda: gradient(x, y))
+
+        step = closed if calls == "closure" else both
+        if compiled:
+            step = torch.compile(step, backend=kept)
+        for batch in page.batches * 3:
+            step(*batch)
+            schedule.step()
+            seen.append(sum(frames.values()))
+        return model, seen
+
+    (plain, _), (model, seen) = train(False), train(True)
+    computing = [graph.code for graph in graphs
+                 if any(node.op.startswith("call") for node in graph.graph.nodes)]
+    assert computing and all("linear" in code for code in computing)
+    assert seen[4] == seen[-1]  # nothing is compiled anew
+    assert all(map(torch.equal, model.state_dict().values(), plain.state_dict().values()))
 
 
 def test_lightning(run):
