@@ -97,7 +97,7 @@ class GraphedStep:
 
         Raises:
             ValueError: a batch of other shapes or dtypes than the sample's, or of another number of
-                tensors; on a GPU, step hooks of the optimizer.
+                tensors; on a GPU, an optimizer that has left the kernels, or has step hooks.
             PhaseError: while perturbed, or with gradients set aside.
         """
         self.optimizer._phase.need(False, "GraphedStep")
@@ -123,6 +123,7 @@ class GraphedStep:
         refuse_step_hooks(self.optimizer)
         climbs = self.optimizer.climbs_next
         if self._structure() != self._built_for:
+            refuse_uncapturable(self.optimizer)
             self._graphs.clear()
             self._layers = [*self.model.modules()]  # a walk that is too long for every call
             self._built_for = self._structure()

@@ -23,8 +23,9 @@ from fastsam import (
     MomentumSAM,
     PhaseError,
     freeze_bn_stats,
+    graph,
 )
-from fastsam.graph import refuse_uncapturable, set_counts, state_of
+from fastsam.graph import refuse_step_hooks, refuse_uncapturable, set_counts, state_of
 from fastsam.passes import Climb
 from fastsam.space import upload
 
@@ -357,6 +358,7 @@ def graphed(monkeypatch):
         return pretended.step
 
     monkeypatch.setattr(torch, "autocast", lambda *how, **more: nullcontext())
+    monkeypatch.setattr(graph, "refuse_uncapturable", refuse_step_hooks)
     return make
 
 
@@ -540,6 +542,22 @@ def test_an_eager_step_between_replays_leaves_a_graphs_tables_alone():
     assert held.all() and not opt.is_perturbed
     plain_step(net, opt, *batch(1, "cpu"))
     assert torch.equal(tables[0].g1, held)
+
+
+def test_what_leaves_the_kernels_is_refused_before_another_capture(graphed, monkeypatch):
+    """Such as a group of float64, with which all of the optimizer goes by the reference."""
+    net = network("cpu")
+    opt = reference(net.parameters())
+    step = graphed(net, opt)
+    step(*batch(0, "cpu"))
+    monkeypatch.setattr(graph, "refuse_uncapturable", refuse_uncapturable)
+    step(*batch(0, "cpu"))
+    opt.add_param_group({"params": [nn.Parameter(torch.ones(2, dtype=torch.float64))]})
+    w = bits(net)
+    with pytest.raises(ValueError, match="learning rate would stay in a graph"):
+        step(*batch(0, "cpu"))
+    assert_bits(net, w)
+    assert Pretended.captures == 1
 
 
 def test_what_a_graph_cannot_hold_is_refused():
