@@ -391,6 +391,7 @@ class FullGradientSAM(SAM):
             loss: called with each batch; returns (mean loss of the batch, number of examples).
 
         Raises:
+            TypeError: a loss that returns something else.
             ValueError: no batches.
             PhaseError: while perturbed.
         """
@@ -407,7 +408,7 @@ class FullGradientSAM(SAM):
         total, sums = 0, dict[Tensor, Tensor]()
         for batch in batches:
             with torch.enable_grad():
-                mean, n = loss(batch)
+                mean, n = mean_and_number(loss(batch))
                 mean.backward()
             total += n
             params = params_of(self._join_containers())
@@ -421,3 +422,11 @@ class FullGradientSAM(SAM):
             raise ValueError("batches is empty: give an iterable that can be walked again")
         return [sums[p] / total if p in sums else None
                 for p in params_of(self._join_containers())]
+
+
+def mean_and_number(returned: Any) -> tuple[Tensor, int]:
+    """What a loss returned to `measure_full_gradient`. TypeError: it is no such pair."""
+    if not (isinstance(returned, (tuple, list)) and len(returned) == 2):
+        raise TypeError(f"loss returned a {type(returned).__name__}: return (mean loss, number of "
+                        "examples) of the batch")
+    return returned[0], returned[1]

@@ -680,6 +680,9 @@ def test_the_measured_full_gradient_is_that_of_the_mean_loss_over_all_examples(d
     assert_bits(net, w)
     with pytest.raises(ValueError, match="batches is empty"):
         opt.measure_full_gradient([], lambda b: None)
+    for loss in (lambda b: net(b[0]).mean(), lambda b: (net(b[0]).mean(), 12, 3), lambda b: None):
+        with pytest.raises(TypeError, match=r"loss returned a .*\(mean loss, number of examples\)"):
+            opt.measure_full_gradient(batches, loss)
 
 
 @pytest.mark.parametrize("dtype, g, n", [(torch.bfloat16, 1.0, 1), (torch.float16, 100.0, 1000)])
