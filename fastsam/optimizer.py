@@ -610,9 +610,10 @@ class SAM(Optimizer):
     def memory_report(self) -> dict[str, int]:
         """Bytes that the optimizer keeps between steps, by buffer: the saved weights (`backup`;
         the masters, where there are), F-SAM's average, the full or a kept gradient, LookSAM's g_v
-        (`ema`), the fused base's buffers (`base`), tables and sums (`other`). The state of a base
-        optimizer that is not fused is not counted."""
-        return reports.memory(self._follow().spaces)
+        (`ema`), the fused base's buffers (`base`), tables and sums (`other`; numba's sums, 24 bytes
+        a tensor or 16,384 elements, are not in it). The state of a base optimizer that
+        is not fused is not counted."""
+        return reports.memory(self._follow())
 
     def __repr__(self) -> str:
         self._join_containers()

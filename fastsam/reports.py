@@ -1,12 +1,10 @@
 """What an optimizer tells of itself."""
 
-from collections.abc import Sequence
 from typing import Any
 
 from torch.optim import Optimizer
 
 from .layout import Layout, Traits
-from .space import Space
 
 
 def backend(layout: Layout, traits: Traits) -> dict[str, Any]:
@@ -17,16 +15,16 @@ def backend(layout: Layout, traits: Traits) -> dict[str, Any]:
     return {**layout.report, "fused_base": traits.base is not None, "spaces": spaces}
 
 
-def memory(spaces: Sequence[Space]) -> dict[str, int]:
+def memory(layout: Layout) -> dict[str, int]:
     """See `SAM.memory_report`."""
     report = dict.fromkeys(("backup", "ema", "base", "other"), 0)
-    for s in spaces:
+    for s, tables in zip(layout.spaces, layout.tables, strict=True):
         for name, t in (("backup", s.saved), ("ema", s.m), ("ema", s.kept), ("base", s.v),
                         ("base", s.u)):
             report[name] += 0 if t is None else t.nbytes
         report["other"] += sum(t.nbytes for t in (
             s.steps, s.partials, s.radii, s.dots, s.control, s.counters, s.hyper, s.scalings,
-            s.layout))
+            s.layout, *s.tables_of_blocks, *tables.columns))
     return report
 
 

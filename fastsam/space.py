@@ -221,6 +221,11 @@ class Space:
             self._blocks[block] = table.to(self.kind.device)
         return self._blocks[block]
 
+    @property
+    def tables_of_blocks(self) -> list[Tensor]:
+        """What `blocks` has made."""
+        return [*self._blocks.values()]
+
     def bring_hyper(self, rows: Sequence[Hyper], brought: list | None) -> list:
         """Bring the groups' hyper-parameters to the device: one copy, only when one changed;
         tensors are copied on the device.
@@ -263,8 +268,9 @@ class Tables:
 
     def __init__(self, space: Space, late: bool = False):
         self.late, self._held = late, dict[str, list[int]]()
-        columns = torch.zeros(4, len(space.slots), dtype=torch.int64, device=space.kind.device)
-        self.w, self.g1, self.g2, self.part = columns
+        self.columns = torch.zeros(4, len(space.slots), dtype=torch.int64,
+                                   device=space.kind.device)
+        self.w, self.g1, self.g2, self.part = self.columns
 
     def bring(self, name: str, addresses: list[int]) -> Tensor:
         """The column `name`, holding these addresses: uploaded where they changed."""

@@ -330,6 +330,16 @@ def test_another_base_optimizer_takes_its_own_step(name, base, device):
         assert_bits(net, bits(twin))
 
 
+def test_the_memory_report_counts_every_table_of_a_thousand_tensors():
+    params = [nn.Parameter(torch.ones(1)) for _ in range(1000)]
+    opt = SAM(params, torch.optim.SGD, lr=0.1, backend="reference")
+    other = opt.memory_report()["other"]
+    step_counts, scalings, layout, addresses = 2 * 4, 2 * 4, 3 * 8, 4 * 8
+    assert other - 1000 * (step_counts + scalings + layout + addresses) in range(1, 2**16)
+    opt.spaces[0].blocks(1024)
+    assert opt.memory_report()["other"] == other + 1000 * 2 * 4
+
+
 def test_reports_say_what_runs_and_what_it_keeps(device):
     net = network(device)
     opt = build(net, "fsam", "reference")
