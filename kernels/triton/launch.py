@@ -93,8 +93,8 @@ def launch_ordinarily(kernel, p: Pass, moving: tuple[Tensor | None, ...], others
     programs = max(1, min(len(blocks), PROGRAMS))
     named = dict(blocks=blocks, n_blocks=len(blocks), layout=space.layout, hyper=space.hyper,
                  control=space.control, TYPE=TYPES[kind.dtype], G_TYPE=TYPES[p.g_dtype], **others)
-    arch = 0 if INTERPRETED else driver.active.get_current_target().arch
     with torch.cuda.device_of(space.partials):
+        arch = 0 if INTERPRETED else driver.active.get_current_target().arch
         compiled = kernel[(programs,)](*moving, **named, **options(arch))
         if not (CAN_PREPARE and isinstance(compiled, CompiledKernel) and is_plain(kernel)):
             return

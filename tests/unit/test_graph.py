@@ -446,6 +446,22 @@ def test_a_frozen_layer_makes_another_graph_and_stays(graphed):
     assert Pretended.captures == 2 and torch.equal(net.conv.weight, before)
 
 
+def test_a_buffer_or_a_frozen_weight_that_was_replaced_makes_another_graph(graphed):
+    """The old one would go on with their freed memory."""
+    net = network("cpu")
+    net.conv.weight.requires_grad_(False)
+    step = graphed(net, reference([p for p in net.parameters() if p.requires_grad]))
+    step(*batch(0, "cpu"))
+    net.bn.running_mean = torch.ones_like(net.bn.running_mean)
+    step(*batch(1, "cpu"))
+    assert Pretended.captures == 2
+    net.conv.weight.data = net.conv.weight.clone()
+    step(*batch(2, "cpu"))
+    assert Pretended.captures == 3
+    step(*batch(3, "cpu"))
+    assert Pretended.captures == 3
+
+
 def test_the_state_of_a_reordered_parameter_is_shown_in_its_new_order(graphed):
     net = network("cpu")
     opt = reference(net.parameters(), momentum=0.9)
