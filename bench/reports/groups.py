@@ -15,6 +15,7 @@ from bench.files import row_of
 from bench.reports.rows import NEEDED, read_summary
 from bench.reports.statistics import aggregate, spread
 from bench.settings.config import MACHINE, USED_BY, Config, resolve
+from bench.settings.effects import without_effect
 from bench.settings.evaluation import Evaluation, resolve_evaluation
 from bench.settings.methods import ADVERSARIES, OPTIMIZERS, split_method
 from bench.settings.names import method_name
@@ -328,12 +329,16 @@ def command(group: Group) -> str:
 
 def option_words(group: Group) -> list[str]:
     """Return the options of the group's data or recipe, and of what differs from their usual
-    values."""
+    values; none that is without effect, such as a preset's cutout where nothing is cropped: the
+    command would be refused."""
     config, recipe = group.config, known_recipe(group)
     words = ["--recipe", recipe] if recipe else ["--data", config["data"]]
     usual = asdict(resolve(config["method"], recipe, {} if recipe else {"data": config["data"]}))
+    run = Config(**{f.name: config[f.name] for f in fields(Config)})
     for k, value in config.items():
         if k in ("seed", "recipe", "processes") or value is None or value == usual.get(k):
+            continue
+        if without_effect(k, value, [run]):
             continue
         option = "--" + k.replace("_", "-")
         if isinstance(value, bool):

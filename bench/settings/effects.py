@@ -28,13 +28,21 @@ NEEDED: dict[str, Needed] = {
 }  # fmt: skip
 
 
+def without_effect(name: str, value: Any, configs: Iterable[Config]) -> bool:
+    """Return whether an option changes none of the runs, unless it says what its setting is anyway,
+    or 0. value: a grid's is a list."""
+    if name not in NEEDED:
+        return False
+    values, usual = value if isinstance(value, list) else [value], SETTINGS[name].value
+    has = NEEDED[name][1]
+    return any(v not in (usual, 0) for v in values) and not any(map(has, configs))
+
+
 def check_effects(configs: Iterable[Config], options: dict[str, Any]) -> None:
-    """Raise ValueError for an option of the command line that changes none of the runs, unless it
-    says what its setting is anyway, or 0. options: by the settings' names; a grid's hold lists."""
+    """Raise ValueError for an option of the command line that is without effect on all of the runs.
+    options: by the settings' names; a grid's hold lists."""
     configs = list(configs)
-    for name in options.keys() & NEEDED.keys():
-        value, (needed, has) = options[name], NEEDED[name]
-        values, usual = value if isinstance(value, list) else [value], SETTINGS[name].value
-        if any(v not in (usual, 0) for v in values) and not any(map(has, configs)):
-            raise ValueError(f"{name} {value!r} has no effect here: it needs {needed}; leave it "
-                             "out, or add that")  # fmt: skip
+    for name, (needed, _) in NEEDED.items():
+        if name in options and without_effect(name, options[name], configs):
+            raise ValueError(f"{name} {options[name]!r} has no effect here: it needs {needed}; "
+                             "leave it out, or add that")  # fmt: skip

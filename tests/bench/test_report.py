@@ -32,6 +32,7 @@ from bench.reports.groups import (
 from bench.reports.runs import by_rho, csv_of, draw, latex_of, lines_of, notes, titles
 from bench.reports.tables import latex, markdown, tex
 from bench.settings.config import resolve
+from bench.settings.effects import check_effects
 from bench.settings.evaluation import resolve_evaluation
 from bench.settings.names import method_name
 from bench.settings.recipes import load_recipe
@@ -383,6 +384,7 @@ def repeated(text):
     (method,) = options["methods"]
     configs = [resolve(method, options.get("recipe"), own | {"seed": seed})
                for seed in options["seeds"]]  # fmt: skip
+    check_effects(configs, options)
     return configs, evaluation_of(configs[0].data, options)
 
 
@@ -405,6 +407,17 @@ def test_the_command_repeats_the_runs(row, tmp_path):
     (config,), evaluation = repeated(command(group))
     assert json.loads(json.dumps(asdict(config))) == row["config"]
     assert json.dumps(asdict(evaluation)) == json.dumps(row["evaluation"])
+
+
+def test_the_command_has_no_option_that_would_be_refused(tmp_path):
+    """A preset's padding and cutout stay in the config of a run that does not crop."""
+    row = made("adamw", augment="none", padding="zero", cutout=8, pad=0, workers=2, momentum=0.5,
+               second_bn="moving", attack_bn="train")  # fmt: skip
+    (group,) = sections(tmp_path, [row])[0].groups
+    (config,), _ = repeated(command(group))
+    left_out = ("padding", "cutout", "workers", "momentum", "second_bn", "attack_bn")
+    again = json.loads(json.dumps(asdict(config)))
+    assert again | {k: row["config"][k] for k in left_out} == row["config"] != again
 
 
 def test_runs_of_several_processes_are_torchruns(tmp_path):
