@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import shlex
 import subprocess
 import sys
 import threading
@@ -92,10 +93,8 @@ def test_a_reader_who_leaves_in_mid_report(arguments, tmp_path, monkeypatch, cap
         assert (tmp_path / "out" / "report.html").exists()
 
 
-@pytest.mark.parametrize("closed", ["", ">&-", ">&- 2>&-"])
-def test_output_that_is_closed_from_the_start_ends_nothing(closed, trained):
-    command = f"{sys.executable} -m bench train {' '.join(TINY)} --out {trained} {closed}"
-    done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert ("natural" in done.stdout) == (closed == "")
+def test_output_that_is_closed_from_the_start_ends_nothing(trained):
+    words = [sys.executable, "-m", "bench", "train", *TINY, "--out", str(trained)]
+    done = subprocess.run(f"{shlex.join(words)} >&- 2>&-", shell=True, cwd=ROOT)
+    assert done.returncode == 0
     assert load_checkpoint(trained / "last.pt")
