@@ -62,8 +62,8 @@ class GraphedStep:
             raise ValueError(f"optimizer is a {type(optimizer).__name__}: GraphedStep takes an "
                              "optimizer of fastsam")
         if isinstance(sample, Tensor) or not sample or not are_tensors(sample):
-            raise ValueError(f"sample is a {type(sample).__name__} of no tensors for the model and "
-                             "the loss: give those of a batch, such as (x, y)")
+            raise ValueError(f"sample is a {type(sample).__name__}, and has to be the tensors of a "
+                             "batch, for the model and the loss: give them, such as (x, y)")
         self.device = sample[0].device
         if self.device.type == "cuda":
             refuse_uncapturable(optimizer)

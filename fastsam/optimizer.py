@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import torch
 from torch import Tensor
-from torch._compile import _disable_dynamo as untraced
+from torch._compile import _disable_dynamo as untraced  # the public one imports dynamo at once
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from typing_extensions import Self
 
