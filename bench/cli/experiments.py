@@ -97,7 +97,7 @@ def of_demo(options: dict[str, Any]) -> dict[str, Any]:
     """Return the options with the demo's where they are not given. Raises ValueError for settings
     of another name than the demo's."""
     for name in ("recipes", "recipe", "preset"):
-        if options[name]:
+        if options[name] and (name, options[name]) != ("preset", "digits"):
             raise ValueError(f"--demo is --preset digits, and --{name} asks for other settings; "
                              "leave one of the two out")  # fmt: skip
     jobs = {} if {"devices", "ray"} & options.keys() else {"jobs": 2}

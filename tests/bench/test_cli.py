@@ -63,7 +63,8 @@ def test_compare_leaves_summary_table_plots_and_rows(tmp_path, capsys):
 def test_the_demo_leaves_what_is_given_and_a_method_named_twice_is_one(tmp_path, capsys):
     out = tmp_path / "out"
     words = ["--methods", "sgd", "sgd", "--seeds", "3", "--jobs", "1", "--eval-on", "held-out"]
-    assert main(["compare", "--demo", *TINY, *words, "--out", str(out)]) == 0
+    demo = ["compare", "--demo", "--preset", "digits"]
+    assert main([*demo, *TINY, *words, "--out", str(out)]) == 0
     (row,) = json.loads((out / "summary.json").read_text())
     assert row["seeds"] == [3] and row["config"]["threads"] == 1
     assert sorted(p.name for p in out.glob("*seed*")) == ["sgd-seed3"]
