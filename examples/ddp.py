@@ -58,6 +58,7 @@ def main():
     equal = equal_on_all_ranks(model)
     if rank == 0:
         print("all replicas have the same bits" if equal else "REPLICAS DIFFER")
+    dist.barrier()  # over gloo, one that leaves first may abort another that is leaving
     dist.destroy_process_group()
     if not equal:
         raise SystemExit(1)

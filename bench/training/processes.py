@@ -53,6 +53,7 @@ def joined(device: str) -> Iterator[None]:
     dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=WAIT)
     try:
         yield
+        dist.barrier()  # over gloo, one that leaves first may abort another that is leaving
     finally:
         dist.destroy_process_group()
 

@@ -501,6 +501,7 @@ for p, q in zip(model.parameters(), params):
     both = [torch.empty_like(p) for _ in range(2)]
     dist.all_gather(both, p.detach())
     assert torch.equal(*both)
+dist.barrier()  # over gloo, one that leaves first may abort another that is leaving
 dist.destroy_process_group()
 """
 
@@ -543,6 +544,7 @@ weight = model.net.weight.detach()
 both = [torch.empty_like(weight) for _ in range(2)]
 dist.all_gather(both, weight)
 assert torch.equal(*both) and not torch.equal(weight, before)
+dist.barrier()  # over gloo, one that leaves first may abort another that is leaving
 dist.destroy_process_group()
 """
 
