@@ -141,7 +141,7 @@ class GraphedStep:
                   for group in groups for p in group["params"]]
         theirs = [t.data_ptr() for layer in self._layers  # buffers, and what is frozen
                   for tensors in (layer._parameters, layer._buffers)
-                  for t in tensors.values() if t is not None]
+                  for t in tensors.values() if t is not None and not t.requires_grad]
         modes = [layer.training for layer in self._layers]
         return [modes, self.optimizer.spaces, scaled, memory, theirs]
 
