@@ -11,10 +11,14 @@ from fastsam.space import GUARD
 
 from .memory import (
     CHUNK,
+    LINE,
     NUMBERS,
     SIZES,
+    TILE,
     accumulates_in,
+    fence,
     load,
+    put_past_caches,
     rounded,
     scratch,
     store,
@@ -41,10 +45,10 @@ def climb_loop(mode: str | None, kind: str | None, masters: bool, dtype: str, g_
     rounds = W in ("bf16", "f16")
     one, zero, guard = (np.dtype(A).type(x) for x in (1, 0, GUARD))
 
-    @compiled(*tables(dtype), int64, int64, NUMBERS[A], boolean, float64[:, ::1])
+    @compiled(*tables(dtype), int64, int64, NUMBERS[A], boolean, boolean, float64[:, ::1])
     def loop(ticket, blocks, layout, hyper, scalings, control, m_steps, w_table, g_table, saved, m,
-             norm, moves, sums):
-        x, y = scratch(A), scratch(A)
+             norm, moves, past_caches, sums):
+        x, y, z = scratch(A), scratch(A), scratch(A)
         inv_scale = control[INV_SCALE1]
         while True:
             block = len(blocks) - 1 - take(ticket)  # backwards: what the norm read last is near
@@ -64,31 +68,39 @@ def climb_loop(mode: str | None, kind: str | None, masters: bool, dtype: str, g_
                 n = min(CHUNK, end - start)
                 w_at, g_at = w_table[slot] + start * w_size, g_table[slot] + start * g_size
                 saved_at, m_at = saved + (offset + start) * s_size, m + (offset + start) * size
-                for i in range(n):
-                    stored, w = weights(w_at, saved_at, i, masters, W, A)
-                    g = load(g_at, i, "g", G) * inv_scale
-                    d = g
-                    if keeps:
-                        store(m_at, i, g, "m", A)
-                    if has_m:
-                        old_m = load(m_at, i, "m", A)
-                        d, new_m = ascent(g, old_m, sigma, lmbda, ema_share, algorithm1, full)
-                        if averages:
-                            if official:
-                                new_m = g if begins else new_m
-                            store(m_at, i, new_m, "m", A)
-                    if by_w or by_g:
-                        T = scaling(w, g, a, b, by_w, one)
-                        d = T * (T * d)
-                    e = scale * d
-                    store(saved_at, i, w, "saved", S)
-                    store(w_at, i, w + e, "w", W)
-                    length = rounded(w + e, W) - stored
-                    store(x, i, length * length, "x", A)
-                    if rounds:
-                        store(y, i, e * e, "y", A)
+                past = past_caches and not masters and saved_at % LINE == 0
+                tile = TILE if past else n
+                for low in range(0, n, tile):
+                    high = min(n, low + tile)
+                    saved_to = z - low * s_size if past else saved_at
+                    for i in range(low, high):
+                        stored, w = weights(w_at, saved_at, i, masters, W, A)
+                        g = load(g_at, i, "g", G) * inv_scale
+                        d = g
+                        if keeps:
+                            store(m_at, i, g, "m", A)
+                        if has_m:
+                            old_m = load(m_at, i, "m", A)
+                            d, new_m = ascent(g, old_m, sigma, lmbda, ema_share, algorithm1, full)
+                            if averages:
+                                if official:
+                                    new_m = g if begins else new_m
+                                store(m_at, i, new_m, "m", A)
+                        if by_w or by_g:
+                            T = scaling(w, g, a, b, by_w, one)
+                            d = T * (T * d)
+                        e = scale * d
+                        store(saved_to, i, w, "saved", S)
+                        store(w_at, i, w + e, "w", W)
+                        length = rounded(w + e, W) - stored
+                        store(x, i, length * length, "x", A)
+                        if rounds:
+                            store(y, i, e * e, "y", A)
+                    if past:
+                        put_past_caches(saved_at + low * s_size, z, (high - low) * s_size, "saved")
                 part = total(x, n, "x", A)
                 sums[0, block] += part
                 sums[1, block] += total(y, n, "y", A) if rounds else part
+        fence(0)
 
     return loop

@@ -10,6 +10,8 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 CHUNK = 1024  # elements whose squares wait in the first cache to be added up
+LINE = 64  # bytes, of a cache
+TILE = 64  # elements that wait there to be written past the caches: many at once hold up the reads
 LANES = 16  # partial sums, so that adding up in a fixed order is done in vectors
 # Buffers that do not overlap, or where `old` is w, only element by element: so a loop over them
 # may be done in vectors without a look at where they are.
@@ -162,6 +164,44 @@ def total(context, address, n, stream, dtype):
         return result
 
     return float64(address, n, stream, dtype), generate
+
+
+@intrinsic(prefer_literal=True)
+def put_past_caches(context, target, source, n, stream):
+    """n bytes at target, a multiple of LINE, = those at source. They go to the memory at once, and
+    what they replace is not read into a cache. Others see them after a `fence`. Returns n."""
+    def generate(_, builder, signature, args):
+        start, there, count = args[:3]
+        line, byte = ir.VectorType(FULL, LINE // 4), ir.IntType(8)
+
+        def copy(kind: ir.Type, i: ir.Value, align: int) -> ir.Instruction:
+            value = builder.load(locate(builder, there, i, kind), align=align)
+            write = builder.store(value, locate(builder, start, i, kind), align=align)
+            for access in (value, write):
+                part_from_others(builder, access, stream.literal_value)
+            return write
+
+        lines = builder.udiv(count, count.type(LINE))
+        done = builder.mul(lines, count.type(LINE))
+        once = builder.module.add_metadata([FULL(1)])
+        with cgutils.for_range(builder, lines) as loop:
+            copy(line, loop.index, LINE).set_metadata("nontemporal", once)
+        with cgutils.for_range(builder, builder.sub(count, done)) as loop:
+            copy(byte, builder.add(done, loop.index), 1)
+        return count
+
+    return int64(target, source, n, stream), generate
+
+
+@intrinsic
+def fence(context, x):
+    """Let what was written past the caches be seen by all who see what is written later. Returns x.
+    """
+    def generate(_, builder, signature, args):
+        builder.fence("seq_cst")
+        return args[0]
+
+    return x(x), generate
 
 
 @intrinsic

@@ -25,6 +25,9 @@ from .step import step_loop
 from .tables import BLOCK
 
 INLINE = 2**17  # elements: from there on a second thread pays; for each half of it more, another
+# elements of a space, from where on what is not read again within the step, the saved weights and
+# the new ones, is written past the caches, which have no room for it
+PAST_CACHES = 2**22
 NORM, OK, FOUND_INF = (CONTROL.index(c) for c in ("norm", "ok", "found_inf"))
 SKIPPED, MOMENTUM = COUNTERS.index("skipped"), COLUMN["momentum"]
 DTYPES = {torch.float32: "f4", torch.float64: "f8", torch.bfloat16: "bf16", torch.float16: "f16"}
@@ -167,8 +170,8 @@ def climb(p: Pass, sums: Tensor) -> Climb:
     loop = climb_loop(kind.mode, p.scaling, kind.masters, *dtypes(p))
     steps, m, ticket = s.steps.numpy()[0], s.m if s.kept is None else s.kept, np.zeros(1, np.int64)
     try:
-        run(loop, p, f, steps, address(s.saved), address(m), float(total), moves, f.sums,
-            ticket=ticket)
+        run(loop, p, f, steps, address(s.saved), address(m), float(total), moves,
+            s.size >= PAST_CACHES, f.sums, ticket=ticket)
         put(s.radii, f.sums)
         if kind.mode in FRIENDLY:
             steps += p.g_table.numpy() != 0
@@ -216,7 +219,8 @@ def step(p: Pass, climb: Climb | None) -> None:
     if not stepped.all():
         go_back(p, (moved != 0) & ~stepped)
     loop = step_loop(kind.base, p.mix, p.along_v, kind.masters, *dtypes(p))
-    run(loop, p, f, steps, moved, *map(address, (s.saved, s.v, s.u, s.m, s.kept)), f.sums)
+    run(loop, p, f, steps, moved, *map(address, (s.saved, s.v, s.u, s.m, s.kept)),
+        s.size >= PAST_CACHES, f.sums)
     if p.along_v:
         put(s.partials, f.sums)
     if kind.base != "adam":

@@ -5,9 +5,21 @@ from collections.abc import Callable
 from functools import lru_cache
 
 import numpy as np
-from numba import float64, int64, njit
+from numba import boolean, float64, int64, njit
 
-from .memory import SIZES, accumulates_in, load, rounded, store, take
+from .memory import (
+    LINE,
+    SIZES,
+    TILE,
+    accumulates_in,
+    fence,
+    load,
+    put_past_caches,
+    rounded,
+    scratch,
+    store,
+    take,
+)
 from .norm import squares
 from .tables import (
     ALPHA,
@@ -94,6 +106,7 @@ def adam(w, g, i, v, u, hyper, dtype):
     return w - rate * new_v / (math.sqrt(new_u / c2) + eps)
 
 
+
 @lru_cache
 def step_loop(base: str, mix: str | None, along_v: bool, masters: bool, dtype: str, g_dtype: str,
          ) -> Callable:
@@ -106,9 +119,11 @@ def step_loop(base: str, mix: str | None, along_v: bool, masters: bool, dtype: s
     by_adam, has_v = base == "adam", base != "sgd"
     gsam, renews, reuses = (mix == x for x in ("gsam", "renew", "reuse"))
 
-    @compiled(*tables(dtype), int64[::1], int64, int64, int64, int64, int64, float64[:, ::1])
+    @compiled(*tables(dtype), int64[::1], int64, int64, int64, int64, int64, boolean,
+              float64[:, ::1])
     def loop(ticket, blocks, layout, hyper, scalings, control, v_steps, w_table, g_table, moved,
-             saved, v, u, m, kept, sums):
+             saved, v, u, m, kept, past_caches, sums):
+        x = scratch(A)
         inv_scale, c = control[INV_SCALE2], control[SHARE]
         while True:
             block = take(ticket)
@@ -128,22 +143,31 @@ def step_loop(base: str, mix: str | None, along_v: bool, masters: bool, dtype: s
                 w_at, g_at = w_table[slot] + start * w_size, g_table[slot] + start * g_size
                 saved_at = saved + (offset + start) * s_size
                 old_at = saved_at if returns or masters else w_at
-                for i in range(n):
-                    w = load(old_at, i, "old", S)
-                    if masters:
-                        stored = load(w_at, i, "w", W)
-                        w = w if returns or rounded(w, W) == stored else stored
-                    g = load(g_at, i, "g", G) * inv_scale
-                    if mix is not None:
-                        g = mixed(g, i, m_at, kept_at, c, alpha, returns, gsam, renews, reuses, A)
-                    if by_adam:
-                        w = adam(w, g, i, v_at, u_at, h, A)
-                    else:
-                        w = sgd(w, g, i, v_at, h, has_v, A)
-                    store(w_at, i, w, "w", W)
-                    if masters:
-                        store(saved_at, i, w, "old", A)
+                past = past_caches and returns and not masters and w_at % LINE == 0
+                tile = TILE if past else n
+                for low in range(0, n, tile):
+                    high = min(n, low + tile)
+                    w_to = x - low * w_size if past else w_at
+                    for i in range(low, high):
+                        w = load(old_at, i, "old", S)
+                        if masters:
+                            stored = load(w_at, i, "w", W)
+                            w = w if returns or rounded(w, W) == stored else stored
+                        g = load(g_at, i, "g", G) * inv_scale
+                        if mix is not None:
+                            g = mixed(g, i, m_at, kept_at, c, alpha, returns, gsam, renews,
+                                      reuses, A)
+                        if by_adam:
+                            w = adam(w, g, i, v_at, u_at, h, A)
+                        else:
+                            w = sgd(w, g, i, v_at, h, has_v, A)
+                        store(w_to, i, w, "w", W)
+                        if masters:
+                            store(saved_at, i, w, "old", A)
+                    if past:
+                        put_past_caches(w_at + low * w_size, x, (high - low) * w_size, "w")
             if along_v:
                 sums[0, block] = squares(v_at, n, size, A) if returns else 0
+        fence(0)
 
     return loop
