@@ -59,8 +59,8 @@ def inverse_scale(scaler: Any, optimizer: Optimizer) -> Tensor | None:
 def scale_and_flag(optimizer: Any) -> tuple[Tensor | None, Tensor | None]:
     """The loss scale, and the flag of an overflow, that GradScaler.step has set for this step; both
     None without one. The flag is a sum over the gradients: the number 0 where there are none."""
-    flag = getattr(optimizer, "found_inf", None)
-    return (getattr(optimizer, "grad_scale", None),
+    flag = vars(optimizer).get("found_inf")
+    return (vars(optimizer).get("grad_scale"),
             torch.as_tensor(flag) if isinstance(flag, int) else flag)
 
 

@@ -235,12 +235,16 @@ class SAM(Optimizer):
 
     # ---- what others may have changed
 
-    @untraced
-    def _follow(self) -> Layout:
-        """The layout of the parameters and values as they are now (see `following.follow`)."""
+    def _follow_untraced(self) -> Layout:
+        """`_follow`, where nothing is traced already: in a step, whose host time counts."""
         if self._traits.base:
             refuse_changed_step(self.base_optimizer)
         return following.follow(self._phase, self._traits, self._join_containers(), self.state)
+
+    @untraced
+    def _follow(self) -> Layout:
+        """The layout of the parameters and values as they are now (see `following.follow`)."""
+        return self._follow_untraced()
 
     def _join_containers(self) -> list[dict[str, Any]]:
         """The groups. They and the state are shared with the base again, where one of the two was
@@ -257,7 +261,7 @@ class SAM(Optimizer):
 
     def _read(self, first: bool, inverse: Tensor | None) -> list[Pass]:
         """What a pass reads, as things are now (see `following.read`)."""
-        self._follow()
+        self._follow_untraced()
         return following.read(self._phase, self._traits, self.param_groups, self.state, first,
                               inverse)
 
@@ -364,7 +368,7 @@ class SAM(Optimizer):
             self._base_step()
             return None
         self._phase.need(False, "step(closure)")
-        if getattr(self, "found_inf", None) is not None:
+        if vars(self).get("found_inf") is not None:
             raise PhaseError("a GradScaler cannot see a closure's gradients: call first_step("
                              "scaler=scaler), the second backward, then scaler.step(optimizer)")
         if self.climbs_next:
@@ -557,6 +561,7 @@ class SAM(Optimizer):
         for group in self.param_groups:
             group["sam_steps"] = steps
 
+    @untraced
     @torch.no_grad()
     def _bring_norm(self) -> None:
         """Take the norm of a v that no step has left it of: a graph has no launch for it."""
