@@ -1,6 +1,7 @@
 """A study: a sweep set by recipes/studies/NAME.json; its tables, claims and figure."""
 
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -149,8 +150,10 @@ def costs_of(study: dict[str, Any]) -> str:
     """Return what each method's training costs, in passes, relative to the first method's."""
     by_method = {config.method: cost(config) for config in study_runs(study).values()}
     first = next(iter(by_method.values()))
+    shares = {method: passes / first for method, passes in by_method.items()}
     return "Passes over the images, relative to " + ", ".join(
-        f"{method_name(method)} {passes / first:.2f}" for method, passes in by_method.items()
+        f"{method_name(method)} {'unknown' if math.isnan(share) else f'{share:.2f}'}"
+        for method, share in shares.items()
     )
 
 

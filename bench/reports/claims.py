@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
 
+from bench.data.known import TRAINING_IMAGES
 from bench.reports.tables import markdown
 from bench.settings.config import Config
-from bench.settings.methods import split_method
+from bench.settings.methods import FULL
 from bench.settings.names import method_name
 
 SHOWS, NOT, CANNOT = "shows", "does not show", "cannot tell"
@@ -118,11 +119,26 @@ def line_of(claim: Claim, difference: Difference) -> list[str]:
 
 def cost(config: Config) -> float:
     """Return how many passes, forward and backward, an image takes in a whole training: those of
-    the optimizer and of the attack."""
-    passes = 1.0
+    the optimizer, of AWP and of the attack. NaN where only the data tell."""
+    passes = float(config.epochs)
     if config.rho is not None and config.optimizer != "msam":
-        first = round(config.late * config.epochs) / config.epochs
-        passes += (1 - first) * config.ascent_part / config.interval
-    if split_method(config.method)[0] == "trades":
+        climbs = (config.epochs - config.late_epoch) / config.interval
+        passes += climbs * config.ascent_part * config.ascent_batches
+    if config.awp_gamma:
+        passes += config.epochs - config.awp_warmup
+    if config.adversary == "trades":  # of x and of x'
         passes *= 2
-    return config.epochs * (passes + (config.attack.steps if config.attack else 0))
+    if config.optimizer in FULL:
+        passes += full_gradients(config)
+    return passes + config.epochs * (config.attack.steps if config.attack else 0)
+
+
+def full_gradients(config: Config) -> float:
+    """Return how often a training takes the gradient of all training images, NaN of a directory of
+    images, whose number a config does not have."""
+    if config.data not in TRAINING_IMAGES:
+        return math.nan
+    images = TRAINING_IMAGES[config.data]
+    images -= math.ceil(config.val * images)  # as scikit-learn holds out
+    steps = config.epochs * math.ceil(images / config.batch_size)
+    return math.ceil(steps / (config.full_every or 1))

@@ -2,17 +2,21 @@
 study with several evaluations, which makes what its rows do not hold."""
 
 import json
+import math
 from dataclasses import asdict
 
 import numpy as np
 import pytest
+import torch
 from scipy import stats
 
 from bench.__main__ import main
 from bench.experiments import study as studies
-from bench.experiments.study import evaluations_of, load_study, show, study_runs
+from bench.experiments.study import costs_of, evaluations_of, load_study, show, study_runs
+from bench.models import build_model
 from bench.reports.claims import CANNOT, NOT, SHOWS, Claim, cost, differences_of, judged, verdict_of
 from bench.settings.config import resolve
+from bench.training import train as training
 
 
 def row(method, seed, natural, linf=None):
@@ -98,6 +102,42 @@ def test_the_cost_counts_passes():
     assert of("sam-interval", interval=4) == of("looksam", interval=4) == 30
     assert of("msam") == of("sgd") and of("gsam") == 48
     assert of("at-linf", epochs=12) == 12 * (1 + 5) and of("trades", epochs=1, alpha="1") == 2 + 5
+    assert of("sam-batches", ascent_batches=3) == 24 * (3 + 1) and of("sam-db") == 48
+    assert of("sam-part", ascent_part=0.25) == 30 and of("sam-micro", micro=4) == 48
+    assert of("sgd", awp_gamma=0.01, awp_warmup=4) == 24 + 20 and of("sam", awp_gamma=0.01) == 72
+    assert of("trades", epochs=1, alpha="1", awp_gamma=0.01) == 2 * 2 + 5
+
+
+@pytest.mark.parametrize("method", [
+    "sam-late", "sam-interval", "sam-part", "sam-micro", "sam-full", "sam-db", "sam-batches",
+    "msam", "looksam", "gsam", "at-linf", "trades", "trades+sam",
+])  # fmt: skip
+def test_the_cost_is_what_a_training_takes(method, tmp_path, monkeypatch):
+    """Counted: the images whose loss has a gradient."""
+    options = {"epochs": 4, "width": 1, "batch_size": 100, "val": 0.0, "threads": 1}
+    awp = {"awp_gamma": 1e-3, "awp_warmup": 1} if "-" not in method else {}
+    config = resolve(method, "digits", options | awp)
+    passed = 0
+
+    def count(module, args):
+        nonlocal passed
+        passed += len(args[0]) * torch.is_grad_enabled()
+
+    def counted(*args):
+        model = build_model(*args)
+        model[0].register_forward_pre_hook(count)
+        return model
+
+    monkeypatch.setattr(training, "build_model", counted)
+    run = training.train(config, tmp_path)
+    assert cost(config) == pytest.approx(passed / len(run.data.train), rel=0.01)
+
+
+def test_a_cost_that_hangs_on_the_number_of_images_of_a_directory_is_not_said():
+    study = json.loads(json.dumps(TINY)) | {"methods": ["sgd", "sam-full"]}
+    study["options"] |= {"data": "somewhere"}
+    assert math.isnan(cost(study_runs(study)["sam-full-seed0"]))
+    assert costs_of(study).endswith("SGD 1.00, SAM-full unknown")
 
 
 # ---- a study with several evaluations

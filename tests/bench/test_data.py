@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from bench.data.datasets import READERS, load_data
-from bench.data.known import KNOWN
+from bench.data.known import KNOWN, TRAINING_IMAGES
 
 ARCHIVE = Path(__file__).resolve().parents[3] / "shared/data/cifar10-6k-lossless.tar.xz"
 
@@ -166,10 +166,10 @@ def test_cifar_archive(tmp_path):
 
 
 def test_every_data_set_with_a_name_has_a_reader_and_its_size():
-    assert [*READERS] == [*KNOWN]
+    assert [*READERS] == [*KNOWN] == [*TRAINING_IMAGES]
     train, test, classes = READERS["digits"]("", False)
     assert train.images.shape[2:] == test.images.shape[2:] == (KNOWN["digits"],) * 2
-    assert len(classes) == 10
+    assert len(classes) == 10 and len(train) == TRAINING_IMAGES["digits"]
 
 
 def test_a_channel_that_never_changes_is_normalised_to_numbers(tmp_path):
