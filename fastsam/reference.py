@@ -239,7 +239,8 @@ def move(p: Pass, i: int, slot: Slot, h: Hyper, total: Tensor, moves: Tensor, ok
         slot.m_steps.add_(ok)
     if kind.mode in KEEPING:
         slot.kept.copy_(g)
-    moved = p.w[i].to(kind.acc) - slot.saved.to(kind.dtype).to(kind.acc)
+    old, new = slot.saved.to(kind.dtype).to(kind.acc), p.w[i].to(kind.acc)
+    moved = torch.where(ok & (new != old), new - old, 0)  # inf - inf is NaN
     return torch.stack([moved.square().sum(), e.square().sum()])
 
 

@@ -92,7 +92,8 @@ def climb_loop(mode: str | None, kind: str | None, masters: bool, dtype: str, g_
                         e = scale * d
                         store(saved_to, i, w, "saved", S)
                         store(w_at, i, w + e, "w", W)
-                        length = rounded(w + e, W) - stored
+                        new = rounded(w + e, W)
+                        length = new - stored if new != stored else zero  # inf - inf is NaN
                         store(x, i, length * length, "x", A)
                         if rounds:
                             store(y, i, e * e, "y", A)

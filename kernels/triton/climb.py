@@ -66,7 +66,8 @@ def move(w, g, saved, m, flat, offs, mask, a, b, inv_scale, sigma, lmbda, ema_sh
         tl.store(m + flat + offs, tl.where(ok, new_m, old_m), mask)
     if MODE == KEPT:
         tl.store(m + flat + offs, g, mask)
-    realised = moved.to(tl.float32) - w_in.to(tl.float32)
+    old, new = w_in.to(tl.float32), moved.to(tl.float32)
+    realised = tl.where(ok, tl.where(new != old, new - old, 0.0), 0.0)  # inf - inf is NaN
     if not CAN_ROUND_AWAY:
         e = realised
     return realised * realised, e * e

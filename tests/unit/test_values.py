@@ -404,3 +404,26 @@ def test_an_infinite_bias_climbs_beside_adaptive_weights(backend):
         half()
     assert opt.skipped_steps == 0
     assert b.tolist() == pytest.approx([-torch.inf, 0.9]) and (w < 0.95).all()
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["sam", "fsam", "gsam", "asam-all"])
+@pytest.mark.interpreted(name=["sam", "fsam"])
+def test_what_does_not_move_adds_nothing_to_the_radius(name, dtype, backend):
+    """inf - inf is NaN."""
+    p = nn.Parameter(torch.tensor([-torch.inf, 1.0, 2.0, torch.inf], dtype=dtype))
+    q = nn.Parameter(torch.tensor([1.0, 2.0], dtype=dtype))
+    opt = build([p, q], [dict(params=[0, 1])], name, backend)
+    p.grad, q.grad = p.new_zeros(4), q.new_tensor([torch.inf, 1])
+    opt.first_step()
+    assert opt.last_radius == 0
+    opt.second_step()
+    assert opt.skipped_steps == 1
+    if name != "asam-all":  # infinite weights skip it
+        before = p.detach().clone()
+        p.grad, q.grad = p.new_tensor([0, 1, 2, 0]), torch.ones_like(q)
+        opt.first_step()
+        moved = (p - before)[1:3].detach().double().square().sum().sqrt()
+        assert 0 < moved < opt.last_radius < 1
+        opt.restore()
