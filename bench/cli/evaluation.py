@@ -95,7 +95,9 @@ def run_evaluate(options: dict[str, Any]) -> None:
     result = evaluate(model, images.to(device), evaluation,
                       say=lambda text: print(text, file=sys.stderr), bar=True)  # fmt: skip
     said = asdict(evaluation)
-    if options["other_data"] and evaluation.data is None:
+    known = [checkpoint.get(key) for key in ("fingerprint", "test_fingerprint")]
+    others = known != [data.fingerprint, data.test_fingerprint]
+    if options["other_data"] and others and evaluation.data is None:
         said["data"] = config["data"]
     print(report(result | {"evaluation": said}))
     if options["rows"]:

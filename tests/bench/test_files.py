@@ -427,6 +427,11 @@ def test_one_more_image_makes_test_images_of_training_images_and_is_refused(tmp_
     last = out / "sgd-seed0/last.pt"
     assert main(["train", "--method", "sgd", *map(str, arguments), "--out", str(last.parent)]) == 0
     assert main(["evaluate", str(last), *FAST[4:]]) == 0
+    capsys.readouterr()
+    rows = tmp_path / "same.jsonl"
+    assert main(["evaluate", str(last), *FAST[4:], "--other-data", "--rows", str(rows)]) == 0
+    assert json.loads(rows.read_text())["evaluation"]["data"] is None
+    assert f"{root} test images" not in capsys.readouterr().out
     shutil.copy(root / "x/003.png", root / "x/0035.png")
     capsys.readouterr()
     text = error(capsys, "evaluate", last, *FAST[4:])
