@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from bench.attacks.notation import eps_key, in_both_forms, parse_eps
+from bench.attacks.notation import LARGEST_LINF, eps_key, in_both_forms, parse_eps
 from bench.files import row_of
 from bench.reports.rows import NEEDED, read_summary
 from bench.reports.statistics import aggregate, spread
@@ -315,16 +315,29 @@ def command(group: Group) -> str:
     config, method, evaluation = group.config, group.config["method"], group.runs[0]["evaluation"]
     usual = asdict(resolve_evaluation(config["data"], {}))
     own, judging = option_words(group), evaluation_words(usual, evaluation)
+    trained, judged = force_words(training_radii(config)), force_words(evaluation["linf"])
     if config["processes"] > 1:
         start = ["torchrun", "--nproc-per-node", str(config["processes"]), "-m", "bench", "train"]
         runs = ([*start, "--method", method, "--seed", str(seed)] for seed in group.seeds)
-        return " && ".join(shlex.join([*run, *own, *judging]) for run in runs)
+        return " && ".join(shlex.join([*run, *own, *judging, *(trained or judged)])
+                           for run in runs)
     words = ["python", "-m", "bench", "compare", "--methods", method]
     words += ["--seeds", *map(str, group.seeds), *own]
     if tuple(evaluation.get("attacks", usual["attacks"])) == usual["attacks"]:
-        return shlex.join(words + judging)
-    return (f"{shlex.join(words)} --out runs/again && for run in runs/again/{method}-*; "
-            f'do python -m bench evaluate "$run/last.pt" {shlex.join(judging)}; done')
+        return shlex.join(words + judging + (trained or judged))
+    return (f"{shlex.join(words + trained)} --out runs/again && for run in runs/again/{method}-*; "
+            f'do python -m bench evaluate "$run/last.pt" {shlex.join(judging + judged)}; done')
+
+
+def training_radii(config: dict[str, Any]) -> list[float]:
+    """Return the training attack's radius and step where they are of l_inf."""
+    linf = split_method(config["method"])[0] != "at-l2"
+    return [config[k] for k in ("eps", "alpha") if linf and config[k] is not None]
+
+
+def force_words(linf: Iterable[float]) -> list[str]:
+    """Return what the command line asks for where it is given such radii."""
+    return ["--force"] * any(eps > LARGEST_LINF for eps in linf)
 
 
 def option_words(group: Group) -> list[str]:

@@ -399,6 +399,10 @@ def repeated(text):
         made("sam-late", late=0.5, data=".data/some images", evaluated={"steps": 20, "samples": 9}),
         made("sam", recipe="sam-at/cifar10/sam-rho0.2", epochs=7, seed=4),
         made("sgd", evaluated={"linf": (8 / 255, 0.0301), "l2": (1.7,)}),
+        made("at-linf", eps="0.3", force=True),
+        made("trades", eps="8/255", alpha="0.3", force=True),
+        made("sam", evaluated={"linf": (8 / 255, 0.3), "l2": (1.7,)}),
+        made("at-linf", eps="0.3", force=True, evaluated={"linf": (0.3,), "l2": (1.7,)}),
     ],
     ids=lambda row: row["method"],
 )
@@ -443,6 +447,18 @@ def test_attacks_that_a_comparison_does_not_have_are_a_command_of_their_own(tmp_
     assert words[:5] == ["python", "-m", "bench", "evaluate", "$run/last.pt"]
     _, options = parse(COMMANDS, words[3:])
     assert json.dumps(asdict(evaluation_of("digits", options))) == json.dumps(row["evaluation"])
+    assert "--force" not in training + judging
+
+
+def test_a_radius_that_has_to_be_forced_is_so_where_it_is_given(tmp_path):
+    rows = [made("at-linf", eps="0.3", force=True, evaluated={"attacks": ("fgsm",)}),
+            made("at-l2", eps="0.3", evaluated={"attacks": ("fgsm",), "linf": (0.3,)})]  # fmt: skip
+    for row, forced in zip(rows, ([True, False], [False, True]), strict=True):
+        (group,) = sections(tmp_path, [row])[0].groups
+        training, _, judging = re.split(" && | do ", command(group))
+        assert ["--force" in text for text in (training, judging)] == forced
+        (config,), _ = repeated(training)
+        assert json.loads(json.dumps(asdict(config))) == row["config"]
 
 
 @given(st.floats(1e-6, 4) | st.integers(1, 1000).map(lambda k: k / 255))
