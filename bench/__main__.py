@@ -1,5 +1,7 @@
 """python -m bench COMMAND: the command line, in a checkout. It parses and dispatches."""
 
+import codecs
+import io
 import os
 import signal
 import sys
@@ -16,6 +18,7 @@ COMMANDS = {
     for family in (training, experiments, evaluation, catalogue, options, speed, reports)
     for command in family.COMMANDS
 }
+SPELT = {"\N{PLUS-MINUS SIGN}": "+-"}
 PIPE_CLOSED, INTERRUPTED = 128 + signal.SIGPIPE, 128 + signal.SIGINT  # as shells have it
 
 
@@ -25,6 +28,25 @@ def open_closed_output() -> None:
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))
+
+
+def spelt(error: UnicodeError) -> tuple[str | bytes, int]:
+    """For codecs: what is printed of a sign that the output's encoding has not. The bytes of a
+    path that is no text are printed as they are."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    sign = error.object[error.start]
+    if "\udc80" <= sign <= "\udcff":
+        return sign.encode("latin-1", "surrogateescape"), error.start + 1
+    said = SPELT.get(sign) or sign.encode("ascii", "backslashreplace").decode()
+    return said, error.start + 1
+
+
+def print_in_any_encoding() -> None:
+    """Let tables be printed where stdout's encoding is ASCII, or another without their signs."""
+    codecs.register_error("spelt", spelt)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="spelt")
 
 
 def parsed(words: list[str]) -> tuple[Command, dict[str, Any]]:
@@ -40,6 +62,7 @@ def main(argv: list[str] | None = None) -> int:
     SIGTERM, 130 after Ctrl-C, or 141 where nobody reads the output."""
 
     open_closed_output()
+    print_in_any_encoding()
     try:
         command, given = parsed(sys.argv[1:] if argv is None else argv)
         if "TORCHELASTIC_RUN_ID" in os.environ and command.name != "train":

@@ -153,7 +153,7 @@ def row_of(text: str, where: str, needed: Iterable[str], of: str) -> dict[str, A
 def write_text(path: Path, text: str) -> None:
     """Write `text` to `path` atomically."""
     with replacing(path) as tmp:
-        tmp.write_text(text)
+        tmp.write_text(text, encoding="utf-8")
 
 
 def finite(value: Any) -> Any:
