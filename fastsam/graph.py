@@ -12,6 +12,10 @@ from .batchnorm import freeze_bn_stats
 from .optimizer import SAM
 from .phase import restoring
 
+UNSCALED = ("GraphedStep has no GradScaler, and without one small gradients of float16 are 0 and "
+            "large ones inf: use autocast=torch.bfloat16, or the plain loop with "
+            "first_step(scaler=scaler) and scaler.step(optimizer)")
+
 
 class GraphedStep:
     """One training step, both passes and the attack if there is one, replayed as a CUDA graph.
@@ -44,7 +48,8 @@ class GraphedStep:
             takes, and loss_fn all others after the output.
         attack: (model, x, y) -> x_adv, without host synchronisation. Default None.
         autocast: dtype of torch.autocast around the forward passes, such as torch.bfloat16; there
-            is no GradScaler here, which float16 would need. Default None: no autocast.
+            is no GradScaler here, which float16 needs: that is warned of. Default None: no
+            autocast.
 
     Attributes:
         output: the model's output of the last step's first pass, without its graph of autograd;
@@ -67,6 +72,8 @@ class GraphedStep:
         self.device = sample[0].device
         if self.device.type == "cuda":
             refuse_uncapturable(optimizer)
+        if autocast is torch.float16:
+            optimizer._phase.warn("float16", UNSCALED)
         self.model, self.loss_fn, self.optimizer = model, loss_fn, optimizer
         self.attack, self.autocast = attack, autocast
         self.output: Any = None

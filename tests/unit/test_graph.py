@@ -3,6 +3,7 @@ does around a graph, with a pretended one."""
 
 import copy
 import gc
+import warnings
 import weakref
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
@@ -104,6 +105,18 @@ def test_it_goes_on_from_a_loaded_state(device):
         step(*batch(t, device))
         plain_step(theirs, plain, *batch(t, device))
         assert_bits(ours, bits(theirs))
+
+
+@pytest.mark.parametrize("dtype, warns", [(torch.float16, True), (torch.bfloat16, False)])
+def test_float16_without_a_scaler_is_said_once(dtype, warns, device):
+    net = network(device)
+    opt = CASES["sam"](net.parameters())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            GraphedStep(net, cross_entropy, opt, batch(0, device), autocast=dtype)
+    assert len(caught) == warns
+    assert not warns or caught[0].filename == __file__ and "bfloat16" in str(caught[0].message)
 
 
 def test_the_losses_it_returns_stay(device):
