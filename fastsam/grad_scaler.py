@@ -20,7 +20,8 @@ Result = TypeVar("Result")
 
 def hooked(func: Callable[P, Result]) -> Callable[P, Result]:
     """A step with torch's hooks around it. Where it or one of them raises, what GradScaler.step has
-    set for it goes too, as after a step: GradScaler would multiply the next scale with it."""
+    set for it goes too, as after a step: GradScaler would multiply the next scale with it. The
+    gradients stay scaled, which is remembered."""
     with_hooks = Optimizer.profile_hook_step(func)
 
     @wraps(with_hooks)
@@ -28,8 +29,10 @@ def hooked(func: Callable[P, Result]) -> Callable[P, Result]:
         try:
             return with_hooks(*args, **kwargs)
         except BaseException:
-            for name in ("grad_scale", "found_inf"):
-                vars(args[0]).pop(name, None)
+            optimizer: Any = args[0]
+            scale, _ = (vars(optimizer).pop(name, None) for name in ("grad_scale", "found_inf"))
+            if scale is not None:
+                remember_scaled(optimizer._phase, {})
             raise
 
     return call
@@ -67,25 +70,35 @@ def scale_and_flag(optimizer: Any) -> tuple[Tensor | None, Tensor | None]:
 def keep_scaled(phase: Phase, optimizer: Optimizer) -> None:
     """Remember that the gradients of a step that is given up are scaled, if they are."""
     if phase.scaler is not None:
-        state = phase.scaler._per_optimizer_states[id(optimizer)]
-        phase.scaled = next(((p, p.grad, p.grad._version, state) for p in phase.layout.params
-                             if p.grad is not None and not p.grad.is_inference()), None)
+        remember_scaled(phase, phase.scaler._per_optimizer_states[id(optimizer)])
+
+
+def remember_scaled(phase: Phase, state: dict[str, Any]) -> None:
+    """Remember that the gradients there are scaled.
+
+    Args:
+        state: the GradScaler's, which tells whether it unscales them; empty where it is not known.
+    """
+    phase.scaled = next(((p, p.grad, p.grad._version, state) for p in phase.layout.params
+                         if p.grad is not None and not p.grad.is_inference()), None)
 
 
 def refuse_scaled(phase: Phase) -> None:
     """Refuse, in a step without a scaler, gradients that a scaled one has left as they were.
 
     Raises:
-        PhaseError: the first pass was scaled, and this step is not; or it was given up since.
+        PhaseError: the first pass was scaled, and this step is not; or a scaled step was given up,
+            or failed.
     """
     if phase.scaler is not None:
         raise PhaseError("the first pass was scaled, so the second is scaled too: call "
                          "scaler.step(optimizer), not second_step()")
     if phase.scaled is not None:
         p, g, version, state = phase.scaled
-        if p.grad is g and g._version == version and state["stage"] is OptState.READY:
-            raise PhaseError("the gradients are those of a scaled step that was given up: call "
-                             "scaler.step(optimizer), or clear them")
+        unscaled = state.get("stage", OptState.READY) is not OptState.READY
+        if p.grad is g and g._version == version and not unscaled:
+            raise PhaseError("the gradients are those of a scaled step that was given up, or "
+                             "failed: call scaler.step(optimizer), or clear them")
 
 
 def check_passes(phase: Phase, traits: Traits, scaled: bool, give_up: Callable[[], None]) -> None:

@@ -452,6 +452,8 @@ class SAM(Optimizer):
             return
         stepped = grad_scaler.unscaled(self.param_groups, grad_scale, lambda: foreign.step(
             self.base_optimizer, self._traits.shared, layout.shown, self.state))
+        if grad_scale is not None:
+            self.grad_scale = None  # the gradients are unscaled from here on
         layout.show(self.state, stepped)
 
     # ---- several first passes for one step

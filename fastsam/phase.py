@@ -36,8 +36,9 @@ class Phase:
         scaler, group: the GradScaler and the process group of the first pass, if any.
         stash, stash_ok: what `stash_grad` has set aside, and whether its climbs were finite: 1 or
             0, a 0-dim tensor.
-        scaled: of a scaled step that was given up: a parameter, its gradient, that one's version,
-            and the GradScaler's state, to notice that the gradients are the same, still scaled.
+        scaled: of a scaled step that was given up, or failed: a parameter, its gradient, that one's
+            version, and the GradScaler's state, where it is known, to notice that the gradients are
+            the same, still scaled.
         watch: of rounding.
         skipped: the skips that a copied or unpickled optimizer had before.
         plain: how many steps went by without a climb that was due, before the first climb; None

@@ -239,6 +239,59 @@ def test_a_scaled_step_that_raised_may_be_tried_again(base, fault):
         assert torch.equal(p, q)
 
 
+@pytest.mark.parametrize("told", [True, False, None])  # None: a step without a climb
+@pytest.mark.parametrize("after", ["scaler.step", "backward", "closure"])
+@pytest.mark.parametrize("base, fault", [
+    *((base, fault) for base in ("sgd", "rmsprop") for fault in (in_a_hook, at_a_value)),
+    ("rmsprop", in_a_hook_of_the_base)])
+def test_a_plain_step_after_a_scaled_one_that_raised_is_refused(base, fault, after, told):
+    (net, opt), (twin, other) = build(base), build(base)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    if told is not None:
+        for n, o, s in (net, opt, scaler), (twin, other, None):
+            backward(n, 0, s)
+            o.first_step(zero_grad=True, scaler=s if told else None)
+    backward(net, 0, scaler)
+    backward(twin, 0)
+    undo = fault(opt)
+    with pytest.raises((ValueError, RuntimeError)):
+        scaler.step(opt)
+    undo()
+    with pytest.raises(PhaseError, match="scaler.step"):
+        opt.step()
+    if after == "scaler.step":
+        scaler.step(opt)
+        other.step()
+    else:
+        opt.restore()
+        other.restore()
+        for n, o in (net, opt), (twin, other):
+            if after == "backward":
+                backward(n, 1)
+                o.step()
+            else:
+                o.step(lambda n=n: backward(n, 1))
+    for p, q in zip(net.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_gradients_that_a_base_has_stepped_with_are_unscaled():
+    net, opt = build("rmsprop")
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    backward(net, 0, scaler)
+    hook = opt.register_step_post_hook(of_somebody_elses)  # the step is done by then
+    with pytest.raises(RuntimeError, match="somebody"):
+        scaler.step(opt)
+    hook.remove()
+    opt.step()
+    twin, other = build("rmsprop")
+    backward(twin, 0)
+    other.step()
+    other.step()
+    for p, q in zip(net.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
 @pytest.mark.parametrize("again", ["scaler.step", "unscale_", "backward", "second restore"])
 @pytest.mark.parametrize("base", ["sgd", "rmsprop"])
 def test_gradients_of_a_scaled_climb_that_was_given_up_are_still_scaled(base, again):
