@@ -114,10 +114,11 @@ def help_with(helper: Future[None], loop: Callable, arguments: Sequence) -> None
 
 
 def wait_for(helpers: Iterable[Future[None]]) -> None:
-    """Until those that have begun are done; the others never begin."""
-    for helper in helpers:
-        if not helper.cancel():
-            helper.result()
+    """Until those that have begun are done; the others never begin. What one raised is raised then.
+    """
+    for error in [helper.exception() for helper in helpers if not helper.cancel()]:
+        if error is not None:
+            raise error
 
 
 def dtypes(p: Pass) -> tuple[str, str]:

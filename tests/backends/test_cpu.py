@@ -300,6 +300,25 @@ def test_a_helper_that_was_queued_before_the_pool_failed_is_waited_for(error, th
     assert helpers.ended
 
 
+def test_a_helper_that_fails_is_raised_when_the_others_are_done():
+    """They would move weights that are back."""
+    failed, busy, ended = Future(), Future(), []
+    failed.set_exception(MemoryError("(pretended)"))
+    assert busy.set_running_or_notify_cancel()
+
+    def finish():
+        ended.append(True)
+        busy.set_result(None)
+
+    timer = threading.Timer(0.3, finish)
+    timer.start()
+    with pytest.raises(MemoryError, match="pretended"):
+        passes.wait_for([failed, busy])
+    was_waited_for = bool(ended)
+    timer.join()
+    assert was_waited_for
+
+
 def in_a_process(code: str, **env: str) -> str:
     ran = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True,
                          text=True, env={**os.environ, **env}, timeout=60)
