@@ -2,6 +2,7 @@
 
 import math
 import os
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -28,6 +29,7 @@ INLINE = 2**17  # elements: from there on a second thread pays; for each half of
 # elements of a space, from where on what is not read again within the step, the saved weights and
 # the new ones, is written past the caches, which have no room for it
 PAST_CACHES = 2**22
+SMALLEST, HALF = sys.float_info.min, 0.5  # of which the product is denormal
 NORM, OK, FOUND_INF = (CONTROL.index(c) for c in ("norm", "ok", "found_inf"))
 SKIPPED, MOMENTUM = COUNTERS.index("skipped"), COLUMN["momentum"]
 DTYPES = {torch.float32: "f4", torch.float64: "f8", torch.bfloat16: "bf16", torch.float16: "f16"}
@@ -95,17 +97,22 @@ def run(loop: Callable, p: Pass, f: Frame, steps: np.ndarray, *more,
         # no more threads, or the interpreter is about to end: those that there are do it all
         with suppress(RuntimeError):
             for helper in helpers:
-                pool.submit(help_with, helper, loop, arguments)
+                pool.submit(help_with, helper, loop, arguments, SMALLEST * HALF == 0)
         loop(*arguments)
 
     surely(work, lambda: wait_for(helpers))
 
 
-def help_with(helper: Future[None], loop: Callable, arguments: Sequence) -> None:
+def help_with(helper: Future[None], loop: Callable, arguments: Sequence, flushes: bool) -> None:
     """In a thread of the pool: run the loop, unless nobody waits for this helper. The pool's own
-    future is lost where a Ctrl-C, or a thread that cannot start, comes when the work is queued."""
+    future is lost where a Ctrl-C, or a thread that cannot start, comes when the work is queued.
+
+    Args:
+        flushes: whether the caller's thread takes denormal numbers for 0, which is a thread's own.
+    """
     if helper.set_running_or_notify_cancel():
         try:
+            torch.set_flush_denormal(flushes)
             loop(*arguments)
         except BaseException as error:
             helper.set_exception(error)

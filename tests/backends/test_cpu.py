@@ -207,6 +207,50 @@ def test_any_number_of_threads_gives_the_same_bits(threads):
         assert_equal(played(large()), expected, f"with {n} threads")
 
 
+@pytest.fixture
+def flush():
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor does not flush")
+    torch.set_flush_denormal(False)
+    yield torch.set_flush_denormal
+    torch.set_flush_denormal(False)
+
+
+@pytest.mark.parametrize("now", [True, False])
+def test_tiny_numbers_are_flushed_in_all_threads_or_in_none(now, threads, flush, monkeypatch):
+    """It is set for each thread by itself, and a new one begins as the one that made it."""
+    tiny, shared = torch.full((2**19,), 2.0**-127), threading.Event()
+    loop = passes.step_loop
+
+    def step_loop(*kind):
+        def late(*args):  # the main thread leaves blocks to the helper
+            if threading.current_thread() is not threading.main_thread():
+                shared.set()
+            elif torch.get_num_threads() > 1:
+                assert shared.wait(10)
+                time.sleep(0.05)
+            loop(*kind)(*args)
+
+        return late
+
+    def bits(n):
+        threads(n)
+        hand = Hand([torch.zeros(2**19)], [dict(SGD[0], momentum=0.5, weight_decay=0)], [0], None)
+        flush(now)
+        try:
+            hand.second_step(cpu, None, [tiny])
+        finally:
+            flush(False)
+        return hand.weights[0].view(torch.int32)
+
+    flush(not now)
+    passes.new_pool()
+    threads(2)
+    played(large())
+    monkeypatch.setattr(passes, "step_loop", step_loop)
+    assert torch.equal(bits(2), bits(1)) and bool(bits(2).any()) is not now
+
+
 def test_optimizers_step_at_once_in_several_threads(threads):
     threads(3)
     expected, found = played(large()), []
