@@ -284,12 +284,13 @@ def update(p: Pass, i: int, slot: Slot, old: Tensor, ok: Tensor, mix: str | None
         if mix == "renew":
             slot.m.copy_(torch.where(ok, g - c * slot.kept, slot.m))
         g = mixed(g, other(p, slot), c, h.alpha, mix)
+    steps = slot.v_steps + 1
     if p.space.kind.base == "adam":
-        w, v, u = adam(old, g, slot.v, slot.u, (slot.v_steps + 1).to(g.dtype), h)
-        slot.u.copy_(torch.where(ok, u, slot.u))
+        w, v, u = adam(old, g, slot.v, slot.u, steps.to(g.dtype), h)
+        kept = [(slot.v, v), (slot.u, u), (slot.v_steps, steps)]
     else:
         w, v = sgd(old, g, slot.v, slot.v_steps == 0, h)
-    if p.space.kind.base == "adam" or h.momentum != 0:
-        slot.v.copy_(torch.where(ok, v, slot.v))
-        slot.v_steps.add_(ok)
+        kept = [(slot.v, v), (slot.v_steps, steps)] if h.momentum != 0 else []
+    if kept:  # in one call, into which no Ctrl-C comes
+        torch._foreach_copy_([x for x, _ in kept], [torch.where(ok, new, x) for x, new in kept])
     return torch.where(ok, w, old)

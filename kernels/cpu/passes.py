@@ -227,10 +227,15 @@ def step(p: Pass, climb: Climb | None) -> None:
     if not stepped.all():
         go_back(p, (moved != 0) & ~stepped)
     loop = step_loop(kind.base, p.mix, p.along_v, kind.masters, *dtypes(p))
-    run(loop, p, f, steps, moved, *map(address, (s.saved, s.v, s.u, s.m, s.kept)),
-        s.size >= PAST_CACHES, f.sums)
+    counted = stepped if kind.base == "adam" else stepped & (f.hyper[f.groups, MOMENTUM] != 0)
+    counts, ticket = steps + counted, np.zeros(1, np.int64)
+    try:
+        run(loop, p, f, steps, moved, *map(address, (s.saved, s.v, s.u, s.m, s.kept)),
+            s.size >= PAST_CACHES, f.sums, ticket=ticket)
+        steps[...] = counts
+    except BaseException:
+        if ticket[0]:  # v and u are updated
+            steps[...] = counts
+        raise
     if p.along_v:
         put(s.partials, f.sums)
-    if kind.base != "adam":
-        stepped &= f.hyper[f.groups, MOMENTUM] != 0
-    steps += stepped

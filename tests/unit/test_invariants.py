@@ -155,6 +155,24 @@ def test_an_interrupt_at_any_line_of_a_step_leaves_the_weights(chosen, by_hand, 
     assert interrupt_every_line(ps, opt, by_hand) > 300
 
 
+@pytest.mark.parametrize("by_hand", [False, True])
+@pytest.mark.parametrize("chosen", ["numba", "reference"])
+def test_an_interrupt_at_any_line_leaves_averages_with_their_counts(chosen, by_hand):
+    """Adam divides by 1 - beta^count; of gradients that are 1 the averages are that."""
+    ps, betas = [nn.Parameter(torch.zeros(5)), nn.Parameter(torch.zeros(3))], (0.995, 0.999)
+    opt = SAM(ps, torch.optim.Adam, rho=0.5, lr=0.0, betas=betas, backend=chosen)
+
+    def look(line):
+        for p in ps:
+            count, averages = float(opt.state[p]["step"]), ("exp_avg", "exp_avg_sq")
+            for beta, name in zip(betas, averages, strict=True):
+                expected = torch.full_like(p, 1 - beta ** count)
+                torch.testing.assert_close(opt.state[p][name], expected, rtol=1e-5, atol=0,
+                                           msg=f"{name} at line {line}")
+
+    assert interrupt_every_line(ps, opt, by_hand, look) > 250
+
+
 class Turns(torch.optim.Adadelta):
     """Changes its own rho in every step, and back in the next."""
 
