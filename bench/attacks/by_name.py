@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from importlib import import_module
+from numbers import Real
 
 import torch
 from torch import Tensor, nn
@@ -44,13 +45,17 @@ class Attempt:
 def attempt(
     name: str, norm: str, eps: float, steps: int, classes: int, precision: str = "fp32"
 ) -> Attempt:
-    """Return the attack that a name stands for; "clean" has none.
+    """Return the attack that a name stands for; that of "clean" moves no image.
 
     norm: "linf" or "l2". eps: for images in [0, 1]. steps: of a plain "pgd". classes: the model's.
     precision: of the passes for gradients, which AutoAttack always makes in fp32. Raises ValueError
-    for an unknown name, for too few classes, and for AutoAttack that is not installed.
+    for an unknown name or norm, for numbers that are out of range, for too few classes, and for
+    AutoAttack that is not installed.
     """
     kind, own_steps, restarts = split_name(name)
+    refuse_another(norm, eps, steps)
+    if kind == "clean":
+        return Attempt(name, "no attack", lambda forward, x, y, rng, model: x)
     passes = IN_BF16 if precision == "bf16" else ""
     tries = f"{restarts} restart{'s' if restarts > 1 else ''}"
     ball = f"{norm}, eps {both_forms(eps)}"
@@ -88,6 +93,20 @@ def attempt(
         )[0],
         restarts, min(TARGETS, classes - 1) * (own_steps + 1) + 1,
     )  # fmt: skip
+
+
+def refuse_another(norm: str, eps: float, steps: int) -> None:
+    """Raise ValueError for what would be another attack than the one that was meant."""
+    if norm not in ("linf", "l2"):
+        raise ValueError(f"norm={norm!r} is unknown: use 'linf' or 'l2'")
+    if not isinstance(eps, Real):
+        raise ValueError(f"eps={eps!r} is not a number: use one for images in [0, 1], such as "
+                         "8 / 255")  # fmt: skip
+    if not (0 <= eps <= 1 or norm == "l2" and 1 < eps < float("inf")):
+        raise ValueError(f"eps={eps} is out of range in {norm}: give it for images in [0, 1], such "
+                         "as 8 / 255")  # fmt: skip
+    if steps < 1:
+        raise ValueError(f"steps={steps} is out of range: make at least 1")
 
 
 def exact(model: nn.Module, forward: Forward) -> nn.Module | None:

@@ -31,11 +31,21 @@ CONSTANTS = {
 
 @dataclass
 class Split:
-    """images: (N, C, H, W) uint8 from 0 to `levels`; labels: (N,) int64."""
+    """images: (N, C, H, W) uint8 from 0 to `levels`, or floats with `levels` 1; labels: (N,) int64.
+
+    Raises ValueError for floats with other levels, which would divide them once more.
+    """
 
     images: Tensor
     labels: Tensor
     levels: int
+
+    def __post_init__(self) -> None:
+        if self.images.is_floating_point() and self.levels != 1:
+            raise ValueError(
+                f"images are {self.images.dtype}, and levels={self.levels}: give uint8 from 0 to "
+                "levels, or floats in [0, 1] with levels=1"
+            )
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -19,6 +19,7 @@ from bench.attacks.objectives import LAST, spread
 from bench.attacks.pgd import evaluation_attack, pgd
 from bench.data.datasets import Split
 from bench.evaluation.evaluate import (
+    correct,
     evaluate,
     generator_of,
     interval,
@@ -191,8 +192,36 @@ def test_unknown_names_are_refused_before_training(name):
 
 
 def test_every_name_is_an_attack_of_its_own():
-    texts = [attempt(name, "l2", 0.5, 10, 10).text for name in ATTACKS if name != "clean"]
-    assert len(set(texts)) == len(ATTACKS) - 1
+    texts = [attempt(name, "l2", 0.5, 10, 10).text for name in ATTACKS]
+    assert len(set(texts)) == len(ATTACKS)
+
+
+def test_clean_by_its_name_moves_no_image(split):
+    a, (x, y) = attempt("clean", "linf", EPS, 10, 10), split.batch(slice(0, 20))
+    assert torch.equal(a.perturb(model(), x, y, None, model()), x)
+    stands, not_finite = withstand(model(), split, a.perturb, a.restarts, 100)
+    assert torch.equal(stands, correct(model(), split, 100)) and not_finite == 0
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+@pytest.mark.parametrize("change, said", [
+    (dict(norm="Linf"), "norm='Linf' is unknown: use 'linf' or 'l2'"), (dict(norm="l1"), "norm="),
+    (dict(eps=8), r"eps=8 is out of range .* such as 8 / 255"), (dict(eps=-0.1), "eps=-0.1 is out"),
+    (dict(eps=math.nan), "eps=nan is out"), (dict(eps="8/255"), "eps='8/255' is not a number"),
+    (dict(norm="l2", eps=math.inf), "eps=inf is out"), (dict(steps=0), "steps=0 is out of range"),
+])  # fmt: skip
+def test_what_would_be_another_attack_is_refused(name, change, said):
+    """An unknown norm was taken for l2, and attacked within 8/255 of it."""
+    with pytest.raises(ValueError, match=said):
+        attempt(name, **{"norm": "linf", "eps": EPS, "steps": 10, "classes": 10, **change})
+
+
+def test_floats_are_not_divided_by_the_levels_of_bytes(split):
+    """Images that are in [0, 1] already would be black, and withstand all attacks there."""
+    x, y = split.batch(slice(0, 20))
+    with pytest.raises(ValueError, match="images are torch.float32, and levels=16: give uint8"):
+        Split(x, y, 16)
+    assert torch.equal(Split(x, y, 1).batch(slice(None))[0], x)
 
 
 @pytest.mark.parametrize("option", ["steps", "samples", "batch_size"])
