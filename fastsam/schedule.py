@@ -6,6 +6,8 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .checks import is_number
+
 
 class RhoScheduler:
     """Sets every group's rho to its initial rho times `rho_lambda(step)`, like LambdaLR.
@@ -35,8 +37,9 @@ class RhoScheduler:
 
     def _set(self, step: int, base_rhos: list[float]) -> None:
         factor = self.rho_lambda(step)
-        if not 0 <= factor < float("inf"):
-            raise ValueError(f"rho_lambda({step}) = {factor} is out of range: "
+        fits = is_number(factor) or isinstance(factor, Tensor)
+        if not (fits and 0 <= factor < float("inf")):
+            raise ValueError(f"rho_lambda({step}) = {factor!r} is out of range: "
                              "return a finite factor of at least 0")
         groups = self.optimizer.param_groups
         tensors = {id(group["rho"]): rho for group, rho in zip(groups, base_rhos, strict=False)

@@ -1,7 +1,7 @@
 """Saving and loading an optimizer: its state and its base's, and its hooks around them."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -178,6 +178,9 @@ def between_hooks(optimizer: Any, state_dict: Saved, load: Callable[[Saved], Non
     """Run the hooks of load_state_dict on the whole state, before it is loaded and after it, and
     none of them inside."""
     before, after = LOADING
+    if not isinstance(state_dict, Mapping):
+        raise ValueError(f"a state is a {type(state_dict).__name__}: load the dict that an "
+                         "optimizer's state_dict() returned")
     state_dict = state_dict.copy()  # which a hook may write into, as in torch
     for hook in getattr(optimizer, before).values():
         state_dict = hook(optimizer, state_dict) or state_dict

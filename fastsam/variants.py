@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from numbers import Integral
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -270,6 +271,9 @@ class LookSAM(SAM):
         for name, way in (("adaptive", "leave adaptive= out"), ("interval", "use k=")):
             if name in kwargs:
                 raise TypeError(f"LookSAM has no {name}: {way}")
+        if not isinstance(k, Integral) or k < 1:
+            raise ValueError(f"k={k!r} is out of range: use the number of steps from one climb to "
+                             "the next, such as 5")
         refuse_other_bases(base_optimizer, type(self))
         own = dict(rho=rho, alpha=alpha, adaptive=False)
         self._build(params, base_optimizer, own, mode="looksam", interval=k, **kwargs)

@@ -612,7 +612,7 @@ def test_a_rho_schedule_refuses_what_it_cannot_do():
     with pytest.raises(ValueError, match="SGD has a group without rho"):
         RhoScheduler(torch.optim.SGD([p], lr=0.1), lambda step: 1.0)
     opt = SAM([p], torch.optim.SGD, lr=0.1)
-    for bad in (-1.0, float("inf"), float("nan")):
+    for bad in (-1.0, float("inf"), float("nan"), None, "1"):
         with pytest.raises(ValueError, match=r"rho_lambda\(0\) = "):
             RhoScheduler(opt, lambda step, bad=bad: bad)
     assert opt.param_groups[0]["rho"] == 0.05

@@ -592,8 +592,9 @@ def test_what_gsam_and_looksam_refuse(cls):
 
 def test_looksam_refuses_a_k_and_what_it_has_not():
     w = parameters()
-    with pytest.raises(ValueError, match="interval=0"):
-        LookSAM(w, torch.optim.SGD, lr=0.1, k=0)
+    for k in (0, 2.5):
+        with pytest.raises(ValueError, match=f"^k={k} is out of range"):
+            LookSAM(w, torch.optim.SGD, lr=0.1, k=k)
     with pytest.raises(TypeError, match="use k="):
         LookSAM(w, torch.optim.SGD, lr=0.1, interval=3)
     with pytest.raises(TypeError, match="adaptive"):

@@ -95,8 +95,10 @@ def test_a_state_of_another_model_changes_nothing(backend, device):
 @pytest.mark.parametrize("wrong, said", [
     (lambda net, opt: {"model": net.state_dict(), "opt": opt.state_dict()}, "'model', 'opt'"),
     (lambda net, opt: net.state_dict(), "'conv.weight'"), (lambda net, opt: {}, "nothing"),
-    (lambda net, opt: {"param_groups": opt.state_dict()["param_groups"]}, "without 'state'")],
-    ids=["checkpoint", "model", "nothing", "groups"])
+    (lambda net, opt: {"param_groups": opt.state_dict()["param_groups"]}, "without 'state'"),
+    (lambda net, opt: "last.pt", "a str"), (lambda net, opt: None, "a NoneType"),
+    (lambda net, opt: opt, "a SAM")],
+    ids=["checkpoint", "model", "nothing", "groups", "path", "None", "optimizer"])
 def test_what_is_no_state_is_refused_in_words(wrong, said, device):
     net = network(device)
     opt = SAM(net.parameters(), torch.optim.SGD, lr=0.1)
