@@ -125,7 +125,10 @@ def names_of(group: dict[str, Any]) -> Sequence[str | None]:
 
 
 def check_call(zero_grad: object, scaler: object = None) -> None:
-    """Refuse a loss or a closure where a step takes a flag, and what is no GradScaler."""
+    """Refuse a loss, a closure or a scaler where a step takes a flag, and what is no GradScaler."""
+    if hasattr(zero_grad, "is_enabled"):
+        raise TypeError(f"zero_grad is a {type(zero_grad).__name__}: call "
+                        "first_step(scaler=scaler), and scaler.step(optimizer) as the second step")
     if callable(zero_grad) or isinstance(zero_grad, Tensor):
         raise TypeError(f"zero_grad is a {type(zero_grad).__name__}: use True or False; a loss "
                         "goes through loss.backward() before, a closure into step(closure)")

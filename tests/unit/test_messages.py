@@ -18,6 +18,11 @@ def again(make):
     return lambda: make(SAM(p(), SGD, lr=0.1))
 
 
+def perturbed(call):
+    """The same between the two steps."""
+    return again(lambda o: (o.first_step(), call(o)))
+
+
 def twice():
     q = p()
     return SAM([q[0], q[0]], SGD, lr=0.1)
@@ -88,6 +93,10 @@ MISUSE = {
                          again(lambda o: o.first_step(loss()))),
     "first_step(closure)": (TypeError, "zero_grad is a function",
                             again(lambda o: o.first_step(loss))),
+    "first_step(scaler)": (TypeError, "zero_grad is a GradScaler.*scaler=scaler", again(
+        lambda o: o.first_step(torch.amp.GradScaler("cpu")))),
+    "second_step(scaler)": (TypeError, "zero_grad is a GradScaler.*scaler.step", perturbed(
+        lambda o: o.second_step(torch.amp.GradScaler("cpu")))),
     "first_step(scaler=1024)": (TypeError, "scaler is a float",
                                 again(lambda o: o.first_step(scaler=1024.0))),
 }
