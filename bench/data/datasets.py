@@ -337,7 +337,7 @@ def folder(root: Path, read: Callable) -> tuple:
     if not root.is_dir():
         raise ValueError(
             f"data {str(root)!r} is neither {', '.join(KNOWN)} nor a directory; give the path of "
-            " a directory with train/<class>/ and test/<class>/"
+            "a directory with train/<class>/ and test/<class>/"
         )
     if not (root / "train").is_dir():
         everything, classes = several(root, *read(root))

@@ -206,6 +206,7 @@ def test_what_is_not_given_is_left_to_recipes_and_methods():
     ({"nesterov": "no"}, "nesterov must be true or false, got 'no'"),
     ({"nesterov": 1}, "nesterov must be true or false, got 1"),
     ({"schedule": "cosin"}, "unknown schedule 'cosin' (did you mean 'cosine'?)"),
+    ({"schedule": "COSINE"}, "unknown schedule 'COSINE' (did you mean 'cosine'?)"),
     ({"schedule": ["cosine"]}, "unknown schedule ['cosine']"),
     ({"warmup": 1}, "warmup must be in [0, 1), got 1"),
     ({"wieght_decay": 0}, "['wieght_decay'] (did you mean 'weight_decay'?)"),
