@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from .batchnorm import freeze_bn_stats
+from .checks import params_of
 from .optimizer import SAM
 from .phase import restoring
 
@@ -160,6 +161,10 @@ class GraphedStep:
         if self.optimizer.climbs_first and self.optimizer.climbs_next:
             self.optimizer.first_step()
         loss, self.output = self._backward(x, *rest)
+        if all(p.grad is None for p in params_of(self.optimizer.param_groups)):
+            self.optimizer._phase.warn("closure", "the loss has no gradient for any parameter of "
+                                       "the optimizer, so this step changes nothing: give the "
+                                       "optimizer of this model's parameters")
         if not self.optimizer.climbs_first and self.optimizer.climbs_next:
             self.optimizer.first_step(zero_grad=True)
             with freeze_bn_stats(self.model):

@@ -92,6 +92,17 @@ def test_it_trains_as_the_loop_does(case, attacked, device):
         assert opt.param_groups[0]["sam_steps"] == t + 1
 
 
+def test_an_optimizer_of_another_model_is_said(device):
+    """As of a closure that leaves no gradients; a model was built anew after its optimizer, say."""
+    net, other = network(device), network(device)
+    opt = CASES["fsam-adamw"](other.parameters())
+    step = GraphedStep(net, cross_entropy, opt, batch(0, device))
+    with pytest.warns(UserWarning, match="no gradient .* of this model") as said:
+        for t in range(2):
+            step(*batch(t, device))
+    assert [w.filename for w in said if "no gradient" in str(w.message)] == [__file__]
+
+
 def test_it_goes_on_from_a_loaded_state(device):
     ours, theirs = network(device), network(device)
     opt, plain = CASES["fsam-adamw"](ours.parameters()), CASES["fsam-adamw"](theirs.parameters())
