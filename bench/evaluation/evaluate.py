@@ -32,13 +32,17 @@ def answered(
     model: nn.Module, split: Split, batch_size: int, tell: Callable[[int], Any] = lambda n: None
 ) -> Tensor:
     """Return the (N,) classes that the model in its current mode gives, -1 where the logits are not
-    finite. tell: takes the number of images after each batch. Raises ValueError as refuse_unfit."""
+    finite. tell: takes the number of images after each batch. Raises ValueError as refuse_unfit,
+    and where there is no image."""
+    if not len(split):
+        raise ValueError("there are no images to evaluate on; give one at least")
     parts = []
     with torch.no_grad():
         for i in range(0, len(split), batch_size):
-            x, _ = split.batch(slice(i, i + batch_size))
+            x, y = split.batch(slice(i, i + batch_size))
             z = model(x)
             refuse_unfit(x, z)
+            refuse_labels(y, len(x), z.shape[1])
             parts.append(answers(z))
             tell(len(x))
     return torch.cat(parts)
@@ -59,6 +63,21 @@ def refuse_unfit(x: Tensor, z: Any) -> None:
         raise ValueError(
             f"of {len(x)} images the model returns {tuple(z.shape)} of {z.dtype}; logits are "
             f"({len(x)}, classes) of floats, of two classes at least"
+        )
+
+
+def refuse_labels(y: Tensor, images: int, classes: int) -> None:
+    """Raise ValueError for labels that are not one of the model's classes for every image: none of
+    them could be right, but for -1, which stands for an answer that is not finite."""
+    if y.shape != (images,) or y.dtype != torch.int64:
+        raise ValueError(
+            f"of {images} images the labels are {tuple(y.shape)} of {y.dtype}; give ({images},) of "
+            "int64"
+        )
+    if y.min() < 0 or y.max() >= classes:
+        raise ValueError(
+            f"there are labels from {y.min()} to {y.max()}, and the model has {classes} classes, "
+            f"counted from 0 to {classes - 1}; count the labels so, or leave those images out"
         )
 
 
