@@ -20,7 +20,7 @@ FRACTION = re.compile(rf"({NUMBER})\s*/\s*({NUMBER})")
 
 def eps_key(eps: float) -> str:
     """Return eps in 255ths: 0.0313725... -> "8/255"."""
-    return f"{round(eps * 255, 6):g}/255"
+    return f"{eps * 255:.6g}/255"
 
 
 def both_forms(eps: float) -> str:
@@ -93,10 +93,18 @@ def refuse_mixed(texts: Sequence[str], where: str) -> None:
 
 
 def parse_radii(texts: Sequence[str], norm: str, force: bool = False) -> tuple[float, ...]:
-    """Return what several radii mean, all written in one form. Raises ValueError as parse_eps."""
-    radii = tuple(parse_eps(text, norm, force) for text in texts)
+    """Return what several radii mean, all written in one form; one that is given twice counts
+    once. Raises ValueError as parse_eps, and for two that rows and tables could not tell apart."""
+    radii = {parse_eps(text, norm, force): text for text in texts}
     refuse_mixed(texts, f"--eval-{norm} {' '.join(texts)}")
-    return radii
+    by_key: dict[str, str] = {}
+    for eps, text in radii.items():
+        if (other := by_key.setdefault(eps_key(eps), text)) != text:
+            raise ValueError(
+                f"--eval-{norm} {other} {text}: both are {eps_key(eps)} to six digits, by which "
+                "results name a radius; leave one out"
+            )
+    return tuple(radii)
 
 
 def split_name(name: str) -> tuple[str, int | None, int]:

@@ -52,6 +52,18 @@ def test_one_form_is_read():
     assert parse_radii(["8.0", "2.5"], "linf") == (8 / 255, 2.5 / 255)
 
 
+def test_every_radius_has_a_key_of_its_own_however_small():
+    for eps in (1e-9, 2e-9, 1e-12 / 255, 3.00001e-8, 1 / 255):
+        assert parse_eps(eps_key(eps), "l2") == pytest.approx(eps, rel=1e-5)
+    assert evaluated("--eval-l2", "1e-9", "2e-9").l2 == (1e-9, 2e-9)
+
+
+def test_radii_that_results_could_not_tell_apart_are_refused():
+    with pytest.raises(ValueError, match=r"8\.000001 8\.000002: both are 8/255"):
+        parse_radii(["8.000001", "8.000002"], "linf")
+    assert parse_radii(["8", "16", "8"], "linf") == (8 / 255, 16 / 255)
+
+
 def test_the_command_line_refuses_mixed_radii(tmp_path, capsys):
     assert evaluated("--eval-l2", "64", "128").l2 == (64 / 255, 128 / 255)
     arguments = ["--eval-l2", "0.25", "0.5", "0.75", "1.0", "1.5"]

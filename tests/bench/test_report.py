@@ -461,7 +461,7 @@ def test_a_radius_that_has_to_be_forced_is_so_where_it_is_given(tmp_path):
         assert json.loads(json.dumps(asdict(config))) == row["config"]
 
 
-@given(st.floats(1e-6, 4) | st.integers(1, 1000).map(lambda k: k / 255))
+@given(st.floats(1e-12, 4) | st.integers(1, 1000).map(lambda k: k / 255))
 def test_eps_is_read_back_to_the_bit(eps):
     assert parse_eps(text_of(eps), "l2") == eps
 
