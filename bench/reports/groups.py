@@ -26,7 +26,7 @@ NUMBER, OBJECT = (int, float), dict
 KINDS: dict[str, Any] = {
     "natural": NUMBER, "images_per_second": NUMBER, "train_seconds": NUMBER, "test_images": int,
     "robust": OBJECT, "best": OBJECT, "attacks": OBJECT, "config": OBJECT, "evaluation": OBJECT,
-    "method": str,
+    "method": str, "versions": OBJECT,
 }  # fmt: skip
 DEFAULTS = {f.name: f.default for f in fields(Config) if f.default is not MISSING}
 
@@ -40,11 +40,33 @@ def checked(text: str, where: str) -> dict[str, Any]:
 
 
 def completed(row: dict[str, Any], where: str) -> dict[str, Any]:
-    """Return a row with its config's later fields. Raises ValueError for values of other kinds."""
-    if odd := [k for k, kind in KINDS.items() if not isinstance(row[k], kind)]:
-        raise ValueError(f"{where} is no row of a run: {odd[0]} is {row[odd[0]]!r}; remove it, and "
-                         "repeat the run's command")  # fmt: skip
+    """Return a row with its config's later fields. Raises ValueError for values of other kinds, and
+    for accuracies that are none or that it does not have."""
+    odd = [f"{k} is {row[k]!r}" for k, kind in KINDS.items() if not isinstance(row[k], kind)]
+    if odd := odd or odd_accuracies(row):
+        raise ValueError(f"{where} is no row of a run: {odd[0]}; remove it, and repeat the run's "
+                         "command")  # fmt: skip
     return row | {"config": DEFAULTS | row["config"], "history": []}
+
+
+def odd_accuracies(row: dict[str, Any]) -> list[str]:
+    """Return in words which accuracies of a row are no fractions, are missing at one of its
+    attacks' radii, or are at other ones."""
+    wanted, odd = radii_of(row["attacks"]), []
+    for at, of in (("", row), ("best: ", row["best"])):
+        found = {("natural", ""): of.get("natural")} | radii_of(of.get("robust"))
+        odd += [f"{at}{' '.join(place).strip()} is {value!r}" for place, value in found.items()
+                if isinstance(value, bool) or not isinstance(value, NUMBER) or not 0 <= value <= 1]
+        if found.keys() - {("natural", "")} != wanted.keys():
+            odd.append(f"{at}its accuracies are not at its attacks' radii")
+    return odd
+
+
+def radii_of(by_norm: Any) -> dict[tuple[str, str], Any]:
+    """Return what stands at each norm and radius; nothing for what is no dict of dicts."""
+    by_norm = by_norm if isinstance(by_norm, dict) else {}
+    return {(norm, eps): value for norm, by_eps in by_norm.items() if isinstance(by_eps, dict)
+            for eps, value in by_eps.items()}  # fmt: skip
 
 
 def lines_of(path: Path) -> list[str]:

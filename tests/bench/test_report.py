@@ -580,6 +580,29 @@ def test_refuses_what_is_no_row(text, said, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("change, said", [
+    (lambda row: row["robust"]["linf"].update({"1/255": None}), "linf 1/255 is None"),
+    (lambda row: row["robust"]["linf"].update({"1/255": "0.3"}), "linf 1/255 is '0.3'"),
+    (lambda row: row["robust"]["l2"].update({"16/255": 30.5}), "l2 16/255 is 30.5"),
+    (lambda row: row["best"]["robust"]["l2"].update({"16/255": float("nan")}), "best: l2 16/255"),
+    (lambda row: row.update(natural=80.1), "natural is 80.1"),
+    (lambda row: row.update(natural=True), "natural is True"),
+    (lambda row: row["best"].pop("natural"), "best: natural is None"),
+    (lambda row: row["best"].pop("robust"), "best: its accuracies are not at its attacks' radii"),
+    (lambda row: row["robust"]["linf"].pop("8/255"), "not at its attacks' radii"),
+    (lambda row: row["robust"].update(l1={"1/255": 0.5}), "not at its attacks' radii"),
+    (lambda row: row.update(versions="torch 2.15"), "versions is 'torch 2.15'"),
+])  # fmt: skip
+def test_refuses_rows_whose_accuracies_are_none(change, said, tmp_path, capsys):
+    row = made()
+    change(row)
+    path = write_rows(tmp_path / "rows.jsonl", [made(seed=1), row])
+    assert main(["report", str(path), "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and f"{str(path)!r}, line 2, is no row" in error and said in error
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     "arguments, said",
     [(["nowhere"], "nowhere"), (["."], "no finished run"), ([], "--step"),
