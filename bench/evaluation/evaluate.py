@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.attacks.by_name import Attempt, Perturb, attempt, by_pgd
-from bench.attacks.notation import eps_key
+from bench.attacks.notation import eps_key, split_name
 from bench.attacks.objectives import answers
 from bench.attacks.pgd import Attack, Forward
 from bench.data.datasets import Split
@@ -95,7 +95,7 @@ def generator_of(seed: int, image: int) -> torch.Generator:
 def withstand(
     model: nn.Module, split: Split, perturb: Perturb, restarts: int, batch_size: int, seed: int = 0,
     forward: Forward | None = None, tell: Callable[[int], Any] = lambda n: None,
-    survivors: list[tuple[Tensor, Tensor]] | None = None,
+    survivors: list[tuple[Tensor, Tensor, Tensor]] | None = None,
 ) -> tuple[Tensor, int]:  # fmt: skip
     """Return which images stay right at every restart of an attack, (N,) bool, and how many do not
     because their attack or its answer was not finite.
@@ -103,7 +103,7 @@ def withstand(
     The model judges the finished images; an image that one restart fools is not tried again.
     forward: the model's passes for gradients; None: its own. tell: takes the number of images after
     each batch. survivors: gets the attacked images, up to INSPECTED, that stay right in the first
-    batch where some do, and their labels.
+    batch where some do, their labels, and the images as they were.
     """
     stands = torch.ones(len(split), dtype=torch.bool, device=split.images.device)
     lost = 0
@@ -121,7 +121,7 @@ def withstand(
             lost += (answer == -1).sum().item()
             if survivors is not None and not survivors and (answer == y[left]).any():
                 kept = (answer == y[left]).nonzero().squeeze(1)[:INSPECTED]
-                survivors.append((x_adv[kept], y[left][kept]))
+                survivors.append((x_adv[kept], y[left][kept], x[left][kept]))
         tell(len(y))
     return stands, lost
 
@@ -226,7 +226,7 @@ def measured(
             for a in attacks:
                 where = f"{NORM_NAMES[norm]} {eps} {a.name}"
                 progress.begin(where, len(right), evaluation.batch_size, a.passes * a.restarts)
-                survivors: list[tuple[Tensor, Tensor]] = []
+                survivors: list[tuple[Tensor, Tensor, Tensor]] = []
                 kept, lost = withstand(
                     model, right, a.perturb, a.restarts, evaluation.batch_size, 0, forward,
                     progress.end_batch, survivors,
@@ -235,6 +235,8 @@ def measured(
                 stands &= kept
                 result["warnings"] += masked_gradients.of_attack(where, lost, len(right))
                 result["warnings"] += masked_gradients.of_survivors(where, model, survivors)
+                if split_name(a.name)[0] in masked_gradients.UNTARGETED:
+                    result["warnings"] += masked_gradients.of_ascent(where, model, survivors)
                 with progress.bar.external_write_mode(file=sys.stderr):
                     say(f"{where}: {own[a.name]:.2%}")
             result["robust"][norm][eps] = stands.sum().item() / len(split)

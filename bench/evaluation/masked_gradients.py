@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.attacks.objectives import log_odds
+from bench.attacks.objectives import SPREAD, log_odds, spread
 from bench.attacks.pgd import ascent, largest
 
 SHARE = 0.01  # of the images; fewer vanishing gradients are no sign
@@ -17,6 +17,7 @@ GUARD = 1e-10  # the largest number that public attacks put in the place of a gr
 PILE = 0.2  # of the images: so many highest outputs at one value are a bound's doing
 CLOSE = 1e-3  # of the outputs' range
 COARSE = 1e-2  # of the outputs: more than what bf16 rounds away
+UNTARGETED = ("fgsm", "pgd", "apgd-ce")  # attacks that climb the log-odds against the label
 LEAST = 1e-4  # a narrower range of log-probabilities is not told from rounding
 
 
@@ -73,17 +74,37 @@ def vanishing(g: Tensor) -> tuple[int, str]:
     return still, "exactly 0" if (g == 0).sum() == still else "0 or too small for float32"
 
 
-def of_survivors(where: str, model: nn.Module, parts: Parts) -> list[str]:
+Survivors = list[tuple[Tensor, Tensor, Tensor]]  # attacked images, labels, images as they were
+
+
+def of_survivors(where: str, model: nn.Module, survivors: Survivors) -> list[str]:
     """Say where the gradient has vanished on an attack's way, at images that it did not fool."""
-    if not parts:
+    if not survivors:
         return []
-    g = sizes(model, log_odds, parts)
+    g = sizes(model, log_odds, [(x_adv, y) for x_adv, y, _ in survivors])
     still, size = vanishing(g)
     if still <= max(1, SHARE * len(g)):
         return []
     return [
         f"{where}: where it ended, the gradient is {size} for {still} of {len(g)} images that it "
         "did not fool: attacks by gradients get no further there"
+    ]
+
+
+def of_ascent(where: str, model: nn.Module, survivors: Survivors) -> list[str]:
+    """Say where an attack that climbs the log-odds against the label ended below where it began, at
+    images that it did not fool: the gradient that it was given is not that of the outputs."""
+    fallen, n = 0, 0
+    for x_adv, y, x in survivors:
+        with torch.no_grad():
+            z, z_adv = model(x), model(x_adv)
+        rise = log_odds(z_adv, y, spread(z)) - log_odds(z, y)
+        fallen, n = fallen + (rise < -COARSE * SPREAD).sum().item(), n + len(y)
+    if fallen <= max(1, PILE * n):
+        return []
+    return [
+        f"{where}: where it ended, the model is surer of the label than it was for {fallen} of {n} "
+        "images that it did not fool: the gradient does not lead where the outputs rise"
     ]
 
 

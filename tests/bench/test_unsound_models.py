@@ -72,6 +72,48 @@ def test_a_gradient_that_vanishes_on_the_way_is_noticed(split):
     assert evaluate(model(), part, evaluation(attacks=("pgd-4", "apgd-ce-4")))["warnings"] == []
 
 
+class Misled(torch.autograd.Function):
+    """The images, with another gradient than theirs."""
+
+    @staticmethod
+    def forward(ctx, x, change):
+        ctx.change = change
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        return ctx.change(g), None
+
+
+@pytest.mark.parametrize("name, change", [
+    ("fgsm", torch.neg), ("pgd-4", torch.neg), ("apgd-ce-4", torch.neg),
+    ("fgsm", lambda g: g.flip(0, 2, 3)), ("pgd-4", lambda g: g.flip(0, 2, 3)),
+    ("fgsm", torch.randn_like), ("pgd-4", torch.randn_like),  # Auto-PGD returns to its best point
+])  # fmt: skip
+def test_a_gradient_that_is_not_the_outputs_is_noticed(split, name, change):
+    class Other(nn.Module):
+        def forward(self, x):
+            return model()(Misled.apply(x, change))
+
+    torch.manual_seed(0)
+    found = evaluate(Other(), split, evaluation(attacks=(name,)))
+    (text,) = found["warnings"]
+    assert text.startswith(f"l_inf 16/255 {name}: where it ended, the model is surer of the label")
+
+
+@pytest.mark.parametrize("eps", [1e-8, 1e-4, 16 / 255, 0.25])
+def test_a_gradient_that_is_about_the_outputs_is_not_warned_of(split, eps):
+    """A straight-through gradient through rounding, and coarse outputs: attacks do climb."""
+    class Through(nn.Module):
+        def forward(self, x):
+            return model()(x + ((x * 64).round() / 64 - x).detach())
+
+    split, attacks = split.take(torch.arange(60)), ("fgsm", "pgd-10", "apgd-ce-4", "apgd-t-2")
+    for net in (model(), Through(), Behind(lambda z: z.bfloat16())):
+        found = evaluate(net, split, evaluation(linf=(eps,), l2=(eps,), attacks=attacks))
+        assert not any("surer" in text for text in found["warnings"]), net
+
+
 def test_a_sound_model_is_not_warned_of(split):
     assert masked_gradients.of_model(model(), *split.batch(slice(None))) == []
     for fine in (lambda z: z.log_softmax(1), lambda z: z - z.mean(1, keepdim=True),
