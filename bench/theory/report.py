@@ -51,18 +51,27 @@ def at_row(m: Model, eps: float) -> dict[str, Any]:
 def sam_row(m: Model, rho: float) -> dict[str, Any]:
     """Return SAM's optima at radius rho, closed form beside search, and where SAM itself ends.
 
-    Raises ValueError for a rho at which w_SAM and w_ST are one number.
+    Raises ValueError for a rho at which w_SAM and w_ST are one number, and where the steps of SAM
+    leave what float64 can hold.
     """
     low, high = t.w_st(m), t.w_sam(m, rho)
     if high - low < 1e-9 * low:
         raise ValueError(f"rho {rho} is too small for w_SAM to differ from w_ST ({m})")
-    return {
+    try:
+        ends = {
+            "SAM ends": t.one_step_sam(m, rho, high, LRS, STEPS)[-1],
+            "true max ends": t.true_max_sam(m, rho, low, LRS, STEPS)[-1],
+        }
+    except OverflowError as e:
+        raise ValueError(
+            f"at rho {rho} the accuracy is so steep that SAM's steps overflow ({m}); choose a "
+            "smaller eta, p or rho"
+        ) from e
+    return ends | {
         "model": m, "rho": rho, "w_ST": low, "w_SAM": high, "w_SAM searched": t.search_sam(m, rho),
         "w_SAM series": t.w_sam_series(m, rho),
         "eps_AT": t.eps_at(m, rho), "eps_AT series": t.eps_at_series(m, rho),
         "w_AT searched": t.search_at(m, t.eps_at(m, rho)),
-        "SAM ends": t.one_step_sam(m, rho, high, LRS, STEPS)[-1],
-        "true max ends": t.true_max_sam(m, rho, low, LRS, STEPS)[-1],
         "all weights": t.search_sam_all(m, rho), "all weights series": t.w_sam_all_series(m, rho),
     }  # fmt: skip
 

@@ -171,7 +171,8 @@ def test_command_writes_table_and_figure(tmp_path, capsys):
     [(["--p", "0.5"], "0.5"), (["--p", "nan"], "nan"), (["--eta", "-1"], "-1"), (["--n", "0"], "0"),
      (["--eps", "0.2"], "0.2"), (["--eta", "3", "--eps", "1.5"], "1.5"), (["--rho", "0"], "0"),
      (["--rho", "10"], "10"), (["--rho", "1e-6"], "1e-06"),
-     (["--p", "0.99", "--eta", "0.01", "--n", "5"], "flat")],
+     (["--p", "0.99", "--eta", "0.01", "--n", "5"], "flat"),
+     (["--p", "0.99", "--eta", "50", "--n", "5", "--rho", "2"], "overflow")],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )  # fmt: skip
 def test_bad_input_is_one_sentence(arguments, said, tmp_path, capsys):
