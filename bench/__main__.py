@@ -58,8 +58,8 @@ def parsed(words: list[str]) -> tuple[Command, dict[str, Any]]:
 
 def main(argv: list[str] | None = None) -> int:
     """Return the exit code: 0, 1 when a benchmark's parity check is red, 2 after one sentence about
-    the input that cannot be used, DIVERGED (3) after one about the training that did, 143 after
-    SIGTERM, 130 after Ctrl-C, or 141 where nobody reads the output."""
+    the input that cannot be used or the package that is not there, DIVERGED (3) after one about the
+    training that did, 143 after SIGTERM, 130 after Ctrl-C, or 141 where nobody reads the output."""
 
     open_closed_output()
     print_in_any_encoding()
@@ -76,6 +76,12 @@ def main(argv: list[str] | None = None) -> int:
         return PIPE_CLOSED
     except (ValueError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as e:
+        if (e.name or "").partition(".")[0] in ("", "bench", "fastsam"):
+            raise
+        print(f"error: {e}, which the benchmark needs; pip install '.[demo]' in the checkout, and "
+              "repeat the command: what was finished stays", file=sys.stderr)  # fmt: skip
         return 2
     except Diverged as e:
         print(f"error: {e}", file=sys.stderr)

@@ -1,17 +1,18 @@
 """The command line: what compare and evaluate leave, and bad input's one sentence and code 2."""
 
+import importlib
 import json
 import os
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
-from bench.__main__ import main
+from bench.__main__ import COMMANDS, main
 from bench.cli.experiments import combined
 from bench.experiments.compare import settings
 from bench.files import append_jsonl, replacing
@@ -184,6 +185,16 @@ def test_what_cannot_run_here_is_refused_from_a_shell(arguments, tmp_path):
     assert result.returncode == 2 and result.stdout == ""
     assert arguments[-1] in result.stderr and result.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("package", ["matplotlib", "jinja2", "scipy.stats"])
+def test_a_package_that_is_not_there_is_named_with_the_remedy(package, capsys, monkeypatch):
+    own = replace(COMMANDS["report"], run=lambda options: importlib.import_module(package))
+    monkeypatch.setitem(COMMANDS, "report", own)
+    monkeypatch.setitem(sys.modules, package, None)
+    assert main(["report", "runs"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and package in error and "pip install '.[demo]'" in error
 
 
 def test_ctrl_c_is_one_sentence(tmp_path, capsys, monkeypatch):
