@@ -40,7 +40,13 @@ def answered(
     with torch.no_grad():
         for i in range(0, len(split), batch_size):
             x, y = split.batch(slice(i, i + batch_size))
+            untouched = x._version
             z = model(x)
+            if x._version != untouched:
+                raise ValueError(
+                    "the model changes the images that it is given; let it make new ones, "
+                    "without inplace=True"
+                )
             refuse_unfit(x, z)
             refuse_labels(y, len(x), z.shape[1])
             parts.append(answers(z))

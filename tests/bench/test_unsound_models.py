@@ -224,6 +224,21 @@ def test_labels_that_are_no_classes_of_the_model_are_refused(split, change, said
         correct(model(), part, 20)
 
 
+def test_a_model_that_changes_its_images_is_refused(split):
+    """It was the images that were blamed, or left alone, and judged after they were changed."""
+    class InPlace(nn.Module):
+        def __init__(self, by):
+            super().__init__()
+            self.by = by
+
+        def forward(self, x):
+            return model()(x.mul_(self.by))
+
+    for by in (0.5, 3.0):
+        with pytest.raises(ValueError, match="changes the images"):
+            evaluate(InPlace(by), split, evaluation(attacks=("clean",)))
+
+
 def test_no_images_are_refused(split):
     with pytest.raises(ValueError, match="no images"):
         evaluate(model(), split.take(torch.arange(0)), evaluation())
