@@ -132,7 +132,7 @@ def refuse_unwritable(path: Path | None) -> None:
 def read_json(path: Path, remedy: str) -> Any:
     """Return what a JSON file holds. Raises ValueError with the path; remedy: what to do then."""
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text("utf-8"))
     except ValueError as e:  # no JSON, or no text
         raise ValueError(f"{str(path)!r} is damaged ({e}); {remedy}") from e
 
@@ -192,7 +192,7 @@ def append_jsonl(path: Path, rows: list[dict]) -> None:
     with kept(path):
         remove_unfinished(path.parent, f"{glob.escape(path.name)}.*")
         try:
-            old = path.read_text().split("\n")
+            old = path.read_text("utf-8").split("\n")
         except UnicodeDecodeError as e:
             raise ValueError(f"{str(path)!r} is no JSONL ({e}); give another file") from e
         old = [line for line in old if line.strip()]

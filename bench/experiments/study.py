@@ -32,7 +32,7 @@ def load_study(name: str) -> dict[str, Any]:
         raise ValueError(
             f"unknown study {name!r}{meant(name, known)}; choose from {', '.join(known)}"
         )
-    return json.loads(path.read_text())
+    return json.loads(path.read_text("utf-8"))
 
 
 def study_runs(study: dict[str, Any]) -> dict[str, Config]:

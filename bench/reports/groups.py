@@ -72,7 +72,7 @@ def radii_of(by_norm: Any) -> dict[tuple[str, str], Any]:
 def lines_of(path: Path) -> list[str]:
     """Return a text file's lines. Raises ValueError with the path for what is no text."""
     try:
-        return path.read_text().splitlines()
+        return path.read_text("utf-8").splitlines()
     except UnicodeDecodeError as e:
         raise ValueError(f"{str(path)!r} is no text ({e}); give another file") from e
 

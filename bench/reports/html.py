@@ -23,4 +23,4 @@ def page(sections: list[dict[str, Any]]) -> str:
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["data_url"] = data_url
-    return environment.from_string(TEMPLATE.read_text()).render(sections=sections)
+    return environment.from_string(TEMPLATE.read_text("utf-8")).render(sections=sections)

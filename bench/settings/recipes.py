@@ -111,7 +111,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
     """Return what a recipe's file holds. Raises ValueError for a file of another form, and for
     values of methods that there are not."""
     try:
-        text = json.loads(path.read_text())
+        text = json.loads(path.read_text("utf-8"))
         odd = sorted(text.keys() - KEYS.keys())
     except (ValueError, AttributeError) as e:
         raise ValueError(f"{str(path)!r} is not a recipe ({e}); see bench/recipes/README.md") from e

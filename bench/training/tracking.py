@@ -87,7 +87,7 @@ def track_finished(
     if tracker is None:
         return
     try:
-        rows = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+        rows = map(json.loads, (out / "metrics.jsonl").read_text("utf-8").splitlines())
         run = started(tracker, config, out, config.epochs)
         run.track(list(rows))
     except (ValueError, OSError) as e:

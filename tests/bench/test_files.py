@@ -128,6 +128,25 @@ def test_appending_keeps_what_is_there(tmp_path):
     assert path.read_bytes() == b"\x89PNG\xff"
 
 
+def test_text_is_utf_8_whatever_the_locale(tmp_path):
+    """The page says that it is; a locale's own encoding may not even have the signs."""
+    ascii_alone = {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    program = (
+        "import json, sys; from pathlib import Path; from bench.files import *; "
+        "from bench.reports.groups import lines_of; "
+        "path = Path(sys.argv[1]); write_text(path, '\\u00b1 \\u65e5\\n'); "
+        "assert lines_of(path) == ['\\u00b1 \\u65e5'], lines_of(path); "
+        "append_jsonl(path, [{'a': 1}]); write_text(path, path.read_text('utf-8')[4:]); "
+        "assert read_json(path, '') == {'a': 1}"
+    )
+    path = tmp_path / "text"
+    made = subprocess.run(
+        [sys.executable, "-c", program, str(path)], env=os.environ | ascii_alone, cwd=ROOT,
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert made.returncode == 0, made.stderr
+
+
 def test_two_writers_of_one_file_do_not_share_a_temporary_one(tmp_path):
     path = tmp_path / "table.md"
     with replacing(path) as one:
