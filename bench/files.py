@@ -146,7 +146,8 @@ def row_of(text: str, where: str, needed: Iterable[str], of: str) -> dict[str, A
     except (json.JSONDecodeError, TypeError):
         missing = ["JSON object"]
     if missing:
-        raise ValueError(f"{where} is no row of a {of}: no {missing[0]}")
+        raise ValueError(f"{where} is no row of a {of}: no {missing[0]}; remove the line, or give "
+                         "another file")  # fmt: skip
     return row
 
 

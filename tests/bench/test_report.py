@@ -569,7 +569,9 @@ def test_the_page_holds_everything_and_loads_nothing(tmp_path, capsys):
 @pytest.mark.parametrize(
     "text, said",
     [("", "no finished run"), ("{}\n", "line 1"), ("[1]\n", "line 1"), ("7\n", "line 1"),
-     (json.dumps(made()) + "\nnot JSON\n", "line 2"), ('{"kind": "step"}\n', "line 1")],
+     (json.dumps(made()) + "\nnot JSON\n", "line 2"),
+     (json.dumps(made()) + "\n" + json.dumps(made(seed=1))[:300], "remove the line"),
+     ('{"kind": "step"}\n', "line 1")],
 )  # fmt: skip
 def test_refuses_what_is_no_row(text, said, tmp_path, capsys):
     path = tmp_path / "rows.jsonl"
