@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
+from torch.jit import ScriptModule
 from tqdm import tqdm
 
 LOOK = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} images [{elapsed}<{remaining}]"
@@ -65,9 +66,11 @@ class Progress:
 
     @contextmanager
     def counting(self, *models: nn.Module) -> Iterator[None]:
-        """Inside, every pass of the models is counted, whoever makes it."""
+        """Inside, every pass of the models is counted, whoever makes it; not of scripted ones,
+        which take no hooks: of these the batches are."""
         hooks = [model.register_forward_hook(lambda _, given, out: self.passed(len(given[0])))
-                 for model in dict.fromkeys(models)]  # fmt: skip
+                 for model in dict.fromkeys(models)
+                 if not isinstance(model, ScriptModule)]  # fmt: skip
         try:
             yield
         finally:

@@ -164,6 +164,13 @@ def test_the_bar_leaves_no_hook_and_changes_no_result(net, split, monkeypatch):
     assert shown == quiet and not net._forward_hooks
 
 
+@pytest.mark.filterwarnings("ignore:.*deprecated")
+def test_a_scripted_network_which_takes_no_hooks_is_evaluated(net, split):
+    evaluation = resolve_evaluation("digits", {"attacks": ("pgd-2", "apgd-ce-2")})
+    scripted = torch.jit.script(net.eval())
+    assert evaluate(scripted, split, evaluation) == evaluate(net, split, evaluation)
+
+
 def test_training_shows_its_steps_and_its_validation(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "stderr", Terminal())
     command = ["train", *SMALL, "--method", "at-linf", "--attack-steps", "2", "--epochs", "1"]
