@@ -216,8 +216,9 @@ def measured(
                for k in ("robust", "attacks", "each", "configurations")}
     sample = inspected(split)
     with torch.no_grad():
-        classes = model(sample[0][:1]).shape[1]
-    planned = attempts(evaluation, classes)
+        z = model(sample[0][:1])
+    refuse_unfit(sample[0][:1], z)  # of one image, as an attack may leave it
+    planned = attempts(evaluation, z.shape[1])
     result["warnings"] = masked_gradients.of_answers(answer)
     result["warnings"] += masked_gradients.of_model(
         model, *sample, evaluation.batch_size, attacked=bool(planned)

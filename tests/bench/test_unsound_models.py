@@ -224,6 +224,12 @@ def test_labels_that_are_no_classes_of_the_model_are_refused(split, change, said
         correct(model(), part, 20)
 
 
+def test_a_model_that_drops_the_batch_of_one_image_is_refused(split):
+    for attacks in (("clean",), ("pgd",)):
+        with pytest.raises(ValueError, match=r"of 1 images the model returns \(10,\)"):
+            evaluate(Behind(lambda z: z.squeeze()), split, evaluation(attacks=attacks))
+
+
 def test_a_model_that_changes_its_images_is_refused(split):
     """It was the images that were blamed, or left alone, and judged after they were changed."""
     class InPlace(nn.Module):
