@@ -91,8 +91,9 @@ def end(process: multiprocessing.Process) -> int:
 
 
 def hit(process: multiprocessing.Process, path: Path, number: int) -> int:
-    """Signal a process at a random moment after it has written `path`, unless it ends before; return
-    its exit code."""
+    """Signal a process at a random moment after it has written `path`, unless it ends before.
+
+    Returns its exit code."""
     before = path.stat().st_mtime_ns if path.exists() else 0
     while process.is_alive():
         if path.exists() and path.stat().st_mtime_ns > before:
