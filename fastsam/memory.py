@@ -92,6 +92,15 @@ def has_storage(t: Tensor) -> bool:
     return not t.numel() or bool(end <= t.untyped_storage().nbytes())
 
 
+def storage_at(t: Tensor) -> int | None:
+    """Where a tensor's storage begins; None for one that has none of its own: sparse, nested or
+    quantized ones keep what they are made of in other tensors."""
+    try:
+        return t.untyped_storage().data_ptr()
+    except RuntimeError:
+        return None
+
+
 def present(grads: Sequence[Tensor | None]) -> list[Tensor]:
     return [g for g in grads if g is not None]
 

@@ -15,7 +15,7 @@ from .distributed import is_sharded, like
 from .entries import FOREIGN, Entry, check_entry, name_of_m, saved_m
 from .hyper import FRIENDLY, GIVEN
 from .interrupts import surely
-from .memory import has_storage
+from .memory import has_storage, storage_at
 from .space import Slot, Space, local
 
 # averages and momenta, and the counts of their updates
@@ -241,8 +241,8 @@ def buffers(space: Space) -> list[Tensor]:
 def apart(entry: Entry, flats: set[int]) -> Entry:
     """The same state, with copies of what lies in these buffers, which loading writes: two entries
     may have changed places."""
-    return {name: x.clone() if isinstance(x, Tensor)
-            and local(x).untyped_storage().data_ptr() in flats else x for name, x in entry.items()}
+    return {name: x.clone() if isinstance(x, Tensor) and storage_at(local(x)) in flats else x
+            for name, x in entry.items()}
 
 
 def load_slot(space: Space, slot: Slot, state: Entry) -> None:

@@ -13,6 +13,7 @@ from .entries import FOREIGN, Entry, as_torch_saves, check_entry, without_publis
 from .hyper import KEEPING
 from .interrupts import Result, surely
 from .layout import Group, Layout, Traits
+from .memory import storage_at
 from .shown import adopt
 
 Saved = dict[str, Any]  # a whole state
@@ -43,8 +44,9 @@ def save(optimizer: Optimizer, base: Optimizer, traits: Traits, layout: Layout,
 
 def is_shared(state: dict[Tensor, Entry]) -> bool:
     """Whether tensors of the state lie in memory that processes share."""
-    return any(isinstance(x, Tensor) and x.device.type == "cpu" and x.is_shared()
-               for entry in state.values() if isinstance(entry, dict) for x in entry.values())
+    return any(isinstance(x, Tensor) and x.device.type == "cpu" and storage_at(x) is not None
+               and x.is_shared() for entry in state.values()
+               if isinstance(entry, dict) for x in entry.values())
 
 
 def fitting(state_dict: Saved, mine: list[Group], base: Optimizer, traits: Traits, layout: Layout,

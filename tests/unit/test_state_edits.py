@@ -2,11 +2,13 @@
 torch's optimizers follow it, or refused by name before a weight changes."""
 
 import copy
+import pickle
 from collections import defaultdict
 
 import pytest
 import torch
 from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 from fastsam import SAM, FriendlySAM, PhaseError
 
@@ -301,6 +303,41 @@ def test_what_others_keep_in_the_state_is_saved_and_loaded():
     assert state["somebody's"] == {"number": 3} and state["number"] == 5
     assert torch.equal(state[twin.ours.params[0]]["momentum_buffer"],
                        opt.state[pair.ours.params[0]]["momentum_buffer"])
+
+
+class Quantized(torch.optim.SGD):
+    """A base that keeps its momentum in a tensor of another class, as torchao's optimizers do."""
+
+    def step(self, closure=None):
+        for p in self.param_groups[0]["params"]:
+            self.state[p]["v"] = TwoTensor(p.grad.clone(), p.grad.clone())
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("odd", [torch.eye(3).to_sparse(), TwoTensor(torch.ones(2), torch.ones(2))],
+                         ids=["sparse", "subclass"])
+@pytest.mark.parametrize("cls, base", [(SAM, torch.optim.SGD), (SAM, Quantized),
+                                       (FriendlySAM, Quantized)])
+def test_tensors_without_a_storage_of_their_own_may_be_in_the_state(cls, base, odd):
+    p = nn.Parameter(torch.ones(3))
+    opt = cls([p], base, lr=0.1, momentum=0.9)
+    both_halves(opt, p)
+    opt.state[p]["odd"] = odd
+    for copied in (copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))):
+        twin = copied(opt)
+        entry, = (x for x in twin.state.values() if "odd" in x)
+        assert type(entry["odd"]) is type(odd)
+    opt.load_state_dict(opt.state_dict())
+    opt.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
+    before = p.detach().clone()
+    both_halves(opt, p)
+    assert type(opt.state[p]["odd"]) is type(odd) and not torch.equal(p, before)
+
+
+def both_halves(opt, p):
+    for half in (opt.first_step, opt.second_step):
+        p.grad = p.detach().clone()
+        half()
 
 
 @pytest.mark.parametrize("value", [7, 7.0, torch.tensor(7.0), torch.tensor([7]),
