@@ -330,7 +330,7 @@ def refuse_no_number(name: str, x: object) -> None:
 
 def refuse_no_betas(betas: Any) -> None:
     """Refuse what is no pair of numbers in [0, 1)."""
-    pair = betas if isinstance(betas, (tuple, list)) else ()
+    pair = [*betas] if isinstance(betas, Collection) else []
     for x in pair:
         refuse_no_number("betas", x)
     if len(pair) != 2 or not all(0 <= x < 1 for x in pair):

@@ -2,6 +2,7 @@
 changes."""
 
 import math
+from collections import UserList
 from fractions import Fraction
 
 import numpy as np
@@ -40,7 +41,10 @@ SGDS = {
 }
 ADAMS = {
     "betas": dict(betas=(0.5, 0.6)), "a list": dict(betas=[0.5, 0.6]), "zeros": dict(betas=(0, 0)),
-    "numpy": dict(betas=(np.float32(0.5), np.float64(0.75))), "eps": dict(eps=0.1),
+    "numpy": dict(betas=(np.float32(0.5), np.float64(0.75))),
+    "an array": dict(betas=np.array([0.5, 0.75])),
+    "somebody's list": dict(betas=UserList([0.5, 0.75])),  # as omegaconf's, and so Hydra's
+    "eps": dict(eps=0.1),
     "tensor": dict(lr=torch.tensor(0.1)), "weight decay": dict(weight_decay=0.5),
 }
 
