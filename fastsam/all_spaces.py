@@ -6,6 +6,7 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch._C import _len_torch_dispatch_stack
 
 from .layout import Layout
 from .memory import has_storage
@@ -21,6 +22,7 @@ def climb(layout: Layout, passes: Sequence[Pass]) -> list[Climb]:
         passes = projected(layout, passes)
         if not layout.has_norm():
             norm(layout.backend, passes)
+        show_modes(passes, [None] * len(passes))
         for p in passes:
             climbs.append(layout.backend.climb(p, global_sums(passes, p.space)))
         return climbs
@@ -86,11 +88,23 @@ def step(layout: Layout, passes: Sequence[Pass], climbs: Sequence[Climb | None],
         found_inf = bad if found_inf is None else bad + found_inf.to(bad)
     along_v = perturbed and leaves_norm(layout)
     layout.keep_norm(None)
+    show_modes(passes, climbs)
     for i, (p, climb) in enumerate(zip(passes, climbs, strict=True)):
         layout.set_cell(i, "found_inf", found_inf, 0)
         layout.backend.step(p._replace(along_v=True) if along_v else p, climb)
     if along_v:
         layout.keep_norm([climb.moved for climb in climbs if climb])
+
+
+def show_modes(passes: Sequence[Pass], climbs: Sequence[Climb | None]) -> None:
+    """Let torch's dispatch modes, if there are any, see which weights are about to be written, as
+    kernels write past them: that of `allow_mutation_on_saved_tensors` copies what autograd still
+    needs."""
+    if _len_torch_dispatch_stack():
+        for p, climb in zip(passes, climbs, strict=True):
+            for i, w in enumerate(p.w):
+                if p.g[i] is not None or (climb and climb.moved[i]):
+                    w.copy_(w)
 
 
 def leaves_norm(layout: Layout) -> bool:

@@ -36,7 +36,8 @@ LAYOUTS = [(1, 1), (5, 1), (5, 4), (130, 1), (130, 4)]  # tensors, groups
 
 
 class Executed(TorchDispatchMode):
-    """The operations that read or write memory, in order: views and allocations are left out."""
+    """The operations that read or write memory, in order: views, allocations and copies of a tensor
+    onto itself, by which a mode such as this is told of what kernels write, are left out."""
 
     def __init__(self):
         super().__init__()
@@ -45,7 +46,8 @@ class Executed(TorchDispatchMode):
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         result = op(*args, **(kwargs or {}))
         kind, _, name = op.name().partition("::")
-        if kind == "aten" and not (op.is_view or name.startswith("empty")):
+        onto_itself = name == "copy_" and args[0] is args[1]
+        if kind == "aten" and not (op.is_view or name.startswith("empty") or onto_itself):
             self.names.append(name)
             if isinstance(result, torch.Tensor):
                 self.elements = max(self.elements, result.numel())

@@ -643,3 +643,20 @@ def test_double_backward_through_the_first_gradient(backend):
         assert p.grad.grad_fn is not None
         step()
         assert p.is_leaf and p.grad_fn is None
+
+
+@pytest.mark.parametrize("half", ["climb", "plain step", "second step", "only the return"])
+def test_autograd_keeps_what_it_has_saved_where_torch_allows_mutation(half, backend):
+    """Kernels write weights past torch, whose mode for this copies what an operation changes."""
+    p = nn.Parameter(normal(3, 4))
+    opt = SAM([p, nn.Parameter(normal(5))], torch.optim.SGD, rho=RHO, lr=0.1, backend=backend)
+    with torch.autograd.graph.allow_mutation_on_saved_tensors():
+        p.grad = normal(3, 4, seed=1)
+        if half in ("second step", "only the return"):
+            opt.first_step(zero_grad=half == "only the return")
+        there, loss = p.detach().clone(), p.pow(3).sum()
+        opt.first_step() if half == "climb" else opt.step()
+        assert not torch.equal(p, there)
+        p.grad = None
+        loss.backward()
+    close(p.grad, 3 * there ** 2, half)
