@@ -245,6 +245,12 @@ def test_a_model_that_changes_its_images_is_refused(split):
             evaluate(InPlace(by), split, evaluation(attacks=("clean",)))
 
 
+def test_right_answers_are_counted_in_inference_mode_too(split):
+    expected = correct(model(), split, 64)
+    with torch.inference_mode():
+        assert torch.equal(correct(model(), split, 64), expected)
+
+
 def test_no_images_are_refused(split):
     with pytest.raises(ValueError, match="no images"):
         evaluate(model(), split.take(torch.arange(0)), evaluation())
