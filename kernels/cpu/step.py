@@ -106,7 +106,6 @@ def adam(w, g, i, v, u, hyper, dtype):
     return w - rate * new_v / (math.sqrt(new_u / c2) + eps)
 
 
-
 @lru_cache
 def step_loop(base: str, mix: str | None, along_v: bool, masters: bool, dtype: str, g_dtype: str,
          ) -> Callable:
