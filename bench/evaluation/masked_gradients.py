@@ -97,9 +97,11 @@ def of_ascent(where: str, model: nn.Module, survivors: Survivors) -> list[str]:
     fallen, n = 0, 0
     for x_adv, y, x in survivors:
         with torch.no_grad():
-            z, z_adv = model(x), model(x_adv)
-        rise = log_odds(z_adv, y, spread(z)) - log_odds(z, y)
-        fallen, n = fallen + (rise < -COARSE * SPREAD).sum().item(), n + len(y)
+            z, again, z_adv = model(x), model(x), model(x_adv)
+        before, same, after = (log_odds(logits, y, spread(z)) for logits in (z, again, z_adv))
+        chance = (same - before).abs().max()  # of a random model
+        fallen += (after - before < -COARSE * SPREAD - chance).sum().item()
+        n += len(y)
     if fallen <= max(1, PILE * n):
         return []
     return [

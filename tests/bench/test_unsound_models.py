@@ -209,6 +209,18 @@ def test_outputs_that_are_no_logits_of_every_image_are_refused(split, change, sa
         correct(Behind(change), split, 100)
 
 
+def test_a_random_model_is_not_said_to_mislead(split):
+    """Its outputs differ from pass to pass by more than a small radius moves them."""
+    class Noisy(nn.Module):
+        def forward(self, x):
+            return model()(x + 0.05 * torch.randn_like(x))
+
+    torch.manual_seed(0)
+    found = evaluate(Noisy(), split, evaluation(linf=(1 / 255,), attacks=("fgsm", "pgd-4")))
+    assert any("random" in text for text in found["warnings"])
+    assert not any("surer" in text for text in found["warnings"])
+
+
 @pytest.mark.parametrize("change, said", [
     (lambda y: y + 1, "from 1 to 10, and the model has 10 classes"), (lambda y: y - 1, "from -1"),
     (lambda y: y[:, None], r", 1\) of"), (lambda y: nn.functional.one_hot(y), r", 10\) of"),
