@@ -15,6 +15,7 @@ SHARE = 0.01  # of the images; fewer vanishing gradients are no sign
 SLACK = 0.005  # of the images, and at least one: differences that chance can make
 GUARD = 1e-10  # the largest number that public attacks put in the place of a gradient's norm
 PILE = 0.2  # of the images: so many highest outputs at one value are a bound's doing
+FEW = 20  # images, of which some may fall because a step leads too far
 CLOSE = 1e-3  # of the outputs' range
 COARSE = 1e-2  # of the outputs: more than what bf16 rounds away
 UNTARGETED = ("fgsm", "pgd", "apgd-ce")  # attacks that climb the log-odds against the label
@@ -102,7 +103,7 @@ def of_ascent(where: str, model: nn.Module, survivors: Survivors) -> list[str]:
         chance = (same - before).abs().max()  # of a random model
         fallen += (after - before < -COARSE * SPREAD - chance).sum().item()
         n += len(y)
-    if fallen <= max(1, PILE * n):
+    if n < FEW or fallen <= PILE * n:
         return []
     return [
         f"{where}: where it ended, the model is surer of the label than it was for {fallen} of {n} "

@@ -274,7 +274,7 @@ def test_sigterm_saves_every_run_and_the_command_goes_on(tmp_path, capsys):
         printed = process.communicate(timeout=600)[0]
     assert process.returncode == 143 and "stopped with 0 of 2 runs made" in printed
     command = [str(part) for part in command]
-    assert main([*command, "--jobs", "1", "--time-budget", "0.01"]) == 0
+    assert main([*command, "--jobs", "1", "--time-budget", "0.0001"]) == 0
     assert "stopped with 0 of 2 runs made" in capsys.readouterr().out
     assert main([*command, "--jobs", "1"]) == 0
     for name, (config, _) in runs_of("sgd", "sam", epochs=15).items():

@@ -114,6 +114,15 @@ def test_a_gradient_that_is_about_the_outputs_is_not_warned_of(split, eps):
         assert not any("surer" in text for text in found["warnings"]), net
 
 
+@pytest.mark.parametrize("n, warned", [(19, False), (20, True)])
+def test_a_few_fallen_images_are_no_sign(n, warned):
+    """A step that is too long may lead down, in a small network at a large radius."""
+    x, y = torch.rand(n, 3), torch.zeros(n, dtype=torch.int64)
+    surer = x + torch.tensor([9.0, 0.0, 0.0])
+    said = masked_gradients.of_ascent("here", nn.Identity(), [(surer, y, x)])
+    assert bool(said) == warned
+
+
 def test_a_sound_model_is_not_warned_of(split):
     assert masked_gradients.of_model(model(), *split.batch(slice(None))) == []
     for fine in (lambda z: z.log_softmax(1), lambda z: z - z.mean(1, keepdim=True),
