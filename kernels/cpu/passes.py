@@ -229,13 +229,13 @@ def step(p: Pass, climb: Climb | None) -> None:
     loop = step_loop(kind.base, p.mix, p.along_v, kind.masters, *dtypes(p))
     counted = stepped if kind.base == "adam" else stepped & (f.hyper[f.groups, MOMENTUM] != 0)
     counts, ticket = steps + counted, np.zeros(1, np.int64)
-    try:
-        run(loop, p, f, steps, moved, *map(address, (s.saved, s.v, s.u, s.m, s.kept)),
-            s.size >= PAST_CACHES, f.sums, ticket=ticket)
-        steps[...] = counts
-    except BaseException:
+
+    def count() -> None:
         if ticket[0]:  # v and u are updated
             steps[...] = counts
-        raise
+
+    surely(lambda: run(loop, p, f, steps, moved,
+                       *map(address, (s.saved, s.v, s.u, s.m, s.kept)),
+                       s.size >= PAST_CACHES, f.sums, ticket=ticket), count)
     if p.along_v:
         put(s.partials, f.sums)
