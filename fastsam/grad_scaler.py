@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.amp.grad_scaler import OptState
 from torch.optim import Optimizer
 
+from .calls import seen
 from .checks import params_of
 from .layout import Group, Traits
 from .phase import Phase, PhaseError
@@ -22,7 +23,7 @@ def hooked(func: Callable[P, Result]) -> Callable[P, Result]:
     """A step with torch's hooks around it. Where it or one of them raises, what GradScaler.step has
     set for it goes too, as after a step: GradScaler would multiply the next scale with it. The
     gradients stay scaled, which is remembered."""
-    with_hooks = Optimizer.profile_hook_step(func)
+    with_hooks = seen(func)
 
     @wraps(with_hooks)
     def call(*args: P.args, **kwargs: P.kwargs) -> Result:

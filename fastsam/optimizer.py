@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import torch
 from torch import Tensor
-from torch._compile import _disable_dynamo as untraced  # the public one imports dynamo at once
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from typing_extensions import Self
 
 from . import all_spaces, distributed, following, foreign, grad_scaler, micro_batches, reports
 from . import state_dict as saving
+from .calls import unseen, untraced
 from .checks import (
     check_base,
     check_call,
@@ -267,8 +267,7 @@ class SAM(Optimizer):
 
     # ---- the step
 
-    @untraced
-    @torch.no_grad()
+    @unseen
     def first_step(self, zero_grad: bool = False, scaler: Any = None) -> None:
         """Climb from w to w + e with the gradients in `.grad`, and save w.
 
@@ -408,8 +407,7 @@ class SAM(Optimizer):
                              "one, call first_step and second_step")
         return loss
 
-    @untraced
-    @torch.no_grad()
+    @unseen
     def _base_step(self) -> None:
         """Return to w if perturbed, then update."""
         phase, (grad_scale, found_inf) = self._phase, grad_scaler.scale_and_flag(self)
@@ -499,8 +497,7 @@ class SAM(Optimizer):
             yield
         self._phase.group = group
 
-    @untraced
-    @torch.no_grad()
+    @unseen
     def restore(self) -> None:
         """Go back to w, bit for bit, without an update: give the step up, and with it what
         `stash_grad` set aside. Harmless where there is nothing to give up.
@@ -563,8 +560,7 @@ class SAM(Optimizer):
         for group in self.param_groups:
             group["sam_steps"] = steps
 
-    @untraced
-    @torch.no_grad()
+    @unseen
     def _bring_norm(self) -> None:
         """Take the norm of a v that no step has left it of: a graph has no launch for it."""
         layout = self._follow()

@@ -16,6 +16,8 @@ from .memory import (
     SIZES,
     TILE,
     accumulates_in,
+    address_in,
+    count_in,
     fence,
     load,
     put_past_caches,
@@ -57,16 +59,17 @@ def climb_loop(mode: str | None, kind: str | None, masters: bool, dtype: str, g_
             slot, first = blocks[block, 0], blocks[block, 1] * BLOCK
             sums[0, block] = 0
             sums[1, block] = 0
-            if g_table[slot] == 0:
+            if address_in(g_table, slot) == 0:
                 continue
             offset, end, group = layout[slot, 0], layout[slot, 1], layout[slot, 2]
             a, b, sigma = scalings[slot, 0], scalings[slot, 1], hyper[group, SIGMA]
             lmbda, ema_share = hyper[group, LMBDA], hyper[group, EMA_SHARE]
             scale = one / (norm + guard) * hyper[group, RHO] if moves else zero
-            begins = m_steps[slot] == 0
+            begins = count_in(m_steps, slot) == 0
             for start in range(first, min(end, first + BLOCK), CHUNK):
                 n = min(CHUNK, end - start)
-                w_at, g_at = w_table[slot] + start * w_size, g_table[slot] + start * g_size
+                w_at = address_in(w_table, slot) + start * w_size
+                g_at = address_in(g_table, slot) + start * g_size
                 saved_at, m_at = saved + (offset + start) * s_size, m + (offset + start) * size
                 past = past_caches and not masters and saved_at % LINE == 0
                 tile = TILE if past else n

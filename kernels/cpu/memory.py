@@ -85,6 +85,22 @@ def narrowed(builder: ir.IRBuilder, value: ir.Value, dtype: str) -> ir.Value:
     return b.trunc(b.or_(near, sign), HALF)
 
 
+def reader(bits: int):
+    """A function of numba's: (address, i) -> entry i of the integers of these bits there."""
+    @intrinsic
+    def entry(context, address, i):
+        def generate(_, builder, signature, args):
+            value = builder.load(locate(builder, *args, ir.IntType(bits)))
+            return builder.sext(value, ir.IntType(64)) if bits < 64 else value
+
+        return int64(address, i), generate
+
+    return entry
+
+
+address_in, count_in = reader(64), reader(32)  # of a table's addresses, and of m_steps or v_steps
+
+
 @intrinsic(prefer_literal=True)
 def load(context, address, i, stream, dtype):
     """Element i of the stream at this address, in the precision of the arithmetic."""

@@ -9,7 +9,18 @@ from numba import float64, int64, njit
 
 from fastsam.hyper import KEEPING, WITH_M
 
-from .memory import CHUNK, SIZES, accumulates_in, load, rounded, scratch, store, take, total
+from .memory import (
+    CHUNK,
+    SIZES,
+    accumulates_in,
+    address_in,
+    load,
+    rounded,
+    scratch,
+    store,
+    take,
+    total,
+)
 from .tables import BLOCK, EMA_SHARE, INV_SCALE1, INV_SCALE2, LMBDA, SIGMA, compiled, tables
 
 
@@ -60,13 +71,14 @@ def dots_loop(mode: str, dtype: str, g_dtype: str) -> Callable:
                 break
             slot, first = blocks[block, 0], blocks[block, 1] * BLOCK
             sums[:, block] = 0
-            if g_table[slot] == 0:
+            if address_in(g_table, slot) == 0:
                 continue
             offset, end, group = layout[slot, 0], layout[slot, 1], layout[slot, 2]
             lmbda, ema_share = hyper[group, LMBDA], hyper[group, EMA_SHARE]
             for start in range(first, min(end, first + BLOCK), CHUNK):
                 n = min(CHUNK, end - start)
-                g_at, m_at = g_table[slot] + start * g_size, m + (offset + start) * size
+                g_at = address_in(g_table, slot) + start * g_size
+                m_at = m + (offset + start) * size
                 for i in range(n):
                     g = load(g_at, i, "g", G) * inv_scale
                     old = load(m_at, i, "m", A)
@@ -116,14 +128,15 @@ def norm_loop(mode: str | None, kind: str | None, masters: bool, dtype: str, g_d
             slot, first = blocks[block, 0], blocks[block, 1] * BLOCK
             sums[0, block] = 0
             sums[1, block] = 0
-            if g_table[slot] == 0:
+            if address_in(g_table, slot) == 0:
                 continue
             offset, end, group = layout[slot, 0], layout[slot, 1], layout[slot, 2]
             a, b, sigma = scalings[slot, 0], scalings[slot, 1], hyper[group, SIGMA]
             lmbda, ema_share = hyper[group, LMBDA], hyper[group, EMA_SHARE]
             for start in range(first, min(end, first + BLOCK), CHUNK):
                 n = min(CHUNK, end - start)
-                w_at, g_at = w_table[slot] + start * w_size, g_table[slot] + start * g_size
+                w_at = address_in(w_table, slot) + start * w_size
+                g_at = address_in(g_table, slot) + start * g_size
                 saved_at, m_at = saved + (offset + start) * size, m + (offset + start) * size
                 for i in range(n):
                     g = load(g_at, i, "g", G) * inv_scale

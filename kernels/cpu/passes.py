@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from ctypes import memmove
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastsam.hyper import COLUMN, FRIENDLY, WITH_M
+from fastsam.hyper import FRIENDLY, WITH_M
 from fastsam.interrupts import surely
 from fastsam.memory import table_of
 from fastsam.passes import Climb, Pass
@@ -21,6 +22,7 @@ from fastsam.reference import taking_part, weights
 from fastsam.space import CONTROL, COUNTERS, Space, noise_share
 
 from .climb import climb_loop
+from .counts import count_loop
 from .norm import dots_loop, norm_loop
 from .step import step_loop
 from .tables import BLOCK
@@ -31,12 +33,13 @@ INLINE = 2**17  # elements: from there on a second thread pays; for each half of
 PAST_CACHES = 2**22
 SMALLEST, HALF = sys.float_info.min, 0.5  # of which the product is denormal
 NORM, OK, FOUND_INF = (CONTROL.index(c) for c in ("norm", "ok", "found_inf"))
-SKIPPED, MOMENTUM = COUNTERS.index("skipped"), COLUMN["momentum"]
+SKIPPED = COUNTERS.index("skipped")
 DTYPES = {torch.float32: "f4", torch.float64: "f8", torch.bfloat16: "bf16", torch.float16: "f16"}
 
 
 class Frame(NamedTuple):
-    """A space's tables as NumPy sees them, each slot's group, and room for each block's sums."""
+    """A space's tables as NumPy sees them; and room for each block's sums, and for how often each
+    slot's m, or v, was updated."""
 
     blocks: np.ndarray
     layout: np.ndarray
@@ -44,15 +47,19 @@ class Frame(NamedTuple):
     scalings: np.ndarray
     control: np.ndarray
     counters: np.ndarray
-    groups: np.ndarray
+    partials: np.ndarray
+    dots: np.ndarray
+    radii: np.ndarray
     sums: np.ndarray
+    counts: np.ndarray
 
     @staticmethod
     def of(space: Space) -> "Frame":
-        tables = (space.blocks(BLOCK), space.layout, space.hyper, space.scalings,
-                  space.control, space.counters, space.layout[:, 2])
+        tables = (space.blocks(BLOCK), space.layout, space.hyper, space.scalings, space.control,
+                  space.counters, space.partials, space.dots, space.radii)
         blocks, *others = (t.numpy() for t in tables)
-        return Frame(blocks, *others, np.zeros((3, len(blocks))))
+        return Frame(blocks, *others, np.zeros((3, len(blocks))),
+                     np.zeros(len(space.slots), np.int32))
 
 
 FRAMES: WeakKeyDictionary[Space, Frame] = WeakKeyDictionary()
@@ -76,17 +83,18 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=new_pool)
 
 
-def run(loop: Callable, p: Pass, f: Frame, steps: np.ndarray, *more,
+def run(loop: Callable, p: Pass, f: Frame, steps: int, *more,
         ticket: np.ndarray | None = None) -> None:
     """Run the loop over all blocks of the space, in as many threads as torch would use. An
     exception, such as a KeyboardInterrupt, leaves before the first block, or when all are done.
 
     Args:
+        steps: the address of m_steps or v_steps.
         ticket: (1,), 0: where the loops take their blocks' numbers. Then not 0, if any began.
     """
     ticket = np.zeros(1, np.int64) if ticket is None else ticket
-    arguments = (ticket, f.blocks, f.layout, f.hyper, f.scalings, f.control,
-                 steps, p.w_table.numpy(), p.g_table.numpy(), *more)
+    arguments = (ticket, f.blocks, f.layout, f.hyper, f.scalings, f.control, steps,
+                 p.w_table.data_ptr(), p.g_table.data_ptr(), *more)
     threads = min(torch.get_num_threads(), p.space.size * 2 // INLINE, len(f.blocks))
     if threads < 2:
         loop(*arguments)
@@ -136,10 +144,32 @@ def address(flat: Tensor | None) -> int:
     return 0 if flat is None else flat.data_ptr()
 
 
-def put(target: Tensor, sums: np.ndarray) -> None:
-    """target[i] = the parts of the sum of sums[i]: a single one, added up in a fixed order."""
-    cells = target.numpy()
-    cells[...] = 0
+def steps_at(space: Space) -> tuple[int, int]:
+    """The addresses of m_steps and v_steps."""
+    first = space.steps.data_ptr()
+    return first, first + space.steps[0].nbytes
+
+
+def counting(p: Pass, f: Frame, steps: int, ticket: np.ndarray, by_momentum: bool,
+             ) -> Callable[[], None]:
+    """What brings the counts at `steps` up to date, if a loop has taken a ticket: m, or v, is
+    updated then."""
+    count_loop(by_momentum, dtypes(p)[0])(f.layout, f.hyper, steps, p.g_table.data_ptr(), f.counts)
+
+    def count() -> None:
+        if ticket[0]:
+            memmove(steps, f.counts.ctypes.data, f.counts.nbytes)
+
+    return count
+
+
+def nothing() -> None:
+    """Where nobody counts."""
+
+
+def put(cells: np.ndarray, sums: np.ndarray) -> None:
+    """cells[i] = the parts of the sum of sums[i]: the first alone, the others stay 0. Added up in
+    a fixed order."""
     cells[:, 0] = np.add.reduce(sums[:len(cells)], 1)
 
 
@@ -149,16 +179,16 @@ def dots(p: Pass) -> None:
     s, f = p.space, frame_of(p.space)
     loop = dots_loop(s.kind.mode, *dtypes(p))
     m = s.kept if p.mix in ("gsam", "renew") else s.m
-    run(loop, p, f, s.steps.numpy()[0], address(m), f.sums)
-    put(s.dots, f.sums)
+    run(loop, p, f, s.steps.data_ptr(), address(m), f.sums)
+    put(f.dots, f.sums)
 
 
 def norm(p: Pass) -> None:
     """space.partials = the parts of ||T d||^2 and, where d is made with m, of ||T g||^2."""
     s, kind, f = p.space, p.space.kind, frame_of(p.space)
     loop = norm_loop(kind.mode, p.scaling, kind.masters, *dtypes(p))
-    run(loop, p, f, s.steps.numpy()[0], address(s.saved), address(s.m), f.sums)
-    put(s.partials, f.sums)
+    run(loop, p, f, s.steps.data_ptr(), address(s.saved), address(s.m), f.sums)
+    put(f.partials, f.sums)
 
 
 def climb(p: Pass, sums: Tensor) -> Climb:
@@ -168,21 +198,20 @@ def climb(p: Pass, sums: Tensor) -> Climb:
         sums: (2, k), what `norm` left of every space of the optimizer, so the norm is global.
     """
     s, kind, f = p.space, p.space.kind, frame_of(p.space)
-    sums = sums.sum(1)
-    of_d, of_g = sums.numpy()
-    f.control[NORM] = total = sums[0].sqrt().numpy()  # torch's last bit, as the reference has it
+    of_d, of_g = f.partials[:, 0] if sums is s.partials else sums.sum(1).numpy()
+    f.control[NORM] = total = np.sqrt(of_d)
     f.control[OK] = math.isfinite(total)
     if not math.isfinite(total):
         return stay(p)
     moves = bool(kind.mode not in WITH_M or of_d > noise_share(sums.dtype) * of_g)
     loop = climb_loop(kind.mode, p.scaling, kind.masters, *dtypes(p))
-    steps, m, ticket = s.steps.numpy()[0], s.m if s.kept is None else s.kept, np.zeros(1, np.int64)
+    ticket, m = np.zeros(1, np.int64), s.m if s.kept is None else s.kept
+    steps = s.steps.data_ptr()
     try:
-        run(loop, p, f, steps, address(s.saved), address(m), float(total), moves,
-            s.size >= PAST_CACHES, f.sums, ticket=ticket)
-        put(s.radii, f.sums)
-        if kind.mode in FRIENDLY:
-            steps += p.g_table.numpy() != 0
+        count = counting(p, f, steps, ticket, False) if kind.mode in FRIENDLY else nothing
+        surely(lambda: run(loop, p, f, steps, address(s.saved), address(m), total, moves,
+                           s.size >= PAST_CACHES, f.sums, ticket=ticket), count)
+        put(f.radii, f.sums)
         return Climb.of(p)
     except BaseException:
         if ticket[0]:  # else nothing is saved yet
@@ -214,28 +243,21 @@ def step(p: Pass, climb: Climb | None) -> None:
     ||v||^2 is left for the next climb.
     """
     s, kind, f = p.space, p.space.kind, frame_of(p.space)
-    moved = f.layout[:, 0] * 0 if climb is None else climb.table.numpy()
+    moved = [False] * len(p.g) if climb is None else climb.moved
     if f.control[FOUND_INF] != 0 or (climb is not None and f.control[OK] == 0):
         f.counters[SKIPPED] += 1
-        go_back(p, moved != 0)
+        go_back(p, moved)
         if p.along_v:
-            v = [slot.v if one else None for slot, one in zip(s.slots, climb.moved, strict=True)]
+            v = [slot.v if one else None for slot, one in zip(s.slots, moved, strict=True)]
             norm(p._replace(g_table=torch.tensor(table_of(v), device="cpu"),
                             g_dtype=kind.acc))
         return
-    stepped, steps = p.g_table.numpy() != 0, s.steps.numpy()[1]
-    if not stepped.all():
-        go_back(p, (moved != 0) & ~stepped)
+    go_back(p, [one and g is None for one, g in zip(moved, p.g, strict=True)])
     loop = step_loop(kind.base, p.mix, p.along_v, kind.masters, *dtypes(p))
-    counted = stepped if kind.base == "adam" else stepped & (f.hyper[f.groups, MOMENTUM] != 0)
-    counts, ticket = steps + counted, np.zeros(1, np.int64)
-
-    def count() -> None:
-        if ticket[0]:  # v and u are updated
-            steps[...] = counts
-
-    surely(lambda: run(loop, p, f, steps, moved,
-                       *map(address, (s.saved, s.v, s.u, s.m, s.kept)),
-                       s.size >= PAST_CACHES, f.sums, ticket=ticket), count)
+    ticket, (_, steps) = np.zeros(1, np.int64), steps_at(s)
+    surely(lambda: run(loop, p, f, steps, 0 if climb is None else climb.table.data_ptr(),
+                       *map(address, (s.saved, s.v, s.u, s.m, s.kept)), s.size >= PAST_CACHES,
+                       f.sums, ticket=ticket),
+           counting(p, f, steps, ticket, kind.base != "adam"))
     if p.along_v:
-        put(s.partials, f.sums)
+        put(f.partials, f.sums)

@@ -12,6 +12,8 @@ from .memory import (
     SIZES,
     TILE,
     accumulates_in,
+    address_in,
+    count_in,
     fence,
     load,
     put_past_caches,
@@ -109,7 +111,8 @@ def adam(w, g, i, v, u, hyper, dtype):
 @lru_cache
 def step_loop(base: str, mix: str | None, along_v: bool, masters: bool, dtype: str, g_dtype: str,
          ) -> Callable:
-    """The base optimizer's update from the saved w, where `moved`, or from w. With along_v,
+    """The base optimizer's update from the saved w, where `moved`, or from w; `moved` is the
+    address of `Climb.table`, or 0. With along_v,
     sums[0, b] = ||v||^2 of block b, where `moved`, as `norm` adds it up."""
     W, G, A = dtype, g_dtype, accumulates_in(dtype)
     S = A if masters else W
@@ -118,7 +121,7 @@ def step_loop(base: str, mix: str | None, along_v: bool, masters: bool, dtype: s
     by_adam, has_v = base == "adam", base != "sgd"
     gsam, renews, reuses = (mix == x for x in ("gsam", "renew", "reuse"))
 
-    @compiled(*tables(dtype), int64[::1], int64, int64, int64, int64, int64, boolean,
+    @compiled(*tables(dtype), int64, int64, int64, int64, int64, int64, boolean,
               float64[:, ::1])
     def loop(ticket, blocks, layout, hyper, scalings, control, v_steps, w_table, g_table, moved,
              saved, v, u, m, kept, past_caches, sums):
@@ -132,14 +135,15 @@ def step_loop(base: str, mix: str | None, along_v: bool, masters: bool, dtype: s
             offset, end, group = layout[slot, 0], layout[slot, 1], layout[slot, 2]
             n, here = min(BLOCK, end - start), (offset + start) * size
             v_at, u_at, m_at, kept_at = v + here, u + here, m + here, kept + here
-            returns = moved[slot] != 0
-            if g_table[slot] != 0:
-                alpha, row, count = hyper[group, ALPHA], hyper[group], v_steps[slot]
+            returns = moved != 0 and address_in(moved, slot) != 0
+            if address_in(g_table, slot) != 0:
+                alpha, row, count = hyper[group, ALPHA], hyper[group], count_in(v_steps, slot)
                 if by_adam:
                     h = adam_hyper(row, count, F)
                 else:
                     h = sgd_hyper(row, count)
-                w_at, g_at = w_table[slot] + start * w_size, g_table[slot] + start * g_size
+                w_at = address_in(w_table, slot) + start * w_size
+                g_at = address_in(g_table, slot) + start * g_size
                 saved_at = saved + (offset + start) * s_size
                 old_at = saved_at if returns or masters else w_at
                 past = past_caches and returns and not masters and w_at % LINE == 0

@@ -56,7 +56,7 @@ def compiled(*arguments) -> Callable:
 
 def tables(dtype: str) -> tuple:
     """The types of every loop's first arguments: ticket, blocks, layout, hyper, scalings, control,
-    m_steps or v_steps, w_table and g_table."""
+    and the addresses of m_steps or v_steps, w_table and g_table."""
     F = NUMBERS[accumulates_in(dtype)]
-    return (int64[::1], int32[:, ::1], int64[:, ::1], F[:, ::1], F[:, ::1], F[::1], int32[::1],
-            int64[::1], int64[::1])
+    return (int64[::1], int32[:, ::1], int64[:, ::1], F[:, ::1], F[:, ::1], F[::1], int64, int64,
+            int64)

@@ -12,6 +12,10 @@ import torch
 from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.nn.functional import cross_entropy
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
 import fastsam
 from fastsam import ASAM, SAM, FriendlySAM, FullGradientSAM, PhaseError, RhoScheduler
@@ -182,6 +186,43 @@ def test_schedulers_work_without_warnings_and_hooks_fire_once(variant, backend, 
     opt.param_groups[0]["lr"] = 0.0
     two_passes(net, opt, 3, device)
     assert_bits(net, w)
+
+
+def test_global_hooks_and_the_profiler_see_a_step(variant, backend, device):
+    net, seen = network(device), []
+    opt = build(net, variant, backend)
+    two_passes(net, opt, 0, device)
+    handles = [register_optimizer_step_pre_hook(lambda *_: seen.append("pre")),
+               register_optimizer_step_post_hook(lambda *_: seen.append("post"))]
+    try:
+        two_passes(net, opt, 1, device)
+    finally:
+        for handle in handles:
+            handle.remove()
+    # the base's own step is seen too, where it takes one
+    assert seen in (["pre", "post"], ["pre", "pre", "post", "post"])
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        two_passes(net, opt, 2, device)
+    name = f"Optimizer.step#{type(opt).__name__}.step"
+    assert [event.count for event in profile.key_averages() if event.key == name] == [1]
+    two_passes(net, opt, 3, device)
+    assert len(seen) in (2, 4)
+
+
+@pytest.mark.parametrize("on", [False, True])
+def test_a_step_leaves_grad_mode_as_it_was(variant, backend, device, on):
+    net = network(device)
+    opt = build(net, variant, backend)
+    backward(net, 0, device)
+    with torch.set_grad_enabled(on):
+        opt.first_step()
+        with pytest.raises(PhaseError):
+            opt.first_step()
+        opt.restore()
+        opt.step()
+        assert torch.is_grad_enabled() is on
+    assert torch.is_grad_enabled()
+    assert all(p.is_leaf and p.requires_grad for p in net.parameters())
 
 
 def test_a_group_added_in_mid_training_trains(variant, backend, device):
