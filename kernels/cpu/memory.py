@@ -101,6 +101,17 @@ def reader(bits: int):
 address_in, count_in = reader(64), reader(32)  # of a table's addresses, and of m_steps or v_steps
 
 
+@intrinsic
+def add_one(context, steps, i):
+    """steps[i] += 1. Returns i."""
+    def generate(_, builder, signature, args):
+        place = locate(builder, *args, FULL)
+        builder.store(builder.add(builder.load(place), FULL(1)), place)
+        return args[1]
+
+    return int64(steps, i), generate
+
+
 @intrinsic(prefer_literal=True)
 def load(context, address, i, stream, dtype):
     """Element i of the stream at this address, in the precision of the arithmetic."""

@@ -6,7 +6,6 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from ctypes import memmove
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -38,8 +37,7 @@ DTYPES = {torch.float32: "f4", torch.float64: "f8", torch.bfloat16: "bf16", torc
 
 
 class Frame(NamedTuple):
-    """A space's tables as NumPy sees them; and room for each block's sums, and for how often each
-    slot's m, or v, was updated."""
+    """A space's tables as NumPy sees them, and room for each block's sums."""
 
     blocks: np.ndarray
     layout: np.ndarray
@@ -51,15 +49,13 @@ class Frame(NamedTuple):
     dots: np.ndarray
     radii: np.ndarray
     sums: np.ndarray
-    counts: np.ndarray
 
     @staticmethod
     def of(space: Space) -> "Frame":
         tables = (space.blocks(BLOCK), space.layout, space.hyper, space.scalings, space.control,
                   space.counters, space.partials, space.dots, space.radii)
         blocks, *others = (t.numpy() for t in tables)
-        return Frame(blocks, *others, np.zeros((3, len(blocks))),
-                     np.zeros(len(space.slots), np.int32))
+        return Frame(blocks, *others, np.zeros((3, len(blocks))))
 
 
 FRAMES: WeakKeyDictionary[Space, Frame] = WeakKeyDictionary()
@@ -83,6 +79,12 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=new_pool)
 
 
+def new_ticket() -> np.ndarray:
+    """Where a loop's threads take their blocks' numbers, so not 0 once any has begun; and whether
+    what it updates is counted (see `count_loop`)."""
+    return np.zeros(2, np.int64)
+
+
 def run(loop: Callable, p: Pass, f: Frame, steps: int, *more,
         ticket: np.ndarray | None = None) -> None:
     """Run the loop over all blocks of the space, in as many threads as torch would use. An
@@ -90,9 +92,9 @@ def run(loop: Callable, p: Pass, f: Frame, steps: int, *more,
 
     Args:
         steps: the address of m_steps or v_steps.
-        ticket: (1,), 0: where the loops take their blocks' numbers. Then not 0, if any began.
+        ticket: what `new_ticket` gives, for a caller that asks whether any block was begun.
     """
-    ticket = np.zeros(1, np.int64) if ticket is None else ticket
+    ticket = new_ticket() if ticket is None else ticket
     arguments = (ticket, f.blocks, f.layout, f.hyper, f.scalings, f.control, steps,
                  p.w_table.data_ptr(), p.g_table.data_ptr(), *more)
     threads = min(torch.get_num_threads(), p.space.size * 2 // INLINE, len(f.blocks))
@@ -144,27 +146,10 @@ def address(flat: Tensor | None) -> int:
     return 0 if flat is None else flat.data_ptr()
 
 
-def steps_at(space: Space) -> tuple[int, int]:
-    """The addresses of m_steps and v_steps."""
-    first = space.steps.data_ptr()
-    return first, first + space.steps[0].nbytes
-
-
-def counting(p: Pass, f: Frame, steps: int, ticket: np.ndarray, by_momentum: bool,
-             ) -> Callable[[], None]:
-    """What brings the counts at `steps` up to date, if a loop has taken a ticket: m, or v, is
-    updated then."""
-    count_loop(by_momentum, dtypes(p)[0])(f.layout, f.hyper, steps, p.g_table.data_ptr(), f.counts)
-
-    def count() -> None:
-        if ticket[0]:
-            memmove(steps, f.counts.ctypes.data, f.counts.nbytes)
-
-    return count
-
-
-def nothing() -> None:
-    """Where nobody counts."""
+def count(p: Pass, f: Frame, steps: int, ticket: np.ndarray, by_momentum: bool) -> None:
+    """Count what a loop has updated, once (see `count_loop`)."""
+    loop = count_loop(by_momentum, dtypes(p)[0])
+    loop(ticket, f.layout, f.hyper, steps, p.g_table.data_ptr())
 
 
 def put(cells: np.ndarray, sums: np.ndarray) -> None:
@@ -205,12 +190,11 @@ def climb(p: Pass, sums: Tensor) -> Climb:
         return stay(p)
     moves = bool(kind.mode not in WITH_M or of_d > noise_share(sums.dtype) * of_g)
     loop = climb_loop(kind.mode, p.scaling, kind.masters, *dtypes(p))
-    ticket, m = np.zeros(1, np.int64), s.m if s.kept is None else s.kept
-    steps = s.steps.data_ptr()
+    ticket, m, steps = new_ticket(), s.m if s.kept is None else s.kept, s.steps.data_ptr()
     try:
-        count = counting(p, f, steps, ticket, False) if kind.mode in FRIENDLY else nothing
         surely(lambda: run(loop, p, f, steps, address(s.saved), address(m), total, moves,
-                           s.size >= PAST_CACHES, f.sums, ticket=ticket), count)
+                           s.size >= PAST_CACHES, f.sums, ticket=ticket),
+               lambda: count(p, f, steps, ticket, False) if kind.mode in FRIENDLY else None)
         put(f.radii, f.sums)
         return Climb.of(p)
     except BaseException:
@@ -254,10 +238,10 @@ def step(p: Pass, climb: Climb | None) -> None:
         return
     go_back(p, [one and g is None for one, g in zip(moved, p.g, strict=True)])
     loop = step_loop(kind.base, p.mix, p.along_v, kind.masters, *dtypes(p))
-    ticket, (_, steps) = np.zeros(1, np.int64), steps_at(s)
+    ticket, steps = new_ticket(), s.steps.data_ptr() + 4 * len(s.slots)  # those of v
     surely(lambda: run(loop, p, f, steps, 0 if climb is None else climb.table.data_ptr(),
                        *map(address, (s.saved, s.v, s.u, s.m, s.kept)), s.size >= PAST_CACHES,
                        f.sums, ticket=ticket),
-           counting(p, f, steps, ticket, kind.base != "adam"))
+           lambda: count(p, f, steps, ticket, kind.base != "adam"))
     if p.along_v:
         put(f.partials, f.sums)
