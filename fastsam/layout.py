@@ -18,7 +18,7 @@ from .checks import check_groups, names_of, refuse_shared, refuse_twice, refuse_
 from .choose import choose
 from .gradients import PLAIN, in_one_dtype, only, out_of, readable
 from .hyper import Hyper, hyper_row, scaling_of
-from .memory import Memory, addresses, forms, is_part, lies_as, table_of
+from .memory import Memory, addresses, forms, is_part, lies_as, same, table_of
 from .passes import Climb, Pass
 from .shown import Shown, adopt, merged
 from .space import NOWHERE, Kind, Space, Tables, local, upload
@@ -134,7 +134,7 @@ class Layout:
         self._brought: list[list | None] = [None] * len(self.spaces)  # see Space.bring_hyper
         self._set = set[tuple[int, str]]()  # cells that are not at their neutral value
         self._last: dict[tuple[int, bool], Last] = {}  # by space, and whether a first pass
-        self._state: tuple = (None, [], [])  # the state, all in it, and names, as last shown
+        self._state: tuple = (None, [])  # the state, and all in it, as last shown
         self.containers: tuple = (groups, None)  # of groups and state, as they were last seen
         self.groups = list(groups)  # the same, also where the list was emptied since
         self._normed: list | None = None  # the v and the slots whose norm is in the partials
@@ -176,10 +176,8 @@ class Layout:
     def has(self, groups: Sequence[Group]) -> bool:
         """Whether the groups have the parameters that this is a layout of, in the same places and
         by the same names."""
-        return len(groups) == len(self.members) and all(
-            len(group["params"]) == len(params) and all(map(is_, group["params"], params))
-            for group, params in zip(groups, self.members, strict=True)
-        ) and self.names == self._names(groups)
+        return (same([[*group["params"]] for group in groups], self.members)
+                and self.names == self._names(groups))
 
     def _names(self, groups: Sequence[Group]) -> list | None:
         """The parameters' names, where they matter."""
@@ -298,19 +296,13 @@ class Layout:
         if self.shown.renewed:
             self._watch()
         try:
-            self._state = (state, *all_in(state))
+            self._state = (state, [[*state], [*map(dict.copy, state.values())]])
         except TypeError:  # an entry that is no dict: look closely every time
-            self._state = (None, [], [])
+            self._state = (None, [])
 
     def _is_as_seen(self, state: dict[Tensor, Any]) -> bool:
-        seen, values, names = self._state
-        if state is not seen:
-            return False
-        try:
-            now, names_now = all_in(state)
-        except TypeError:
-            return False
-        return names_now == names and len(now) == len(values) and all(map(is_, now, values))
+        seen, entries = self._state
+        return state is seen and same([[*state], [*state.values()]], entries)
 
     def inherit(self, old: "Layout", state: dict[Tensor, Any], climbs: Sequence[Climb],
                 ) -> list[Climb]:
@@ -398,7 +390,8 @@ class Layout:
         if last is not None and now is not None:
             taken = only(values.perturb[i] if first else None, grads)
             if now != last.memory.g:
-                tables.bring(COLUMN_OF[first], table_of(taken))
+                whole = taken is grads and len(now) == len(grads) and 0 not in now
+                tables.bring(COLUMN_OF[first], now if whole else table_of(taken))
                 last.memory.g = now
             return last.read._replace(g=taken)
         return self._read_closely(i, first, grads, tables)
@@ -435,14 +428,6 @@ class Layout:
         if g is p.g:
             return p
         return p._replace(g=g, g_table=self.tables[i].bring("part", table_of(g)))
-
-
-def all_in(state: dict[Tensor, Any]) -> tuple[list, list]:
-    """The state's parameters and the values of their entries; and these values' names. TypeError:
-    an entry is no dict."""
-    entries = state.values()
-    return ([*state, *chain.from_iterable(map(dict.values, entries))],
-            [*chain.from_iterable(entries)])
 
 
 def version(t: Tensor | None) -> object:

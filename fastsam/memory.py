@@ -1,10 +1,12 @@
 """Whether tensors still lie in memory as they were seen, asked before every pass."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from .space import NOWHERE, Slot, is_dense, same_layout
 
@@ -63,6 +65,30 @@ class Memory:
             self.known.clear()
         self.known.add(places)
         return True
+
+
+class TensorsCompared(Exception):
+    """Two tensors that are not one."""
+
+
+class OnlyThemselves(TorchFunctionMode):
+    """Within it no tensor is like another, whatever their values."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise TensorsCompared
+
+
+ONLY_THEMSELVES = OnlyThemselves()
+
+
+def same(now: Any, seen: Any) -> bool:
+    """Whether two containers of containers are equal, and have the very same tensors. Python looks
+    first whether two things are one: so this is one call, of a tenth of the time of asking each."""
+    try:
+        with ONLY_THEMSELVES:
+            return bool(now == seen)
+    except Exception:  # of a comparison of someone else's, too
+        return False
 
 
 def addresses(tensors: Sequence[Tensor]) -> list[int]:

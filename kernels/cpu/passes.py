@@ -153,8 +153,8 @@ def count(p: Pass, f: Frame, steps: int, ticket: np.ndarray, by_momentum: bool) 
 
 
 def put(cells: np.ndarray, sums: np.ndarray) -> None:
-    """cells[i] = the parts of the sum of sums[i]: the first alone, the others stay 0. Added up in
-    a fixed order."""
+    """cells[i] = the parts of the sum of sums[i]: a single one, added up in a fixed order."""
+    cells[...] = 0
     cells[:, 0] = np.add.reduce(sums[:len(cells)], 1)
 
 

@@ -625,3 +625,55 @@ def test_a_momentum_that_is_given_before_the_first_update(dampening, in_place, h
         opt.step()
         assert opt.state[p]["momentum_buffer"].item() == v
         assert before is None or before.item() == (0 if assigned else v)
+
+
+# ---- what is equal is not the same
+
+
+@pytest.mark.parametrize("backend", ["reference", "numba"])
+def test_an_equal_tensor_of_one_element_is_another(backend):
+    p, twin = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1))
+    opt = SAM([p], torch.optim.SGD, rho=0, backend=backend, lr=0.1, momentum=0.9)
+    base = torch.optim.SGD([twin], lr=0.1, momentum=0.9)
+    for _ in range(3):
+        for optimizer, w in ((opt, p), (base, twin)):
+            state = optimizer.state[w]
+            if state:
+                state["momentum_buffer"] = state["momentum_buffer"].clone()
+            w.grad = torch.ones(1)
+            optimizer.step()
+        torch.testing.assert_close(opt.state[p]["momentum_buffer"],
+                                   base.state[twin]["momentum_buffer"], rtol=1e-6, atol=0)
+        torch.testing.assert_close(p, twin, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("backend", ["reference", "numba"])
+def test_an_equal_parameter_of_one_element_is_another(backend):
+    p, q = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1))
+    opt = SAM([p], torch.optim.SGD, rho=0, backend=backend, lr=0.5)
+    p.grad = q.grad = torch.ones(1)
+    opt.step()
+    with torch.no_grad():
+        q.copy_(p)
+    opt.param_groups[0]["params"][0] = q
+    opt.step()
+    assert (float(p), float(q)) == (0.5, 0.0)
+
+
+class Incomparable:
+    def __eq__(self, other):
+        raise RuntimeError("never compared")
+
+    __hash__ = None
+
+
+def test_what_cannot_be_compared_may_lie_in_the_state():
+    p = nn.Parameter(torch.ones(3))
+    opt = SAM([p], torch.optim.SGD, backend="reference", lr=0.1, momentum=0.9)
+    for _ in range(3):
+        p.grad = torch.ones(3)
+        opt.first_step()
+        opt.state[p]["mine"] = Incomparable()
+        p.grad = torch.ones(3)
+        opt.second_step()
+        assert isinstance(opt.state[p]["mine"], Incomparable)
