@@ -45,6 +45,7 @@ MUTANTS = [Mutant(*fields) for fields in [
      "tests/backends/test_cpu.py -k past"),
     ("kernels/cpu/step.py", "store(w_to, i, w,", "store(w_at, i, w,",
      "tests/backends/test_cpu.py -k past"),
+    ("kernels/cpu/counts.py", " or ticket[1] != 0", "", "tests/backends/test_cpu.py -k to_the_bit"),
     # attacks
     ("bench/attacks/objectives.py", "(spread(z) if scale is None else scale)", "SPREAD",
      f"{STRENGTH} -k 'sure or pgd-linf'"),
@@ -164,6 +165,14 @@ MUTANTS = [Mutant(*fields) for fields in [
      "tests/unit/test_batchnorm.py"),
     ("fastsam/interrupts.py", "    finally:\n        then()\n", "    finally:\n        pass\n",
      "tests/unit/test_invariants.py -k own_value"),
+    ("fastsam/memory.py", "        with ONLY_THEMSELVES:\n", "        if True:\n",
+     "tests/unit/test_state_edits.py -k one_element"),
+    ("fastsam/calls.py", "profiler._is_profiler_enabled or ", "",
+     "tests/unit/test_optimizer.py -k profiler_sees"),
+    ("fastsam/calls.py", "or torchs._global_optimizer_pre_hooks", "",
+     "tests/unit/test_optimizer.py -k global_hooks"),
+    ("fastsam/calls.py", "            torch._C._set_grad_enabled(was)\n", "            pass\n",
+     "tests/unit/test_optimizer.py -k grad_mode"),
 ]]  # fmt: skip
 
 
