@@ -104,7 +104,7 @@ def check_containers(groups: Sequence[dict[str, Any]]) -> None:
 def steps_of(groups: Sequence[dict[str, Any]]) -> int:
     """How many steps were taken; a group that someone else made may not know."""
     check_containers(groups)
-    return int(max((group.get("sam_steps", 0) for group in groups), default=0))
+    return int(max([group.get("sam_steps", 0) for group in groups], default=0))
 
 
 def params_of(groups: Sequence[dict[str, Any]]) -> list[Tensor]:
