@@ -45,7 +45,11 @@ MUTANTS = [Mutant(*fields) for fields in [
      "tests/backends/test_cpu.py -k past"),
     ("kernels/cpu/step.py", "store(w_to, i, w,", "store(w_at, i, w,",
      "tests/backends/test_cpu.py -k past"),
-    ("kernels/cpu/counts.py", " or ticket[1] != 0", "", "tests/backends/test_cpu.py -k to_the_bit"),
+    ("kernels/cpu/counts.py", " or args[COUNTED] != 0", "", "tests/backends/test_cpu.py -k to_the_bit"),
+    ("kernels/cpu/threads.py", "        builder.call(put, [there])\n", "",
+     "tests/backends/test_threads.py -k flush"),
+    ("kernels/cpu/threads.py", "        builder.call(put, [own])\n", "",
+     "tests/backends/test_threads.py -k flush"),
     # attacks
     ("bench/attacks/objectives.py", "(spread(z) if scale is None else scale)", "SPREAD",
      f"{STRENGTH} -k 'sure or pgd-linf'"),

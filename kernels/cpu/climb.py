@@ -1,10 +1,9 @@
 """The loop of the climb: w is saved and moved, and m brought up to date."""
 
-from collections.abc import Callable
 from functools import lru_cache
 
 import numpy as np
-from numba import boolean, float64, int64
+from numba import carray
 
 from fastsam.hyper import FRIENDLY, KEEPING, WITH_M
 from fastsam.space import GUARD
@@ -12,7 +11,6 @@ from fastsam.space import GUARD
 from .memory import (
     CHUNK,
     LINE,
-    NUMBERS,
     SIZES,
     TILE,
     accumulates_in,
@@ -28,12 +26,28 @@ from .memory import (
     total,
 )
 from .norm import ascent, scaling, weights
-from .tables import BLOCK, EMA_SHARE, INV_SCALE1, LMBDA, RHO, SIGMA, compiled, tables
+from .tables import (
+    ARGUMENTS,
+    BLOCK,
+    EMA_SHARE,
+    G_TABLE,
+    INV_SCALE1,
+    LMBDA,
+    NORM,
+    OWN,
+    RHO,
+    SIGMA,
+    STEPS,
+    W_TABLE,
+    Loop,
+    compiled,
+    tables_of,
+)
 
 
 @lru_cache
 def climb_loop(mode: str | None, kind: str | None, masters: bool, dtype: str, g_dtype: str,
-          ) -> Callable:
+          ) -> Loop:
     """w -> w + e with w saved and m updated, e = rho / (norm + GUARD) T^2 d, or 0 unless `moves`.
     Where the mode keeps the gradient, `m` is the buffer for it. sums[0, b], sums[1, b] = the
     squared length of e in block b, as stored, and as wanted (where rounding to 16 bits can part
@@ -45,15 +59,20 @@ def climb_loop(mode: str | None, kind: str | None, masters: bool, dtype: str, g_
     algorithm1, official, full = (mode == x for x in ("algorithm1", "official", "full"))
     by_w, by_g = kind == "weights", kind == "gradient"
     rounds = W in ("bf16", "f16")
-    one, zero, guard = (np.dtype(A).type(x) for x in (1, 0, GUARD))
+    F = np.dtype(A).type
+    one, zero, guard = map(F, (1, 0, GUARD))
 
-    @compiled(*tables(dtype), int64, int64, NUMBERS[A], boolean, boolean, float64[:, ::1])
-    def loop(ticket, blocks, layout, hyper, scalings, control, m_steps, w_table, g_table, saved, m,
-             norm, moves, past_caches, sums):
+    @compiled
+    def loop(arguments):
+        args = carray(arguments, ARGUMENTS)
+        blocks, layout, hyper, scalings, control, sums = tables_of(args, F)
+        m_steps, w_table, g_table = args[STEPS], args[W_TABLE], args[G_TABLE]
+        saved, m, norm = args[OWN], args[OWN + 1], control[NORM]
+        moves, past_caches = args[OWN + 2] != 0, args[OWN + 3] != 0
         x, y, z = scratch(A), scratch(A), scratch(A)
         inv_scale = control[INV_SCALE1]
         while True:
-            block = len(blocks) - 1 - take(ticket)  # backwards: what the norm read last is near
+            block = len(blocks) - 1 - take(args)  # backwards: what the norm read last is near
             if block < 0:
                 break
             slot, first = blocks[block, 0], blocks[block, 1] * BLOCK

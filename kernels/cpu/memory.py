@@ -5,7 +5,7 @@ touches is said by its stream, of which no two overlap.
 """
 
 from llvmlite import ir
-from numba import float32, float64, int64
+from numba import float32, float64, int64, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
@@ -83,6 +83,15 @@ def narrowed(builder: ir.IRBuilder, value: ir.Value, dtype: str) -> ir.Value:
     near = b.select(nan, FULL(0x7e00), near)
     sign = b.lshr(b.and_(bits, FULL(0x80000000)), FULL(16))
     return b.trunc(b.or_(near, sign), HALF)
+
+
+@intrinsic
+def pointer(context, address):
+    """An address as a pointer to anything."""
+    def generate(_, builder, signature, args):
+        return builder.inttoptr(args[0], cgutils.voidptr_t)
+
+    return types.voidptr(int64), generate
 
 
 def reader(bits: int):

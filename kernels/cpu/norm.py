@@ -1,11 +1,10 @@
 """The loops of norms: over g, m and w, into sums of each block."""
 
 import math
-from collections.abc import Callable
 from functools import lru_cache
 
 import numpy as np
-from numba import float64, int64, njit
+from numba import carray, njit
 
 from fastsam.hyper import KEEPING, WITH_M
 
@@ -21,7 +20,21 @@ from .memory import (
     take,
     total,
 )
-from .tables import BLOCK, EMA_SHARE, INV_SCALE1, INV_SCALE2, LMBDA, SIGMA, compiled, tables
+from .tables import (
+    ARGUMENTS,
+    BLOCK,
+    EMA_SHARE,
+    G_TABLE,
+    INV_SCALE1,
+    INV_SCALE2,
+    LMBDA,
+    OWN,
+    SIGMA,
+    W_TABLE,
+    Loop,
+    compiled,
+    tables_of,
+)
 
 
 @njit(inline="always")
@@ -53,20 +66,23 @@ def scaling(w, g, a, b, by_w, one):
 
 
 @lru_cache
-def dots_loop(mode: str, dtype: str, g_dtype: str) -> Callable:
+def dots_loop(mode: str, dtype: str, g_dtype: str) -> Loop:
     """sums[:, b] = <g, m>, <g, g> and <m, m> of block b. m is that of the projection; where the
     mode keeps a gradient, this is of a second pass, and `m` the x of fastsam.reference.share."""
     G, A = g_dtype, accumulates_in(dtype)
-    size, g_size = SIZES[A], SIZES[G]
+    F, size, g_size = np.dtype(A).type, SIZES[A], SIZES[G]
     algorithm1 = mode == "algorithm1"
     cell = INV_SCALE2 if mode in KEEPING else INV_SCALE1
 
-    @compiled(*tables(dtype), int64, float64[:, ::1])
-    def loop(ticket, blocks, layout, hyper, scalings, control, m_steps, w_table, g_table, m, sums):
+    @compiled
+    def loop(arguments):
+        args = carray(arguments, ARGUMENTS)
+        blocks, layout, hyper, _, control, sums = tables_of(args, F)
+        g_table, m = args[G_TABLE], args[OWN]
         x, y, z = scratch(A), scratch(A), scratch(A)
         inv_scale = control[cell]
         while True:
-            block = take(ticket)
+            block = take(args)
             if block >= len(blocks):
                 break
             slot, first = blocks[block, 0], blocks[block, 1] * BLOCK
@@ -108,21 +124,24 @@ def squares(v, n, size, dtype):
 
 @lru_cache
 def norm_loop(mode: str | None, kind: str | None, masters: bool, dtype: str, g_dtype: str,
-         ) -> Callable:
+         ) -> Loop:
     """sums[0, b] = ||T d||^2 of block b; where d is made with m also sums[1, b] = ||T g||^2."""
     W, G, A = dtype, g_dtype, accumulates_in(dtype)
     size, w_size, g_size = SIZES[A], SIZES[W], SIZES[G]
     has_m, algorithm1, full = mode in WITH_M, mode == "algorithm1", mode == "full"
     by_w, by_g = kind == "weights", kind == "gradient"
-    one = np.dtype(A).type(1)
+    F = np.dtype(A).type
+    one = F(1)
 
-    @compiled(*tables(dtype), int64, int64, float64[:, ::1])
-    def loop(ticket, blocks, layout, hyper, scalings, control, m_steps, w_table, g_table, saved, m,
-             sums):
+    @compiled
+    def loop(arguments):
+        args = carray(arguments, ARGUMENTS)
+        blocks, layout, hyper, scalings, control, sums = tables_of(args, F)
+        w_table, g_table, saved, m = args[W_TABLE], args[G_TABLE], args[OWN], args[OWN + 1]
         x, y = scratch(A), scratch(A)
         inv_scale = control[INV_SCALE1]
         while True:
-            block = take(ticket)
+            block = take(args)
             if block >= len(blocks):
                 break
             slot, first = blocks[block, 0], blocks[block, 1] * BLOCK

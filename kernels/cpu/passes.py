@@ -1,11 +1,8 @@
 """The three passes on a CPU: blocks of memory dealt to threads that run the loops."""
 
 import math
-import os
-import sys
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from collections.abc import Iterable
+from ctypes import Array, addressof, c_int64
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -24,38 +21,39 @@ from .climb import climb_loop
 from .counts import count_loop
 from .norm import dots_loop, norm_loop
 from .step import step_loop
-from .tables import BLOCK
+from .tables import ARGUMENTS, BLOCK, BLOCKS, COUNTED, NORM, OWN, STEPS, TICKET, Loop
+from .threads import run_in
 
 INLINE = 2**17  # elements: from there on a second thread pays; for each half of it more, another
 # elements of a space, from where on what is not read again within the step, the saved weights and
 # the new ones, is written past the caches, which have no room for it
 PAST_CACHES = 2**22
-SMALLEST, HALF = sys.float_info.min, 0.5  # of which the product is denormal
-NORM, OK, FOUND_INF = (CONTROL.index(c) for c in ("norm", "ok", "found_inf"))
-SKIPPED = COUNTERS.index("skipped")
+OK, FOUND_INF, SKIPPED = *map(CONTROL.index, ("ok", "found_inf")), COUNTERS.index("skipped")
 DTYPES = {torch.float32: "f4", torch.float64: "f8", torch.bfloat16: "bf16", torch.float16: "f16"}
 
 
 class Frame(NamedTuple):
-    """A space's tables as NumPy sees them, and room for each block's sums."""
+    """A space's tables as NumPy sees them, room for each block's sums, and its loops' arguments."""
 
-    blocks: np.ndarray
-    layout: np.ndarray
-    hyper: np.ndarray
-    scalings: np.ndarray
     control: np.ndarray
     counters: np.ndarray
     partials: np.ndarray
     dots: np.ndarray
     radii: np.ndarray
     sums: np.ndarray
+    arguments: Array[c_int64]
 
     @staticmethod
     def of(space: Space) -> "Frame":
-        tables = (space.blocks(BLOCK), space.layout, space.hyper, space.scalings, space.control,
-                  space.counters, space.partials, space.dots, space.radii)
-        blocks, *others = (t.numpy() for t in tables)
-        return Frame(blocks, *others, np.zeros((3, len(blocks))))
+        blocks, layout, hyper, scalings = tables = (space.blocks(BLOCK), space.layout, space.hyper,
+                                                    space.scalings)
+        sums, arguments = np.zeros((3, len(blocks))), (c_int64 * ARGUMENTS)()
+        blocks_at, layout_at, hyper_at, scalings_at = (t.data_ptr() for t in tables)
+        arguments[BLOCKS:STEPS] = [
+            blocks_at, len(blocks), layout_at, len(layout), hyper_at, len(hyper), scalings_at,
+            space.control.data_ptr(), sums.ctypes.data]
+        return Frame(*(t.numpy() for t in (space.control, space.counters, space.partials,
+                                           space.dots, space.radii)), sums, arguments)
 
 
 FRAMES: WeakKeyDictionary[Space, Frame] = WeakKeyDictionary()
@@ -68,74 +66,17 @@ def frame_of(space: Space) -> Frame:
     return frame
 
 
-def new_pool() -> None:
-    """Threads start as they are needed. A forked child has none of its parent's."""
-    global pool
-    pool = ThreadPoolExecutor(max_workers=1024, thread_name_prefix="fastsam")
-
-
-new_pool()
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=new_pool)
-
-
-def new_ticket() -> np.ndarray:
-    """Where a loop's threads take their blocks' numbers, so not 0 once any has begun; and whether
-    what it updates is counted (see `count_loop`)."""
-    return np.zeros(2, np.int64)
-
-
-def run(loop: Callable, p: Pass, f: Frame, steps: int, *more,
-        ticket: np.ndarray | None = None) -> None:
-    """Run the loop over all blocks of the space, in as many threads as torch would use. An
-    exception, such as a KeyboardInterrupt, leaves before the first block, or when all are done.
+def run(loop: Loop, p: Pass, f: Frame, steps: int, *own: int) -> None:
+    """Run a loop over all blocks of the space, in as many threads as torch would use.
 
     Args:
         steps: the address of m_steps or v_steps.
-        ticket: what `new_ticket` gives, for a caller that asks whether any block was begun.
+        own: the loop's own arguments.
     """
-    ticket = new_ticket() if ticket is None else ticket
-    arguments = (ticket, f.blocks, f.layout, f.hyper, f.scalings, f.control, steps,
-                 p.w_table.data_ptr(), p.g_table.data_ptr(), *more)
-    threads = min(torch.get_num_threads(), p.space.size * 2 // INLINE, len(f.blocks))
-    if threads < 2:
-        loop(*arguments)
-        return
-    helpers: list[Future[None]] = [Future() for _ in range(threads - 1)]
-
-    def work() -> None:
-        # no more threads, or the interpreter is about to end: those that there are do it all
-        with suppress(RuntimeError):
-            for helper in helpers:
-                pool.submit(help_with, helper, loop, arguments, SMALLEST * HALF == 0)
-        loop(*arguments)
-
-    surely(work, lambda: wait_for(helpers))
-
-
-def help_with(helper: Future[None], loop: Callable, arguments: Sequence, flushes: bool) -> None:
-    """In a thread of the pool: run the loop, unless nobody waits for this helper. The pool's own
-    future is lost where a Ctrl-C, or a thread that cannot start, comes when the work is queued.
-
-    Args:
-        flushes: whether the caller's thread takes denormal numbers for 0, which is a thread's own.
-    """
-    if helper.set_running_or_notify_cancel():
-        try:
-            torch.set_flush_denormal(flushes)
-            loop(*arguments)
-        except BaseException as error:
-            helper.set_exception(error)
-        else:
-            helper.set_result(None)
-
-
-def wait_for(helpers: Iterable[Future[None]]) -> None:
-    """Until those that have begun are done; the others never begin. What one raised is raised then.
-    """
-    for error in [helper.exception() for helper in helpers if not helper.cancel()]:
-        if error is not None:
-            raise error
+    f.arguments[TICKET], f.arguments[COUNTED] = 0, 0
+    f.arguments[STEPS:OWN + len(own)] = [steps, p.w_table.data_ptr(), p.g_table.data_ptr(), *own]
+    threads = min(torch.get_num_threads(), p.space.size * 2 // INLINE, f.sums.shape[1])
+    run_in(threads, loop, addressof(f.arguments))
 
 
 def dtypes(p: Pass) -> tuple[str, str]:
@@ -146,10 +87,9 @@ def address(flat: Tensor | None) -> int:
     return 0 if flat is None else flat.data_ptr()
 
 
-def count(p: Pass, f: Frame, steps: int, ticket: np.ndarray, by_momentum: bool) -> None:
-    """Count what a loop has updated, once (see `count_loop`)."""
-    loop = count_loop(by_momentum, dtypes(p)[0])
-    loop(ticket, f.layout, f.hyper, steps, p.g_table.data_ptr())
+def count(p: Pass, f: Frame, by_momentum: bool) -> None:
+    """Count what the last loop has updated, once (see `count_loop`)."""
+    count_loop(by_momentum, dtypes(p)[0]).call(addressof(f.arguments))
 
 
 def put(cells: np.ndarray, sums: np.ndarray) -> None:
@@ -164,7 +104,7 @@ def dots(p: Pass) -> None:
     s, f = p.space, frame_of(p.space)
     loop = dots_loop(s.kind.mode, *dtypes(p))
     m = s.kept if p.mix in ("gsam", "renew") else s.m
-    run(loop, p, f, s.steps.data_ptr(), address(m), f.sums)
+    run(loop, p, f, s.steps.data_ptr(), address(m))
     put(f.dots, f.sums)
 
 
@@ -172,7 +112,7 @@ def norm(p: Pass) -> None:
     """space.partials = the parts of ||T d||^2 and, where d is made with m, of ||T g||^2."""
     s, kind, f = p.space, p.space.kind, frame_of(p.space)
     loop = norm_loop(kind.mode, p.scaling, kind.masters, *dtypes(p))
-    run(loop, p, f, s.steps.data_ptr(), address(s.saved), address(s.m), f.sums)
+    run(loop, p, f, s.steps.data_ptr(), address(s.saved), address(s.m))
     put(f.partials, f.sums)
 
 
@@ -190,15 +130,16 @@ def climb(p: Pass, sums: Tensor) -> Climb:
         return stay(p)
     moves = bool(kind.mode not in WITH_M or of_d > noise_share(sums.dtype) * of_g)
     loop = climb_loop(kind.mode, p.scaling, kind.masters, *dtypes(p))
-    ticket, m, steps = new_ticket(), s.m if s.kept is None else s.kept, s.steps.data_ptr()
+    steps, m = s.steps.data_ptr(), s.m if s.kept is None else s.kept
+    f.arguments[TICKET] = 0
     try:
-        surely(lambda: run(loop, p, f, steps, address(s.saved), address(m), total, moves,
-                           s.size >= PAST_CACHES, f.sums, ticket=ticket),
-               lambda: count(p, f, steps, ticket, False) if kind.mode in FRIENDLY else None)
+        surely(lambda: run(loop, p, f, steps, address(s.saved), address(m), moves,
+                           s.size >= PAST_CACHES),
+               lambda: count(p, f, False) if kind.mode in FRIENDLY else None)
         put(f.radii, f.sums)
         return Climb.of(p)
     except BaseException:
-        if ticket[0]:  # else nothing is saved yet
+        if f.arguments[TICKET]:  # else nothing is saved yet
             go_back(p, Climb.of(p).moved)
         raise
 
@@ -238,10 +179,10 @@ def step(p: Pass, climb: Climb | None) -> None:
         return
     go_back(p, [one and g is None for one, g in zip(moved, p.g, strict=True)])
     loop = step_loop(kind.base, p.mix, p.along_v, kind.masters, *dtypes(p))
-    ticket, steps = new_ticket(), s.steps.data_ptr() + 4 * len(s.slots)  # those of v
+    steps = s.steps.data_ptr() + 4 * len(s.slots)  # those of v
+    f.arguments[TICKET] = 0
     surely(lambda: run(loop, p, f, steps, 0 if climb is None else climb.table.data_ptr(),
-                       *map(address, (s.saved, s.v, s.u, s.m, s.kept)), s.size >= PAST_CACHES,
-                       f.sums, ticket=ticket),
-           lambda: count(p, f, steps, ticket, kind.base != "adam"))
+                       *map(address, (s.saved, s.v, s.u, s.m, s.kept)), s.size >= PAST_CACHES),
+           lambda: count(p, f, kind.base != "adam"))
     if p.along_v:
         put(f.partials, f.sums)

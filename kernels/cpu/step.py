@@ -1,11 +1,10 @@
 """The loops of the return to the saved weights and the base optimizer's update."""
 
 import math
-from collections.abc import Callable
 from functools import lru_cache
 
 import numpy as np
-from numba import boolean, float64, int64, njit
+from numba import carray, float64, njit
 
 from .memory import (
     LINE,
@@ -25,6 +24,7 @@ from .memory import (
 from .norm import squares
 from .tables import (
     ALPHA,
+    ARGUMENTS,
     BETA1,
     BETA1_SHARE,
     BETA2,
@@ -33,6 +33,7 @@ from .tables import (
     DAMPENING,
     DECOUPLED,
     EPS,
+    G_TABLE,
     INV_SCALE2,
     LOG_BETA1,
     LOG_BETA2,
@@ -40,10 +41,14 @@ from .tables import (
     MOMENTUM,
     MOMENTUM_SHARE,
     NESTEROV,
+    OWN,
     SHARE,
+    STEPS,
+    W_TABLE,
     WEIGHT_DECAY,
+    Loop,
     compiled,
-    tables,
+    tables_of,
 )
 
 
@@ -110,7 +115,7 @@ def adam(w, g, i, v, u, hyper, dtype):
 
 @lru_cache
 def step_loop(base: str, mix: str | None, along_v: bool, masters: bool, dtype: str, g_dtype: str,
-         ) -> Callable:
+         ) -> Loop:
     """The base optimizer's update from the saved w, where `moved`, or from w; `moved` is the
     address of `Climb.table`, or 0. With along_v,
     sums[0, b] = ||v||^2 of block b, where `moved`, as `norm` adds it up."""
@@ -121,14 +126,17 @@ def step_loop(base: str, mix: str | None, along_v: bool, masters: bool, dtype: s
     by_adam, has_v = base == "adam", base != "sgd"
     gsam, renews, reuses = (mix == x for x in ("gsam", "renew", "reuse"))
 
-    @compiled(*tables(dtype), int64, int64, int64, int64, int64, int64, boolean,
-              float64[:, ::1])
-    def loop(ticket, blocks, layout, hyper, scalings, control, v_steps, w_table, g_table, moved,
-             saved, v, u, m, kept, past_caches, sums):
+    @compiled
+    def loop(arguments):
+        args = carray(arguments, ARGUMENTS)
+        blocks, layout, hyper, _, control, sums = tables_of(args, F)
+        v_steps, w_table, g_table = args[STEPS], args[W_TABLE], args[G_TABLE]
+        moved, saved, v, u = args[OWN], args[OWN + 1], args[OWN + 2], args[OWN + 3]
+        m, kept, past_caches = args[OWN + 4], args[OWN + 5], args[OWN + 6] != 0
         x = scratch(A)
         inv_scale, c = control[INV_SCALE2], control[SHARE]
         while True:
-            block = take(ticket)
+            block = take(args)
             if block >= len(blocks):
                 break
             slot, start = blocks[block, 0], blocks[block, 1] * BLOCK

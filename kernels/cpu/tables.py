@@ -1,16 +1,20 @@
-"""The tables that the loops read: columns and types; and how a loop is compiled, and kept."""
+"""What the loops take: a table of arguments, columns and types; and how a loop is compiled, and
+kept."""
 
 from collections.abc import Callable, Iterable
+from ctypes import CFUNCTYPE, c_void_p
 from hashlib import sha256
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from numba import int32, int64, njit, void
+import numpy as np
+from numba import carray, cfunc, int64, njit, types, void
 
 from fastsam import hyper, space
-from fastsam.hyper import COLUMN
+from fastsam.hyper import COLUMN, COLUMNS
 from fastsam.space import CONTROL
 
-from .memory import NUMBERS, accumulates_in
+from .memory import pointer
 
 BLOCK = 16384
 
@@ -23,7 +27,27 @@ MOMENTUM, DAMPENING, NESTEROV, MOMENTUM_SHARE = (
 BETA1, BETA2, BETA1_SHARE, BETA2_SHARE, LOG_BETA1, LOG_BETA2, EPS, DECOUPLED = (
     COLUMN[c] for c in ("beta1", "beta2", "beta1_share", "beta2_share", "log_beta1", "log_beta2",
                         "eps", "decoupled"))
-INV_SCALE1, INV_SCALE2 = CONTROL.index("inv_scale1"), CONTROL.index("inv_scale2")
+NORM, INV_SCALE1, INV_SCALE2 = map(CONTROL.index, ("norm", "inv_scale1", "inv_scale2"))
+N_COLUMNS, N_CELLS = len(COLUMNS), len(CONTROL)
+
+# A loop's arguments, int64: the number of blocks that threads have taken; whether what it updates
+# is counted (see `count_loop`); the addresses of tables, and their lengths; those of m_steps or
+# v_steps, of w_table and of g_table; then what is this loop's own.
+(TICKET, COUNTED, BLOCKS, N_BLOCKS, LAYOUT, N_SLOTS, HYPER, N_GROUPS, SCALINGS, CELLS, SUMS, STEPS,
+ W_TABLE, G_TABLE, OWN) = range(15)
+ARGUMENTS = OWN + 8
+
+
+@njit(inline="always")
+def tables_of(args, F):
+    """blocks, layout, hyper, scalings, control (see `fastsam.space.Space`), and room for three sums
+    of each block."""
+    return (carray(pointer(args[BLOCKS]), (args[N_BLOCKS], 2), np.int32),
+            carray(pointer(args[LAYOUT]), (args[N_SLOTS], 3), np.int64),
+            carray(pointer(args[HYPER]), (args[N_GROUPS], N_COLUMNS), F),
+            carray(pointer(args[SCALINGS]), (args[N_SLOTS], 2), F),
+            carray(pointer(args[CELLS]), (N_CELLS,), F),
+            carray(pointer(args[SUMS]), (3, args[N_BLOCKS]), np.float64))
 
 
 def fingerprint(files: Iterable[Path]) -> str:
@@ -37,26 +61,25 @@ SOURCES = (*Path(__file__).parent.glob("*.py"), Path(hyper.__file__), Path(space
 MADE_FROM = fingerprint(SOURCES)
 
 
-def compiled(*arguments) -> Callable:
-    """numba's decorator for these types, which are compiled at once, or found in its cache where
-    it can keep one, made from the same sources."""
-    def compile_now(function: Callable) -> Callable:
-        # a part of the names of the cache's files
-        function.__qualname__ = f"{function.__name__}.{MADE_FROM}"
-        how = dict(nogil=True, error_model="numpy")
-        try:
-            return njit(void(*arguments), cache=True, **how)(function)
-        except Exception:
-            # A cache without a folder (RuntimeError), without room or rights (OSError), or with a
-            # broken file, whose unpickling raises anything. An error in the loop comes again.
-            return njit(void(*arguments), **how)(function)
+class Loop(NamedTuple):
+    """A compiled loop, which takes the address of its arguments: called from Python, without the
+    GIL; and where it is. The code goes with `code`."""
 
-    return compile_now
+    call: Callable[[int], None]
+    address: int
+    code: Any
 
 
-def tables(dtype: str) -> tuple:
-    """The types of every loop's first arguments: ticket, blocks, layout, hyper, scalings, control,
-    and the addresses of m_steps or v_steps, w_table and g_table."""
-    F = NUMBERS[accumulates_in(dtype)]
-    return (int64[::1], int32[:, ::1], int64[:, ::1], F[:, ::1], F[:, ::1], F[::1], int64, int64,
-            int64)
+def compiled(function: Callable) -> Loop:
+    """A function of an int64* compiled, or found in numba's cache where it can keep one, made from
+    the same sources."""
+    # a part of the names of the cache's files
+    function.__qualname__ = f"{function.__name__}.{MADE_FROM}"
+    kind, how = void(types.CPointer(int64)), dict(error_model="numpy")
+    try:
+        code = cfunc(kind, cache=True, **how)(function)
+    except Exception:
+        # A cache without a folder (RuntimeError), without room or rights (OSError), or with a
+        # broken file, whose unpickling raises anything. An error in the loop comes again.
+        code = cfunc(kind, **how)(function)
+    return Loop(CFUNCTYPE(None, c_void_p)(code.address), code.address, code)

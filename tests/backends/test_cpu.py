@@ -2,16 +2,12 @@
 
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import threading
-import time
 import types
-from concurrent.futures import Future
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -24,6 +20,7 @@ from fastsam.kernels import cpu  # noqa: E402
 from fastsam.kernels.cpu import memory, passes, tables  # noqa: E402
 
 from ..helpers.hand import Hand  # noqa: E402
+from ..helpers.processes import in_a_process  # noqa: E402
 from ..helpers.variants import ADAM_GROUPS  # noqa: E402
 from ..helpers.variants import GROUPS as SGD  # noqa: E402
 
@@ -184,227 +181,6 @@ def test_zero_gradients_and_directions_of_rounding_noise_move_nothing():
             torch.testing.assert_close(hand.space.slots[1].m, 0.4 * first[1])
 
 
-def played(hand: Hand) -> dict:
-    for t in range(3):
-        climb = hand.first_step(cpu, draw_large(1 + t))
-        hand.second_step(cpu, climb, draw_large(11 + t))
-    return {**hand.state(), "partials": hand.space.partials, "radii": hand.space.radii}
-
-
-def draw_large(seed: int) -> list[torch.Tensor]:
-    g = torch.Generator().manual_seed(seed)
-    return [torch.randn(n, generator=g) for n in (300_000, 17, 200_001)]
-
-
-def large() -> Hand:
-    return Hand(draw_large(0), SGD, [0, 1, 2], "algorithm1")
-
-
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
-def test_any_number_of_threads_gives_the_same_bits(threads):
-    threads(1)
-    expected = played(large())
-    for n in range(2, 6):
-        threads(n)
-        assert_equal(played(large()), expected, f"with {n} threads")
-
-
-@pytest.fixture
-def flush():
-    if not torch.set_flush_denormal(True):
-        pytest.skip("this processor does not flush")
-    torch.set_flush_denormal(False)
-    yield torch.set_flush_denormal
-    torch.set_flush_denormal(False)
-
-
-@pytest.mark.parametrize("now", [True, False])
-def test_tiny_numbers_are_flushed_in_all_threads_or_in_none(now, threads, flush, monkeypatch):
-    """It is set for each thread by itself, and a new one begins as the one that made it."""
-    tiny, shared = torch.full((2**19,), 2.0**-127), threading.Event()
-    loop = passes.step_loop
-
-    def step_loop(*kind):
-        def late(*args):  # the main thread leaves blocks to the helper
-            if threading.current_thread() is not threading.main_thread():
-                shared.set()
-            elif torch.get_num_threads() > 1:
-                assert shared.wait(10)
-                time.sleep(0.05)
-            loop(*kind)(*args)
-
-        return late
-
-    def bits(n):
-        threads(n)
-        hand = Hand([torch.zeros(2**19)], [dict(SGD[0], momentum=0.5, weight_decay=0)], [0], None)
-        flush(now)
-        try:
-            hand.second_step(cpu, None, [tiny])
-        finally:
-            flush(False)
-        return hand.weights[0].view(torch.int32)
-
-    flush(not now)
-    passes.new_pool()
-    threads(2)
-    played(large())
-    monkeypatch.setattr(passes, "step_loop", step_loop)
-    assert torch.equal(bits(2), bits(1)) and bool(bits(2).any()) is not now
-
-
-def test_optimizers_step_at_once_in_several_threads(threads):
-    threads(3)
-    expected, found = played(large()), []
-    callers = [threading.Thread(target=lambda: found.append(played(large()))) for _ in range(4)]
-    for caller in callers:
-        caller.start()
-    for caller in callers:
-        caller.join()
-    assert len(found) == 4
-    for state in found:
-        assert_equal(state, expected, "beside others")
-
-
-def test_a_pool_that_can_start_no_thread_is_done_without(threads, monkeypatch):
-    threads(1)
-    expected = played(large())
-    threads(3)
-    refused = RuntimeError("can't start new thread")
-    monkeypatch.setattr(passes.pool, "submit", partial(fail, refused))
-    assert_equal(played(large()), expected, "without a pool")
-
-
-def fail(error: BaseException, *_args) -> None:
-    raise error
-
-
-def test_an_interrupted_climb_leaves_the_weights(threads, monkeypatch):
-    threads(3)
-    hand, submit = large(), passes.pool.submit
-    before, calls = hand.state(), []
-
-    def submit_one(*args):
-        calls.append(args)
-        return submit(*args) if len(calls) < 4 else fail(KeyboardInterrupt())
-
-    monkeypatch.setattr(passes.pool, "submit", submit_one)
-    with pytest.raises(KeyboardInterrupt):
-        hand.first_step(cpu, draw_large(1))
-    assert len(calls) == 4  # the second of the climb's
-    for i, w in enumerate(hand.weights):
-        assert torch.equal(w, before[f"w{i}"])
-
-
-class Helpers:
-    """A loop that ends when a helper is at work, and which the helpers are late to end."""
-
-    def __init__(self, monkeypatch, interrupts: bool):
-        self.begun, self.ended, self.interrupts = threading.Event(), False, interrupts
-        monkeypatch.setattr(passes, "climb_loop", lambda *_: self.loop)
-
-    def loop(self, ticket, *_) -> None:
-        ticket[0] = 1
-        if threading.current_thread() is threading.main_thread():
-            assert self.begun.wait(10)
-            return
-        self.begun.set()
-        time.sleep(0.1)
-        if self.interrupts:
-            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
-            time.sleep(0.3)
-        self.ended = True
-
-
-@pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="this system sends no signals")
-def test_an_interrupted_climb_waits_for_its_helpers(threads, monkeypatch):
-    """They would move weights that are back."""
-    threads(2)
-    hand, helpers = large(), Helpers(monkeypatch, interrupts=True)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            hand.first_step(cpu, draw_large(1))
-    finally:
-        signal.signal(signal.SIGINT, before)
-    assert helpers.ended
-
-
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("can't start new thread")])
-def test_a_helper_that_was_queued_before_the_pool_failed_is_waited_for(error, threads, monkeypatch):
-    """As ThreadPoolExecutor.submit does where it cannot start a thread."""
-    threads(2)
-    hand, submit = large(), passes.pool.submit
-    helpers = Helpers(monkeypatch, interrupts=False)
-
-    def queue(*args) -> Future:
-        queued = submit(*args)
-        if helpers.loop in args:
-            assert helpers.begun.wait(10)
-            raise error
-        return queued
-
-    monkeypatch.setattr(passes.pool, "submit", queue)
-    with nullcontext() if isinstance(error, RuntimeError) else pytest.raises(KeyboardInterrupt):
-        hand.first_step(cpu, draw_large(1))
-    assert helpers.ended
-
-
-def test_a_helper_that_fails_is_raised_when_the_others_are_done():
-    """They would move weights that are back."""
-    failed, busy, ended = Future(), Future(), []
-    failed.set_exception(MemoryError("(pretended)"))
-    assert busy.set_running_or_notify_cancel()
-
-    def finish():
-        ended.append(True)
-        busy.set_result(None)
-
-    timer = threading.Timer(0.3, finish)
-    timer.start()
-    with pytest.raises(MemoryError, match="pretended"):
-        passes.wait_for([failed, busy])
-    was_waited_for = bool(ended)
-    timer.join()
-    assert was_waited_for
-
-
-def in_a_process(code: str, **env: str) -> str:
-    ran = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True,
-                         text=True, env={**os.environ, **env}, timeout=60)
-    assert ran.returncode == 0, ran.stderr
-    assert ran.stderr == ""
-    return ran.stdout
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
-def test_a_forked_child_has_threads_of_its_own():
-    out = in_a_process("""
-import os, warnings
-import torch
-warnings.filterwarnings("ignore", category=DeprecationWarning)  # of forking with threads
-from fastsam.kernels.cpu import passes
-from tests.backends.test_cpu import large, played
-torch.set_num_threads(1)  # torch's own threads do not outlive a fork
-expected = played(large())
-torch.get_num_threads = lambda: 3
-played(large())
-child = os.fork()
-found = played(large())
-same = all(torch.equal(found[k], expected[k]) for k in expected) and len(passes.pool._threads) > 0
-if child == 0:
-    os._exit(not same)
-print(same, os.waitpid(child, 0)[1])
-""")
-    assert out.split() == ["True", "0"]
-
-
 def test_without_numba_fastsam_runs_and_names_the_remedy():
     out = in_a_process("""
 import sys
@@ -429,7 +205,7 @@ def add_one(x):
 def runs(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
     x = torch.zeros(1, dtype=torch.int64)
-    tables.compiled(numba.int64[::1])(add_one)(x.numpy())
+    tables.compiled(add_one).call(x.data_ptr())
     assert x == 1
 
 
@@ -446,7 +222,7 @@ def test_numba_that_compiles_nothing_is_named(monkeypatch):
 @pytest.mark.filterwarnings("error")
 def test_no_folder_to_keep_compiled_code_in(tmp_path, monkeypatch):
     monkeypatch.setattr("numba.core.caching.tempfile.TemporaryFile",
-                        lambda **_: fail(PermissionError("read-only")))
+                        Mock(side_effect=PermissionError("read-only")))
     runs(tmp_path, monkeypatch)
     assert not list(tmp_path.rglob("*.nb*"))
 
@@ -454,7 +230,7 @@ def test_no_folder_to_keep_compiled_code_in(tmp_path, monkeypatch):
 @pytest.mark.filterwarnings("error")
 def test_a_full_disk(tmp_path, monkeypatch):
     monkeypatch.setattr("numba.core.caching.IndexDataCacheFile.save",
-                        lambda *_: fail(OSError(28, "No space left on device")))
+                        Mock(side_effect=OSError(28, "No space left on device")))
     runs(tmp_path, monkeypatch)
 
 
@@ -512,11 +288,11 @@ def copy_of(function):
 def test_code_made_from_other_sources_is_not_taken_from_the_cache(tmp_path, monkeypatch):
     """Columns stand in compiled code as numbers, and come from other files than the loops'."""
     monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
-    x, how = np.zeros(2, np.int64), tables.compiled(numba.int64[::1])
-    how(copy_of(add_to_column))(x)
+    x = np.zeros(2, np.int64)
+    tables.compiled(copy_of(add_to_column)).call(x.ctypes.data)
     monkeypatch.setitem(globals(), "COLUMN", 1)
     monkeypatch.setattr(tables, "MADE_FROM", "others")
-    how(copy_of(add_to_column))(x)
+    tables.compiled(copy_of(add_to_column)).call(x.ctypes.data)
     assert x.tolist() == [1, 1]
 
 
