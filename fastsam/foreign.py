@@ -264,12 +264,19 @@ def all_or_nothing(optimizer: Optimizer, base: Optimizer) -> Iterator[None]:
 
 
 def save(base: Optimizer, groups: Sequence[Group], own: dict[int, dict[str, Tensor]],
-         shared: Sequence[str]) -> dict[str, Any]:
-    """The base's whole saved state, and in it these groups and SAM's own tensors."""
+         shared: Sequence[str], keys: Collection[str]) -> dict[str, Any]:
+    """The base's whole saved state, and in it SAM's own tensors and its part of these groups. The
+    rest of the groups is as the base saves it, which may leave something out.
+
+    Args:
+        keys: SAM's own keys of the groups.
+    """
     state = as_base_sees(base, shared, base.state_dict)
     if "state" not in state or "param_groups" not in state:
         return {"state": {i: x for i, x in own.items() if x}, "param_groups": groups, BASE: state}
-    theirs = state["state"]
+    theirs, ours = state["state"], {"params", *keys, *("base_" + key for key in shared)}
+    groups = [{**group, **{k: x for k, x in mine.items() if k in ours}}
+              for group, mine in zip(state["param_groups"], groups, strict=True)]
     return {**state, "param_groups": groups, "state": {
         **theirs, **{i: {**theirs.get(i, {}), **x} for i, x in own.items() if x}}}
 

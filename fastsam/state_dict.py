@@ -36,10 +36,15 @@ def save(optimizer: Optimizer, base: Optimizer, traits: Traits, layout: Layout,
         state["state"] = {i: as_torch_saves(x) for i, x in state["state"].items()}
     else:
         own = {i: layout.shown.tensors[p] for i, p in enumerate(params_of(optimizer.param_groups))}
-        state = foreign.save(base, state["param_groups"], own, traits.shared)
+        state = foreign.save(base, state["param_groups"], own, traits.shared, keys_of(traits))
     for hook in getattr(optimizer, HOOKS).values():
         state = hook(optimizer, state) or state
     return state
+
+
+def keys_of(traits: Traits) -> tuple[str, ...]:
+    """SAM's own keys of the groups."""
+    return *traits.own, "sam_steps"
 
 
 def is_shared(state: dict[Tensor, Entry]) -> bool:
@@ -103,7 +108,7 @@ def load(optimizer: Optimizer, base: Optimizer, traits: Traits, layout: Layout, 
         optimizer.state.update((k, x) for k, x in state_dict["state"].items() if k not in ids)
     else:
         optimizer.param_groups, optimizer.state = foreign.load(
-            base, state_dict, traits.shared, (*traits.own, "sam_steps"))
+            base, state_dict, traits.shared, keys_of(traits))
     keep_containers(optimizer, base, *containers)
     adopt(layout.shown, list(entries), entries)
     layout.show(optimizer.state)

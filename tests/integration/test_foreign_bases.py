@@ -204,6 +204,36 @@ def test_a_base_whose_names_are_all_ours_keeps_them(cls):
     assert opt.param_groups[0]["base_perturb"] == "never"
 
 
+class SavesLess(torch.optim.Adadelta):
+    """Keeps in its groups what it does not save, as heavyball's optimizers do."""
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            group["_made_by"] = type(self)
+        return super().step(closure)
+
+    def state_dict(self):
+        state = super().state_dict()
+        state["param_groups"] = [{k: x for k, x in group.items() if not k.startswith("_")}
+                                 for group in state["param_groups"]]
+        return state
+
+
+@pytest.mark.parametrize("cls", [SAM, FriendlySAM])
+def test_what_a_base_leaves_out_of_its_saved_groups_stays_out(cls):
+    """With it torch.load(weights_only=True) would refuse the file."""
+    case = Foreign(SavesLess)
+    assert_beside_itself(case, cls, 0.5)
+    params = case.weights()
+    opt = cls.wrap(case.build(params), rho=0.5)
+    step_wrapped(params, opt, 0)
+    state = filed(opt.state_dict())
+    assert "_made_by" not in state["param_groups"][0]
+    assert "_made_by" in opt.param_groups[0]
+    opt.load_state_dict(state)
+    assert [(g["rho"], g["base_rho"]) for g in opt.param_groups] == [(0.5, 0.9)] * 2
+
+
 # ---- states of the base alone, and bases around bases
 
 
