@@ -7,6 +7,7 @@ A base that wraps another, as Lookahead does, may save itself in a form of its o
 whole under BASE, beside ours in torch's form.
 """
 
+import inspect
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -181,6 +182,15 @@ def method_of(base: Optimizer, name: str) -> Callable[..., Any] | None:
     `sync_lookahead`; None if it has none of this name."""
     method = None if name.startswith("_") else getattr(base, name, None)
     return method if callable(method) else None
+
+
+def zero_grad(base: Optimizer, set_to_none: bool) -> None:
+    """Let a base with a `zero_grad` of its own clear what it has: opacus' DPOptimizer keeps the
+    gradients of all samples beside `.grad`, and adds those of the next pass up."""
+    own = base.zero_grad
+    if getattr(own, "__func__", None) is not Optimizer.zero_grad:
+        flags = {"set_to_none": set_to_none}
+        own(**{k: x for k, x in flags.items() if k in inspect.signature(own).parameters})
 
 
 def put_values(values: Iterable[tuple[Group, Group]]) -> None:

@@ -255,9 +255,11 @@ class SAM(Optimizer):
         return self.param_groups
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear the gradients of all parameters, as torch's optimizers do."""
+        """Clear the gradients of all parameters, as torch's optimizers do, and what a `zero_grad`
+        of the base's own clears besides."""
         self._join_containers()
         super().zero_grad(set_to_none)
+        foreign.zero_grad(self.base_optimizer, set_to_none)
 
     def _read(self, first: bool, inverse: Tensor | None) -> list[Pass]:
         """What a pass reads, as things are now (see `following.read`)."""

@@ -141,6 +141,52 @@ def test_while_perturbed_only_train_may_be_called_and_changes_nothing():
     torch.testing.assert_close(p.detach(), torch.tensor([0.7, 1.6]))
 
 
+class OfSamples(torch.optim.SGD):
+    """Steps with gradients that it collects beside `.grad`, as opacus' DPOptimizer does."""
+
+    def __init__(self, params):
+        super().__init__(params, lr=0.1)
+        self.collected = []
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.grad = sum(self.collected)
+        return super().step(closure)
+
+    def zero_grad(self, set_to_none=True):
+        self.collected.clear()
+        super().zero_grad(set_to_none)
+
+
+class WithoutAFlag(OfSamples):
+    def zero_grad(self):
+        self.collected.clear()
+
+
+@pytest.mark.parametrize("kind", [OfSamples, WithoutAFlag])
+@pytest.mark.parametrize("closed", [True, False])
+def test_what_a_bases_own_zero_grad_clears_is_cleared(kind, closed):
+    p = parameter()
+    base = kind([p])
+    opt = SAM.wrap(base, rho=0.1)
+
+    def backward():
+        p.grad = G.clone()
+        base.collected.append(p.grad)
+
+    if closed:
+        opt.step(backward)
+    else:
+        backward()
+        opt.first_step(zero_grad=True)
+        backward()
+        opt.second_step()
+    torch.testing.assert_close(p.detach(), parameter() - 0.1 * G)
+    opt.zero_grad(set_to_none=False)
+    assert not base.collected and p.grad is not None and not p.grad.any()
+
+
 @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda x: pickle.loads(
     pickle.dumps(x))], ids=["copy", "deepcopy", "pickle"])
 def test_a_copy_finds_its_own_bases(copied):
