@@ -203,9 +203,27 @@ def check_base(params: object, kind: Any, own: type, kwargs: dict[str, Any]) -> 
                             f"{kind.__name__}{hint}")
 
 
+def refuse_fleeting(base: Optimizer) -> None:
+    """Refuse a base whose groups or state are made anew whenever somebody asks, as torchao's
+    CPUOffloadOptimizer and hivemind's do, or are not there: none could be shared with it."""
+    for name in ("param_groups", "state"):
+        once, again = (getattr(base, name, None) for _ in range(2))
+        if once is None or once is not again:
+            does = f"has no {name}" if once is None else f"makes its {name} anew at each access"
+            raise ValueError(f"base_optimizer={type(base).__name__} {does}, where SAM and its base "
+                             "share theirs: use an optimizer that keeps them, such as the one "
+                             "inside it")
+
+
 def refuse_arguments_of_existing(params: object, base: Optimizer, own: type,
                                  kwargs: dict[str, Any]) -> None:
-    """Refuse parameters and arguments for a base optimizer that exists and has its own."""
+    """Refuse parameters and arguments for a base optimizer that exists and has its own.
+
+    Raises:
+        TypeError: there are such arguments.
+        ValueError: see `refuse_fleeting`.
+    """
+    refuse_fleeting(base)
     if kwargs or params is not base.param_groups:
         raise TypeError(f"an existing {type(base).__name__} has its parameters and arguments: "
                         f"use {own.__name__}.wrap(optimizer, rho=...)")

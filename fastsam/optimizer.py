@@ -23,6 +23,7 @@ from .checks import (
     params_of,
     refuse_arguments_of_existing,
     refuse_changed_step,
+    refuse_fleeting,
     steps_of,
 )
 from .entries import kept_names
@@ -72,7 +73,8 @@ class SAM(Optimizer):
         ValueError: a negative or non-finite rho, an empty parameter list, a complex parameter,
             parameters that share memory, an unknown backend or one that cannot run here, an
             interval below 1, a negative start, master_weights with a base that is not fused, a
-            base that needs a closure (LBFGS), a bad base-optimizer argument.
+            base that needs a closure (LBFGS) or makes its groups or state anew whenever it is
+            asked, a bad base-optimizer argument.
         TypeError: base_optimizer is not an optimizer class; an argument that nobody has.
     """
 
@@ -126,6 +128,7 @@ class SAM(Optimizer):
             own: the defaults of these.
         """
         base = self.base_optimizer
+        refuse_fleeting(base)
         shared = foreign.shared_keys(base, own)
         self._traits = self._traits._replace(shared=shared)
         self.param_groups = foreign.join(base, mine, own, shared)

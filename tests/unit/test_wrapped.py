@@ -520,6 +520,53 @@ def test_a_wrapper_that_torch_never_set_up_may_be_a_base():
     assert opt.param_groups[0]["rho"] == 0.1 and opt.base_optimizer.steps == 4
 
 
+class Several(torch.optim.Optimizer):
+    """As torchao's CPUOffloadOptimizer: an optimizer for each parameter, and no groups of its
+    own."""
+
+    def __init__(self, params, lr=0.1):
+        params = [p for x in params for p in (x["params"] if isinstance(x, dict) else [x])]
+        self.optims = [torch.optim.SGD([p], lr) for p in params]
+
+    @property
+    def param_groups(self):
+        return [group for optim in self.optims for group in optim.param_groups]
+
+    def step(self, closure=None):
+        for optim in self.optims:
+            optim.step()
+
+
+class CopiesItsState(torch.optim.RMSprop):
+    @property
+    def state(self):
+        return dict(self.kept)
+
+    @state.setter
+    def state(self, kept):
+        self.kept = kept
+
+
+class HasNoState(Several):
+    param_groups = None
+
+    def __init__(self, params, lr=0.1):
+        super().__init__(params, lr)
+        self.param_groups = self.optims[0].param_groups
+
+
+@pytest.mark.parametrize("kind, what", [
+    (Several, "makes its param_groups anew"), (CopiesItsState, "makes its state anew"),
+    (HasNoState, "has no state")])
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_a_base_without_groups_and_state_to_share_is_refused_by_name(kind, what, wrapped):
+    p = parameter()
+    group = dict(params=[p])
+    with pytest.raises(ValueError, match=f"{kind.__name__} {what}.*one inside"):
+        SAM.wrap(kind([p]), rho=0.1) if wrapped else SAM([group], kind, rho=0.1)
+    assert group.keys() == {"params"}
+
+
 # ---- another process's
 
 
