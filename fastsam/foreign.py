@@ -244,13 +244,19 @@ def join_containers(optimizer: Optimizer, base: Optimizer, groups: object = None
 
 
 def with_inner(base: Optimizer) -> list[Optimizer]:
-    """A base and the optimizers that it wraps."""
+    """A base and the optimizers that it wraps, one or several."""
     found = [base]
     for optimizer in found:
         known = set(map(id, found))
-        found += {id(x): x for x in vars(optimizer).values()
+        found += {id(x): x for x in held(optimizer)
                   if isinstance(x, Optimizer) and id(x) not in known}.values()
     return found
+
+
+def held(optimizer: Optimizer) -> Iterator[Any]:
+    """What an optimizer holds, by itself or in a list or dict."""
+    for x in vars(optimizer).values():
+        yield from x if isinstance(x, (list, tuple)) else x.values() if isinstance(x, dict) else [x]
 
 
 @contextmanager

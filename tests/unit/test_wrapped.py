@@ -537,6 +537,41 @@ class Several(torch.optim.Optimizer):
             optim.step()
 
 
+class Keeps(Several):
+    """Has groups of its own, which the several share no list with, as heavyball's SplitOpt."""
+
+    param_groups = None
+
+    def __init__(self, params, lr=0.1):
+        super().__init__(params, lr)
+        torch.optim.Optimizer.__init__(self, [p for o in self.optims for g in o.param_groups
+                                              for p in g["params"]], {})
+
+    def state_dict(self):
+        return {"optims": [optim.state_dict() for optim in self.optims]}
+
+    def load_state_dict(self, state_dict):
+        for optim, state in zip(self.optims, state_dict["optims"], strict=True):
+            optim.load_state_dict(state)
+
+
+@pytest.mark.parametrize("cls", [SAM, FriendlySAM])
+def test_a_load_that_fails_in_one_of_several_changes_none(cls):
+    p, q = parameter(), parameter()
+    opt = cls.wrap(Keeps([p, q]), rho=0.0)
+    state = copy.deepcopy(opt.state_dict())
+    for optim in state["base_optimizer"]["optims"]:
+        optim["param_groups"][0]["lr"] = 7.0
+    wrong = copy.deepcopy(state)
+    wrong["base_optimizer"]["optims"][1]["param_groups"][0]["params"] = [0, 1]
+    with pytest.raises(ValueError, match="size of optimizer's group"):
+        opt.load_state_dict(wrong)
+    assert [x.param_groups[0]["lr"] for x in opt.base_optimizer.optims] == [0.1, 0.1]
+    opt.load_state_dict(state)
+    two_passes(p, opt)
+    torch.testing.assert_close(p.detach(), parameter() - 7 * G)
+
+
 class CopiesItsState(torch.optim.RMSprop):
     @property
     def state(self):
