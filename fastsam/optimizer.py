@@ -153,8 +153,9 @@ class SAM(Optimizer):
             ValueError: as the constructor.
         """
         if not isinstance(base_optimizer, Optimizer):
-            raise TypeError(f"wrap takes an optimizer that exists, not {base_optimizer!r}: use "
-                            f"{cls.__name__}(params, torch.optim.SGD, ...) to build one")
+            raise TypeError(f"wrap takes an optimizer that exists, a torch.optim.Optimizer, not "
+                            f"{base_optimizer!r}: use {cls.__name__}(params, torch.optim.SGD, ...) "
+                            "to build one")
         base: Any = base_optimizer  # where the constructor is documented to take its class
         return cls(base.param_groups, base, *args, **kwargs)
 

@@ -1,5 +1,7 @@
 """What a user reads: misuse is named with its value and the way out, and `repr` says what runs."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -66,6 +68,9 @@ MISUSE = {
     "wrap of a class": (TypeError, "wrap takes an optimizer that exists.*SAM\\(params",
                         lambda: SAM.wrap(SGD)),
     "wrap of parameters": (TypeError, "wrap takes an optimizer", lambda: FriendlySAM.wrap(p())),
+    "wrap of what looks like one": (
+        TypeError, "a torch.optim.Optimizer, not namespace",
+        lambda: SAM.wrap(SimpleNamespace(param_groups=[{"params": p()}], step=print))),
     "wrap of a SAM": (ValueError, "climbs itself", again(SAM.wrap)),
     "an instance": (TypeError, "use SAM.wrap", lambda: SAM(p(), SGD(p(), lr=1))),
     "no class": (TypeError, "not an optimizer class", lambda: SAM(p(), 0.1)),
