@@ -27,6 +27,7 @@ UNFIT = {  # classes, in lower case, whose step() does not show why they cannot 
     "sophiah": "differentiates gradients again, in a graph of weights that have moved",
     "lomo": "steps during backward, at the perturbed weights",
     "adalomo": "steps during backward, at the perturbed weights",
+    "samwrapper": "climbs itself, with a closure in every step",  # heavyball's
 }
 
 

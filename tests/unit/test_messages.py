@@ -44,6 +44,10 @@ def loss():
     return torch.tensor(1.0)
 
 
+class SAMWrapper(SGD):
+    """As heavyball's, whose step() refuses to run without a closure."""
+
+
 MISUSE = {
     # misspelt and misplaced arguments
     "rh0": (TypeError, "'rh0'.*neither SAM nor SGD.*'rho'", lambda: SAM(p(), SGD, rh0=0.1, lr=1)),
@@ -72,6 +76,8 @@ MISUSE = {
         TypeError, "a torch.optim.Optimizer, not namespace",
         lambda: SAM.wrap(SimpleNamespace(param_groups=[{"params": p()}], step=print))),
     "wrap of a SAM": (ValueError, "climbs itself", again(SAM.wrap)),
+    "wrap of heavyball's SAM": (ValueError, "SAMWrapper climbs itself.*such as torch.optim.SGD",
+                                lambda: SAM.wrap(SAMWrapper(p(), lr=1))),
     "an instance": (TypeError, "use SAM.wrap", lambda: SAM(p(), SGD(p(), lr=1))),
     "no class": (TypeError, "not an optimizer class", lambda: SAM(p(), 0.1)),
     "a name": (TypeError, "'sgd' is not an optimizer class", lambda: SAM(p(), "sgd", lr=1)),
