@@ -243,8 +243,9 @@ def state_of(model: nn.Module, optimizer: SAM) -> list[Tensor]:
     theirs = [p for group in optimizer.param_groups for p in group["params"]]
     tensors = [*{*model.parameters(), *theirs}, *model.buffers()]
     for s in optimizer.spaces:
-        tensors += [t for t in (s.saved, s.m, s.v, s.u, s.steps, s.counters, s.control)
-                    if t is not None]
+        # what an eager step sets the other cells to, the warm-ups' steps have put back for good
+        tensors += [t for t in (s.saved, s.m, s.v, s.u, s.steps, s.counters, s.cells.norm,
+                                s.cells.ok) if t is not None]
     return tensors
 
 

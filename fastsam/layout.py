@@ -132,7 +132,7 @@ class Layout:
                 space.cells.inv_scale1.fill_(-1)  # a first pass reads v: this makes it -v
         self.values: Values = cast(Values, None)  # until they are read
         self._brought: list[list | None] = [None] * len(self.spaces)  # see Space.bring_hyper
-        self._set = set[tuple[int, str]]()  # cells that are not at their neutral value
+        self._set = dict[tuple[int, str], float]()  # cells that may not be at this neutral value
         self._last: dict[tuple[int, bool], Last] = {}  # by space, and whether a first pass
         self._state: tuple = (None, [])  # the state, and all in it, as last shown
         self.containers: tuple = (groups, None)  # of groups and state, as they were last seen
@@ -248,11 +248,17 @@ class Layout:
     def set_cell(self, i: int, name: str, value: Tensor | None, neutral: float) -> None:
         """Copy a device value into a cell of space i's control; None puts it back to neutral."""
         if value is not None:
-            self._set.add((i, name))
+            self._set[i, name] = neutral
             getattr(self.spaces[i].cells, name).copy_(value, non_blocking=True)
         elif (i, name) in self._set:
             getattr(self.spaces[i].cells, name).fill_(neutral)
-            self._set.discard((i, name))
+            del self._set[i, name]
+
+    def clear_cells(self) -> None:
+        """Put all cells back to neutral before a graph. They still count as set, as it may set them
+        again."""
+        for (i, name), neutral in self._set.items():
+            getattr(self.spaces[i].cells, name).fill_(neutral)
 
     # ---- the state
 

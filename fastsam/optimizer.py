@@ -535,8 +535,12 @@ class SAM(Optimizer):
         """Around the capture of a step as a CUDA graph: the addresses that its kernels read stand
         in tables of the graph's own, which are filled when the block ends. Keep them (what `as`
         gives) as long as the graph.
+
+        Raises:
+            PhaseError: while perturbed.
         """
-        self._bring_norm()
+        self._phase.need(False, "capture")
+        self._bring_for_graph()
         layout = self._follow()
         eager, layout.tables = layout.tables, [Tables(s, late=True) for s in layout.spaces]
         try:
@@ -550,10 +554,14 @@ class SAM(Optimizer):
     @contextmanager
     def replay(self) -> Iterator[None]:
         """Around the replay of a captured step, which the optimizer itself does not see, nor does
-        torch: autograd, autocast and learning-rate schedulers are told of it."""
+        torch: autograd, autocast and learning-rate schedulers are told of it.
+
+        Raises:
+            PhaseError: while perturbed.
+        """
+        self._phase.need(False, "replay")
         climbs = self.climbs_next
-        if climbs:
-            self._bring_norm()
+        self._bring_for_graph(climbs)
         yield
         if not climbs:
             self._phase.layout.keep_norm(None)
@@ -567,10 +575,12 @@ class SAM(Optimizer):
             group["sam_steps"] = steps
 
     @unseen
-    def _bring_norm(self) -> None:
-        """Take the norm of a v that no step has left it of: a graph has no launch for it."""
+    def _bring_for_graph(self, climbs: bool = True) -> None:
+        """Bring to the device what a graph has no launch for: the groups' values, the cells that an
+        eager step has set, and for a climb the norm of a v that no step has left it of."""
         layout = self._follow()
-        if self._traits.along_v and not layout.has_norm():
+        layout.clear_cells()
+        if climbs and self._traits.along_v and not layout.has_norm():
             all_spaces.norm(layout.backend, self._read(True, None))
             self._phase.layout.keep_norm(self._phase.layout.climbing_along_v())
 

@@ -27,6 +27,7 @@ from fastsam import (
     graph,
 )
 from fastsam.graph import refuse_step_hooks, refuse_uncapturable, set_counts, state_of
+from fastsam.hyper import COLUMN
 from fastsam.passes import Climb
 from fastsam.space import upload
 
@@ -608,7 +609,7 @@ def test_what_a_graph_cannot_hold_is_refused():
         refuse_uncapturable(SAM([p], torch.optim.RMSprop, lr=0.1))
 
 
-# ---- Momentum-SAM: a graph has no launch for the norm of v
+# ---- what a graph has no launch for
 
 
 class Launches:
@@ -629,7 +630,7 @@ class Launches:
             return getattr(self.kernels, name)(p, *others)
         # as a graph: it has addresses, and keeps no tensor
         p = p._replace(g=[None if g is None else True for g in p.g])
-        self.graph.append((name, lambda: getattr(self.kernels, name)(p, *others)))
+        self.graph.append((name, torch.no_grad()(lambda: getattr(self.kernels, name)(p, *others))))
         return Climb.of(p)
 
     def norm(self, p):
@@ -677,7 +678,7 @@ class HeldGraph:
 
 @pytest.fixture
 def launched(graphed, monkeypatch):
-    """Makes a GraphedStep of Momentum-SAM whose graphs hold launches, and those."""
+    """Makes a GraphedStep whose graphs hold launches, and those."""
     kernels = pytest.importorskip("fastsam.kernels.cpu", reason="needs numba")
 
     def make(net, opt) -> tuple[GraphedStep, Launches]:
@@ -761,3 +762,68 @@ def test_a_graph_of_momentum_sam_goes_on_from_a_loaded_state(launched):
             opt.load_state_dict(state)
 
     beside_a_loop(launched, event)
+
+
+def scaled_step(net, opt, i: int, overflows: bool) -> None:
+    """A step of the plain loop with a GradScaler; one that overflows is skipped."""
+    scaler, (x, y) = torch.amp.GradScaler("cpu", init_scale=1024.0), batch(i, "cpu")
+    opt.zero_grad()
+    for do in (lambda: opt.first_step(zero_grad=True, scaler=scaler), lambda: scaler.step(opt)):
+        loss = scaler.scale(cross_entropy(net(x), y))
+        (loss * torch.inf if overflows else loss).backward()
+        do()
+    scaler.update()
+
+
+@pytest.mark.parametrize("overflows", [False, True])
+@pytest.mark.parametrize("scaled", [0, 2], ids=["before the capture", "between replays"])
+def test_a_graph_does_not_go_on_with_the_scale_of_an_eager_step(scaled, overflows, launched):
+    """Nor with its overflow, which would skip every step."""
+    net, twin = network("cpu"), network("cpu")
+    opt, plain = (SAM(n.parameters(), torch.optim.SGD, 0.08, backend="numba", lr=0.07)
+                  for n in (net, twin))
+    step, _ = launched(net, opt)
+    for t in range(4):
+        if t == scaled:
+            for n, o in ((net, opt), (twin, plain)):
+                scaled_step(n, o, 9, overflows)
+        step(*batch(t, "cpu"))
+        plain_step(twin, plain, *batch(t, "cpu"))
+        assert_bits(net, bits(twin))
+    assert opt.skipped_steps == plain.skipped_steps == overflows
+
+
+def test_a_graph_with_a_scaler_leaves_its_overflow_to_no_eager_step():
+    """Captured by hand."""
+    net, twin = network("cpu"), network("cpu")
+    opt, plain = reference(net.parameters()), reference(twin.parameters())
+    with opt.capture():
+        scaled_step(net, opt, 0, False)
+    twin.load_state_dict(net.state_dict())
+    with opt.replay():
+        opt.spaces[0].cells.found_inf.fill_(1)  # as a graph does
+    plain_step(net, opt, *batch(1, "cpu"))
+    plain_step(twin, plain, *batch(1, "cpu"))
+    assert_bits(net, bits(twin))
+
+
+def test_a_replay_by_hand_brings_what_a_scheduler_changed():
+    """Also one that does not climb."""
+    opt = reference(network("cpu").parameters(), interval=2)
+    for t in range(2):
+        schedule(opt, t)
+        with opt.replay():
+            assert float(opt._phase.layout.spaces[0].hyper[0, COLUMN["lr"]]) == (
+                torch.tensor(opt.param_groups[0]["lr"]).item())
+
+
+@pytest.mark.parametrize("call", ["capture", "replay"])
+def test_a_graph_in_the_middle_of_an_eager_step_is_refused(call):
+    """Its climb would save the moved weights."""
+    net = network("cpu")
+    opt = reference(net.parameters())
+    backward(net, 0, "cpu")
+    opt.first_step()
+    with pytest.raises(PhaseError, match=f"{call} while the weights are perturbed"):
+        getattr(opt, call)().__enter__()
+    opt.second_step()

@@ -406,8 +406,8 @@ def test_what_could_not_be_uploaded_is_uploaded_the_next_time(monkeypatch):
 
 def test_a_cell_that_was_set_is_known_to_be():
     """A Ctrl-C before it is would leave a loss scale to the steps that have none."""
-    class Interrupted(set):
-        def add(self, x):
+    class Interrupted(dict):
+        def __setitem__(self, *_):
             raise KeyboardInterrupt
 
     opt = SAM([torch.nn.Parameter(torch.ones(2))], torch.optim.SGD, lr=0.1)
