@@ -20,7 +20,7 @@ from .gradients import PLAIN, in_one_dtype, only, out_of, readable
 from .hyper import Hyper, hyper_row, scaling_of
 from .memory import Memory, addresses, forms, is_part, lies_as, same, table_of
 from .passes import Climb, Pass
-from .shown import Shown, adopt, merged
+from .shown import Shown, adopt, buffers, merged
 from .space import NOWHERE, Kind, Space, Tables, local, upload
 
 Group = dict[str, Any]
@@ -140,6 +140,7 @@ class Layout:
         self._normed: list | None = None  # the v and the slots whose norm is in the partials
         self._dampened = False  # whether a pass reads how often v was updated, beside Adam's
         self._watch()
+        self._on_gpus = self._buffers_on_gpus()
         self._plain = [PLAIN.issuperset(map(type, space.params))
                        for space in self.spaces]
 
@@ -283,7 +284,8 @@ class Layout:
 
     def has_its_memory(self, in_order: bool = True) -> bool:
         """Whether averages, momenta, masters and counts are still in the buffers: `.data = ...`
-        takes one out. A whole buffer may move, as by `share_memory_()`.
+        takes one out. A whole buffer may move, as by `share_memory_()`, but not on a GPU, where
+        prepared launches and graphs have its address.
 
         Args:
             in_order: look also whether one was turned where it lies.
@@ -291,10 +293,15 @@ class Layout:
         now = addresses(self._views)
         if now == self._addresses and (not in_order or self._have_same_forms(*self._views)):
             return True
-        if not all(is_part(*place) for place in self._buffers):
+        if not all(is_part(*place) for place in self._buffers) or (
+                self._buffers_on_gpus() != self._on_gpus):
             return False
         self._addresses, self._have_same_forms = now, forms(self._views)
         return True
+
+    def _buffers_on_gpus(self) -> list[int]:
+        return addresses([flat for space in self.spaces if space.kind.device.type != "cpu"
+                          for flat in buffers(space)])
 
     def show(self, state: dict[Tensor, Any], stepped: Collection[Tensor] = ()) -> None:
         """Put the slots' tensors into the state (see `Shown.put`), and remember it."""

@@ -10,6 +10,7 @@ import pytest
 import torch
 from triton import knobs
 
+from fastsam import SAM
 from fastsam.kernels import triton as kernels
 
 from ..helpers.passes import Passes
@@ -287,6 +288,35 @@ def test_a_version_of_triton_that_is_not_known_gets_ordinary_launches(monkeypatc
     monkeypatch.setattr(launch, "CAN_PREPARE", False)
     of = course()
     assert not any(one.prepared for one in two_phases(of) + two_phases(of))
+
+
+def test_a_buffer_of_the_state_that_moved_is_not_looked_for_where_it_was():
+    """As one on a GPU does whose storage is freed and comes back. Graphs, too, have its address:
+    there is a new space, which makes them capture anew."""
+    p = torch.nn.Parameter(torch.ones(8))
+    opt = SAM([p], torch.optim.SGD, lr=0.1, momentum=0.9, backend="triton")
+    (space,), layout = opt.spaces, opt._phase.layout
+
+    def step() -> Launched:
+        for do in (opt.first_step, opt.second_step):
+            p.grad = torch.ones(8)
+            do()
+        return Launcher.seen[-1]
+
+    step()
+    object.__setattr__(space.kind, "device", torch.device("cuda", 0))
+    layout._on_gpus = layout._buffers_on_gpus()
+    one = step()
+    assert one.prepared and one.arguments["v"] == space.v.data_ptr()
+    storage, was = opt.state[p]["momentum_buffer"].untyped_storage(), space.v.data_ptr()
+    opt.state[p]["momentum_buffer"].fill_(3)
+    while space.v.data_ptr() == was:
+        storage.resize_(2 * storage.nbytes())
+    for _ in range(2):
+        one = step()
+        assert opt.state[p]["momentum_buffer"].tolist() == [3.0] * 8
+        assert one.arguments["v"] == opt.state[p]["momentum_buffer"].data_ptr()
+    assert opt.spaces[0] is not space and one.prepared
 
 
 def test_what_was_prepared_goes_with_its_space():

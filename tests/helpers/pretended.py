@@ -64,6 +64,9 @@ class Driver:
     def get_current_device(self) -> int:
         return self.device
 
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
     def get_current_stream(self, device: int) -> int:
         return self.stream
 
