@@ -273,11 +273,18 @@ class Tables:
         self.w, self.g1, self.g2, self.part = self.columns
 
     def bring(self, name: str, addresses: list[int]) -> Tensor:
-        """The column `name`, holding these addresses: uploaded where they changed."""
+        """The column `name`, holding these addresses: uploaded where they changed.
+
+        Raises:
+            RuntimeError: a graph is captured that would need the column to hold others, too.
+        """
         column: Tensor = getattr(self, name)
         if self._held.get(name) != addresses:
             if not self.late:
                 upload(addresses, column)
+            elif name in self._held:
+                raise RuntimeError("a capture holds one step, with one climb: another in it would "
+                                   "make all of them read the last one's gradients at a replay")
             self._held[name] = addresses
         return column
 

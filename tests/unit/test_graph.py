@@ -609,6 +609,31 @@ def test_what_a_graph_cannot_hold_is_refused():
         refuse_uncapturable(SAM([p], torch.optim.RMSprop, lr=0.1))
 
 
+@pytest.mark.parametrize("again", ["micro-batch", "step"])
+def test_a_second_pass_of_a_kind_in_one_capture_is_refused(again):
+    """At a replay all passes of a kind would read the gradients of the last."""
+    net = network("cpu")
+    opt, w, kept = reference(net.parameters()), bits(net), []
+
+    def one_pass(i: int) -> None:
+        backward(net, i, "cpu")
+        kept.extend(p.grad for p in net.parameters())
+
+    with pytest.raises(RuntimeError, match="one step, with one climb"), opt.capture():
+        one_pass(0)
+        opt.first_step(zero_grad=True)
+        one_pass(0)
+        if again == "step":
+            opt.second_step(zero_grad=True)
+            w = bits(net)
+        else:
+            opt.stash_grad()
+        one_pass(1)
+        opt.first_step()
+    assert_bits(net, w)
+    assert not opt.is_perturbed
+
+
 # ---- what a graph has no launch for
 
 
@@ -826,4 +851,4 @@ def test_a_graph_in_the_middle_of_an_eager_step_is_refused(call):
     opt.first_step()
     with pytest.raises(PhaseError, match=f"{call} while the weights are perturbed"):
         getattr(opt, call)().__enter__()
-    opt.second_step()
+    opt.restore()
