@@ -29,16 +29,17 @@ class GraphedStep:
             loss_fn(model(x), y).backward()
         optimizer.second_step(zero_grad=True)
 
-    Gradients that are there before it are dropped. Momentum-SAM's `first_step` comes after the
-    attack, before its only pass. The graph is captured at the first call, after warm-up steps whose
-    effect on the model and the optimizer is undone, and again after `optimizer.load_state_dict`, a
-    new group, moved or frozen parameters, `eval()` or `train()` of the model or a layer, or a
-    change of what the kernels branch on (`adaptive`, `eta`, `perturb`, a first momentum). Python in
-    the model, such as a layer's hooks, runs at captures only. Learning rate, rho and the other
-    hyper-parameters are data of the graph and may change between calls. Steps that do not climb
-    (`interval`, `start`) have a graph of their own. Where a capture fails, weights and state are as
-    before. On a CPU the same step runs without a graph; where it raises, the weights are back, as
-    with `SAM.step(closure)`.
+    Gradients that are there before it are dropped, also of the model's parameters that are not the
+    optimizer's. Momentum-SAM's `first_step` comes after the attack, before its only pass. The graph
+    is captured at the first call, after warm-up steps whose effect on the model and the optimizer
+    is undone, and again after `optimizer.load_state_dict`, a new group, moved or frozen parameters,
+    `eval()` or `train()` of the model or a layer, or a change of what the kernels branch on
+    (`adaptive`, `eta`, `perturb`, a first momentum). Python in the model, such as a layer's hooks,
+    runs at captures only. Learning rate, rho and the other hyper-parameters are data of the graph
+    and may change between calls. Steps that do not climb (`interval`, `start`) have a graph of
+    their own. A batch in pinned memory is copied beside the work: leave it as it is until the step
+    is done. Where a capture fails, weights and state are as before. On a CPU the same step runs
+    without a graph; where it raises, the weights are back, as with `SAM.step(closure)`.
 
     Args:
         model: in training mode, on one device.
@@ -155,9 +156,10 @@ class GraphedStep:
 
     def _eager(self) -> Tensor:
         x, *rest = self._batch
+        self._clear_gradients()
         if self.attack is not None:
             x = self.attack(self.model, x, *rest)
-        self.optimizer.zero_grad()
+            self._clear_gradients()
         if self.optimizer.climbs_first and self.optimizer.climbs_next:
             self.optimizer.first_step()
         loss, self.output = self._backward(x, *rest)
@@ -171,6 +173,12 @@ class GraphedStep:
                 self._backward(x, *rest)
         self.optimizer.step()
         return loss
+
+    def _clear_gradients(self) -> None:
+        """Those of the model's other parameters too: a graph would add to what is there at its
+        capture, in memory that is freed one day."""
+        self.optimizer.zero_grad()
+        self.model.zero_grad()
 
     def _backward(self, x: Tensor, *rest: Tensor) -> tuple[Tensor, Any]:
         with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
@@ -193,7 +201,7 @@ class Captured:
                 self._warm_up(step, counts)
                 self._capture(step)
         except BaseException:
-            optimizer.zero_grad()  # gradients of a capture that nothing has computed
+            step._clear_gradients()  # those of a capture, which nothing has computed
             raise
         finally:  # neither is a step
             set_counts(optimizer, counts)

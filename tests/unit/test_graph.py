@@ -218,6 +218,30 @@ def test_it_begins_and_ends_with_cleared_gradients(case, device):
         assert_bits(net, bits(twin))
 
 
+def accumulating_attack(model, x, y):
+    x = x.detach().clone().requires_grad_()
+    cross_entropy(model(x), y).backward()
+    return (x + 0.03 * x.grad.sign()).detach()
+
+
+@pytest.mark.parametrize("attack", [None, accumulating_attack])
+def test_a_step_adds_to_no_gradients_that_were_there_before(attack, graphed):
+    """Neither to those of its own last step, in an attack, nor to those of parameters that are not
+    the optimizer's: a graph would add to them in memory that is freed one day."""
+    for make in (GraphedStep, lambda net, loss, opt, sample, attack: graphed(
+            net, opt, attack=attack)):
+        net, there = network("cpu"), []
+        net.register_forward_hook(lambda net, *_, there=there: there.append(
+            any(p.grad is not None for p in net.parameters())))
+        step = make(net, cross_entropy, reference(net.head.parameters()), batch(0, "cpu"),
+                    attack=attack)
+        for t in range(2):
+            step(*batch(t, "cpu"))
+        passes = 3 if attack else 2
+        assert not any(there[::passes]) and not any(there[passes - 2::passes])
+        assert net.conv.weight.grad is not None
+
+
 def test_it_goes_when_its_last_owner_lets_it_go(device):
     """The optimizer, which it hears of loaded states from, keeps it not."""
     net = network(device)
