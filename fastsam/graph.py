@@ -148,11 +148,11 @@ class GraphedStep:
                   for group in groups]
         memory = [(p.data_ptr(), p.stride(), p.requires_grad)
                   for group in groups for p in group["params"]]
-        theirs = [t.data_ptr() for layer in self._layers  # buffers, and what is frozen
-                  for tensors in (layer._parameters, layer._buffers)
-                  for t in tensors.values() if t is not None and not t.requires_grad]
+        of_layers = [t.data_ptr() for layer in self._layers  # beside them those of no group
+                     for tensors in (layer._parameters, layer._buffers)
+                     for t in tensors.values() if t is not None]
         modes = [layer.training for layer in self._layers]
-        return [modes, self.optimizer.spaces, scaled, memory, theirs]
+        return [modes, self.optimizer.spaces, scaled, memory, of_layers]
 
     def _eager(self) -> Tensor:
         x, *rest = self._batch

@@ -495,16 +495,17 @@ def test_a_frozen_layer_makes_another_graph_and_stays(graphed):
     assert Pretended.captures == 2 and torch.equal(net.conv.weight, before)
 
 
-def test_a_buffer_or_a_frozen_weight_that_was_replaced_makes_another_graph(graphed):
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_buffer_or_a_weight_of_others_that_was_replaced_makes_another_graph(frozen, graphed):
     """The old one would go on with their freed memory."""
     net = network("cpu")
-    net.conv.weight.requires_grad_(False)
-    step = graphed(net, reference([p for p in net.parameters() if p.requires_grad]))
+    net.conv.weight.requires_grad_(not frozen)
+    step = graphed(net, reference([p for p in net.parameters() if p is not net.conv.weight]))
     step(*batch(0, "cpu"))
     net.bn.running_mean = torch.ones_like(net.bn.running_mean)
     step(*batch(1, "cpu"))
     assert Pretended.captures == 2
-    net.conv.weight.data = net.conv.weight.clone()
+    net.conv.weight.data = net.conv.weight.detach().clone()
     step(*batch(2, "cpu"))
     assert Pretended.captures == 3
     step(*batch(3, "cpu"))
