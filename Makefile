@@ -2,7 +2,7 @@
 # make test: everything CI runs (ruff and mypy, then pytest)
 # make prove: the tests that are too long for every change (marked `long`)
 # make fuzz: 32,000 drawn sequences of events beside the oracle, with fresh seeds (35 minutes)
-# make mutants: some fifty faults put into a copy of the code, one at a time; a test must notice each
+# make mutants: some sixty faults put into a copy of the code, one at a time; a test must notice each
 # make newest: `make test` with the newest versions of everything that the index has
 # make oldest: the optimizer's own tests with the oldest torch that is promised (5 GB of disk)
 # make survive: kill trainings at random moments, 30 times a method; the bits must be the same

@@ -1,10 +1,11 @@
 """What the kernels share: sizes, table columns, and how a block finds its memory.
 
-Each runs as at most PROGRAMS programs, so that a launch is one wave on every GPU from the A100 on:
+Each runs as at most PROGRAMS programs, so that a launch is one wave on an A100 and all larger GPUs:
 with 80 registers six programs fit on a multiprocessor, of which an A100 has 108. The number does
-not follow the GPU, so the sums have the same bits on all. A program walks a contiguous range of
-blocks, slot (fastsam.space.Slot) by slot. A slot's gradient and weight are reached through an int64
-table of addresses (0: none); the flat buffers (saved w, m, v, u, kept g) by its offset.
+not follow the GPU, so the sums have the same bits on all; smaller ones take more waves.
+A program walks a contiguous range of blocks, slot (fastsam.space.Slot) by slot. A slot's gradient
+and weight are reached through an int64 table of addresses (0: none); the flat buffers (saved w, m,
+v, u, kept g) by its offset.
 """
 
 import torch
@@ -64,8 +65,9 @@ jit = triton.jit(
 
 
 def options(arch: int | str) -> dict:
-    """How to compile for this GPU, as Triton names it. From compute capability 10.0 on a GPU has so
-    many multiprocessors that five programs on each are all PROGRAMS, with more registers each."""
+    """How to compile for this GPU, as Triton names it. From compute capability 10.0 on the
+    large ones have so many multiprocessors that five programs on each are all PROGRAMS, with more
+    registers each."""
     newer = "maxnreg" in OPTIONS and isinstance(arch, int) and arch >= 100
     return OPTIONS | {"maxnreg": 96} if newer else OPTIONS
 
