@@ -29,6 +29,9 @@ def why_not_triton(device: torch.device, dtype: torch.dtype = torch.float32) -> 
         return f"parameters are on {device.type!r}: Triton needs a GPU (or TRITON_INTERPRET=1)"
     if dtype not in TRITON_DTYPES:
         return f"parameters are {dtype}: Triton takes float32, bfloat16 and float16"
+    if INTERPRETED and device.type != "cpu":
+        return (f"TRITON_INTERPRET=1 reads memory on the host, where none is of {device.type!r}: "
+                "unset it")
     return None if INTERPRETED else trial(device)
 
 

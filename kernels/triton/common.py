@@ -194,8 +194,8 @@ INTERPRETED = not isinstance(_probe, triton.runtime.jit.JITFunction)
 
 
 def takes(device: torch.device) -> bool:
-    """Whether the kernels run on this device's tensors: on a GPU's, in the interpreter on any, and
-    on what Triton's driver calls its own."""
+    """Whether the kernels run on this device's tensors: on a GPU's, in the interpreter on any (but
+    not at addresses of a GPU's memory), and on what Triton's driver calls its own."""
     if INTERPRETED or device.type == "cuda":
         return True
     try:

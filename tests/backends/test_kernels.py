@@ -1,12 +1,14 @@
 """What only the Triton kernels have: programs, tickets, tables. `test_contract.py` has the rest."""
 
 import importlib
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 pytest.importorskip("triton", reason="the kernels need Triton")
 
-from fastsam import space  # noqa: E402
+from fastsam import choose, space  # noqa: E402
 from fastsam.hyper import COLUMN, COLUMNS  # noqa: E402
 from fastsam.kernels import triton as kernels  # noqa: E402
 
@@ -43,6 +45,17 @@ def test_more_than_128_parameters_count_their_steps(device):
 
 
 # ---- the tables and the interface
+
+
+@pytest.mark.skipif(not common.INTERPRETED, reason="compiled, they read a GPU's memory")
+def test_the_interpreter_gets_no_addresses_of_a_gpus_memory():
+    """It would read them on the host, which ends the process."""
+    kind = SimpleNamespace(device=torch.device("cuda", 0), dtype=FP32)
+    own = SimpleNamespace(kind=kind, numel=10**6, dense=True)
+    backend, why = choose.choice([own])
+    assert backend == "reference" and "TRITON_INTERPRET=1" in why
+    with pytest.raises(ValueError, match="TRITON_INTERPRET=1 .*: unset it"):
+        choose.choose("triton", [own])
 
 
 def test_the_kernels_columns_and_cells_are_the_tables_own():
