@@ -50,6 +50,15 @@ MUTANTS = [Mutant(*fields) for fields in [
      "tests/backends/test_threads.py -k flush"),
     ("kernels/cpu/threads.py", "        builder.call(put, [own])\n", "",
      "tests/backends/test_threads.py -k flush"),
+    # graphs, and what is prepared for a GPU
+    ("fastsam/layout.py", "self._buffers_on_gpus() != self._on_gpus", "False",
+     "tests/backends/test_prepared_launches.py"),
+    ("fastsam/optimizer.py", "        layout.clear_cells()\n", "",
+     "tests/unit/test_graph.py -k 'eager and scale'"),
+    ("fastsam/space.py", "elif name in self._held:", "elif False:",
+     "tests/unit/test_graph.py -k one_capture"),
+    ("fastsam/graph.py", "        self._clear_gradients()\n        if self.attack",
+     "        if self.attack", "tests/unit/test_graph.py -k adds_to_no"),
     # attacks
     ("bench/attacks/objectives.py", "(spread(z) if scale is None else scale)", "SPREAD",
      f"{STRENGTH} -k 'sure or pgd-linf'"),
