@@ -2,11 +2,12 @@
 
 Triton binds, types and compares every argument and global anew at each launch, which takes the
 host 20 to 30 us. The arguments of a pass are mostly a space's own buffers, which stay where they
-are; so a launch like one before hands the compiled kernel what that one was handed, with the
-addresses of the tables and sums that this pass has, and the stream that is current now.
+are (where one on a GPU does not, `Layout.has_its_memory` sees to a new space); so a launch like one
+before hands the compiled kernel what that one was handed, with the addresses of the tables and sums
+that this pass has, and the stream that is current now.
 
 Whatever asks Triton for more than a launch (a hook, debugging, instrumentation), the interpreter,
-and versions of Triton other than these get an ordinary launch.
+and versions of Triton that are not known get an ordinary launch.
 """
 
 from collections.abc import Callable
