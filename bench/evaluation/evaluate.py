@@ -92,8 +92,19 @@ def refuse_labels(y: Tensor, images: int, classes: int) -> None:
         )
 
 
+def refuse_training(model: nn.Module) -> None:
+    """Raise ValueError for a model in training mode; a function has no mode."""
+    if getattr(model, "training", False):
+        raise ValueError(
+            "the model is in training mode, in which dropout is on and BatchNorm takes its "
+            "statistics from the images that are judged; call model.eval() before"
+        )
+
+
 def correct(model: nn.Module, split: Split, batch_size: int) -> Tensor:
-    """Return an (N,) bool tensor: which images the model in its current mode gets right."""
+    """Return an (N,) bool tensor: which images a model in eval mode gets right. Raises ValueError
+    as `answered`, and in training mode."""
+    refuse_training(model)
     return answered(model, split, batch_size) == split.labels
 
 
@@ -114,8 +125,10 @@ def withstand(
     The model judges the finished images; an image that one restart fools is not tried again.
     forward: the model's passes for gradients; None: its own. tell: takes the number of images after
     each batch. survivors: gets the attacked images, up to INSPECTED, that stay right in the first
-    batch where some do, their labels, and the images as they were.
+    batch where some do, their labels, and the images as they were. Raises ValueError for a model in
+    training mode.
     """
+    refuse_training(model)
     stands = torch.ones(len(split), dtype=torch.bool, device=split.images.device)
     lost = 0
     for i in range(0, len(split), batch_size):

@@ -99,7 +99,7 @@ def test_the_part_that_is_not_finite_is_wrong_and_counted(split):
         return torch.where(bright(x), math.nan, z)
 
     x, y = split.batch(slice(None))
-    dark, net = ~bright(x).squeeze(1), Broken(change)
+    dark, net = ~bright(x).squeeze(1), Broken(change).eval()
     with torch.no_grad():
         right = (model()(x).argmax(1) == y) & dark
     assert torch.equal(correct(net, split, 30), right) and 10 < right.sum() < 90
@@ -165,7 +165,7 @@ def test_every_attack_hands_back_nan_for_a_gradient_that_is_none():
 
 
 def test_robust_during_training_and_robustbench_count_none(split):
-    assert not robust(Broken(ALL["nan"]), split, Attack("linf", 0.03, 0.01, 2), 50).any()
+    assert not robust(Broken(ALL["nan"]).eval(), split, Attack("linf", 0.03, 0.01, 2), 50).any()
     config = {"data": "cifar10", "model": "preactresnet18", "width": 64}
     found = evaluate(Broken(ALL["one-nan"]), split, evaluation())
     found["each"]["linf"]["8/255"] = {"autoattack": found["robust"]["linf"]["4/255"]}

@@ -5,9 +5,10 @@ import torch
 from torch import nn
 
 from bench.attacks.by_name import attempt
+from bench.attacks.pgd import evaluation_attack
 from bench.data.datasets import Split
 from bench.evaluation import masked_gradients
-from bench.evaluation.evaluate import correct, evaluate, report, withstand
+from bench.evaluation.evaluate import correct, evaluate, report, robust, withstand
 
 from ..helpers.trained import EPS, evaluation, model
 
@@ -191,7 +192,7 @@ def test_a_network_without_a_gradient_is_refused(split, change, name):
             evaluate(Cut(), part, evaluation(attacks=(name,), precision=precision))
     a = attempt(name, "linf", EPS, 10, 10)
     with pytest.raises(ValueError, match="no gradient .* images"):
-        withstand(Cut(), part, a.perturb, 1, 20)
+        withstand(Cut().eval(), part, a.perturb, 1, 20)
     assert evaluate(Cut(), part, evaluation(attacks=("clean",)))["images"] == 20
 
 
@@ -215,7 +216,7 @@ def test_images_outside_0_and_1_are_refused(split, levels):
 ])  # fmt: skip
 def test_outputs_that_are_no_logits_of_every_image_are_refused(split, change, said):
     with pytest.raises(ValueError, match=said):
-        correct(Behind(change), split, 100)
+        correct(Behind(change).eval(), split, 100)
 
 
 def test_a_random_model_is_not_said_to_mislead(split):
@@ -264,6 +265,33 @@ def test_a_model_that_changes_its_images_is_refused(split):
     for by in (0.5, 3.0):
         with pytest.raises(ValueError, match="changes the images"):
             evaluate(InPlace(by), split, evaluation(attacks=("clean",)))
+
+
+@pytest.mark.parametrize("ask", [
+    lambda net, split: correct(net, split, 20),
+    lambda net, split: withstand(net, split, attempt("fgsm", "linf", EPS, 1, 10).perturb, 1, 20),
+    lambda net, split: robust(net, split, evaluation_attack("linf", EPS, 2), 20),
+], ids=["correct", "withstand", "robust"])  # fmt: skip
+def test_a_model_in_training_mode_is_refused(split, ask):
+    """Its statistics moved with every batch of images, attacked ones too, and dropout was on."""
+    part, norm = split.take(torch.arange(60)), nn.BatchNorm2d(1)
+    net = nn.Sequential(norm, nn.Dropout(0.2), model())
+    before = [t.clone() for t in norm.state_dict().values()]
+    with pytest.raises(ValueError, match="training mode.*model.eval()"):
+        ask(net, part)
+    assert all(map(torch.equal, before, norm.state_dict().values())) and net.training
+    ask(net.eval(), part)
+
+
+def test_a_function_has_no_mode(split):
+    """As an exported program's, which cannot be put into eval mode."""
+    part, attack = split.take(torch.arange(60)), attempt("pgd-2", "linf", EPS, 1, 10)
+    program = torch.export.export(
+        model(), (part.batch(slice(2))[0],), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},)
+    ).module()
+    own, exported = ([correct(net, part, 20), withstand(net, part, attack.perturb, 1, 20)[0]]
+                     for net in (model(), lambda x: program(x)))  # fmt: skip
+    assert all(map(torch.equal, own, exported))
 
 
 def test_right_answers_are_counted_in_inference_mode_too(split):
