@@ -11,6 +11,7 @@ from statistics import fmean
 from typing import Any
 
 from bench.attacks.notation import LARGEST_LINF, eps_key, in_both_forms, parse_eps
+from bench.evaluation.evaluate import NORM_NAMES
 from bench.files import row_of
 from bench.reports.rows import NEEDED, read_summary
 from bench.reports.statistics import aggregate, spread
@@ -333,21 +334,25 @@ def deviations(group: Group) -> str:
 
 def command(group: Group) -> str:
     """Return the command line that repeats the group's runs: one a run for those of several
-    processes, and a second one for attacks other than those that `bench compare` has."""
+    processes, and a last one for attacks or norms other than those that `bench compare` has."""
     config, method, evaluation = group.config, group.config["method"], group.runs[0]["evaluation"]
     usual = asdict(resolve_evaluation(config["data"], {}))
     own, judging = option_words(group), evaluation_words(usual, evaluation)
     trained, judged = force_words(training_radii(config)), force_words(evaluation["linf"])
+    apart = {"--attacks", "--norms"} & set(judging)
+    own += trained if apart else [*judging, *(trained or judged)]
     if config["processes"] > 1:
         start = ["torchrun", "--nproc-per-node", str(config["processes"]), "-m", "bench", "train"]
-        runs = ([*start, "--method", method, "--seed", str(seed)] for seed in group.seeds)
-        return " && ".join(shlex.join([*run, *own, *judging, *(trained or judged)])
-                           for run in runs)
-    words = ["python", "-m", "bench", "compare", "--methods", method]
-    words += ["--seeds", *map(str, group.seeds), *own]
-    if tuple(evaluation.get("attacks", usual["attacks"])) == usual["attacks"]:
-        return shlex.join(words + judging + (trained or judged))
-    return (f"{shlex.join(words + trained)} --out runs/again && for run in runs/again/{method}-*; "
+        runs = [[*start, "--method", method, "--seed", str(seed), *own,
+                 *["--out", f"runs/again/{method}-seed{seed}"] * bool(apart)]
+                for seed in group.seeds]  # fmt: skip
+    else:
+        runs = [["python", "-m", "bench", "compare", "--methods", method, "--seeds",
+                 *map(str, group.seeds), *own, *["--out", "runs/again"] * bool(apart)]]  # fmt: skip
+    training = " && ".join(map(shlex.join, runs))
+    if not apart:
+        return training
+    return (f"{training} && for run in runs/again/{method}-seed*; "
             f'do python -m bench evaluate "$run/last.pt" {shlex.join(judging + judged)}; done')
 
 
@@ -385,11 +390,14 @@ def option_words(group: Group) -> list[str]:
 
 def evaluation_words(usual: dict[str, Any], evaluation: dict[str, Any]) -> list[str]:
     """Return the options of an evaluation that differs from the usual one."""
-    words = []
+    norms = [norm for norm in NORM_NAMES if evaluation[norm]]
+    words = ["--norms", *norms] if len(norms) == 1 else []
+    if not norms:
+        evaluation = evaluation | {"attacks": ("clean",)}
     for name, of in settings_of(Evaluation).items():
         value = evaluation.get(name, of.value)
         value = tuple(value) if isinstance(value, list) else value
-        if value is None or value == usual[name]:
+        if value in (None, (), usual[name]):
             continue
         words.append(f"--{of.option}")
         words += [text_of(v) if isinstance(v, float) else str(v)

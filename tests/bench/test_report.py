@@ -428,26 +428,59 @@ def test_runs_of_several_processes_are_torchruns(tmp_path):
     rows = [made(seed=seed, local_ascent=True, processes=2) for seed in (0, 3)]
     (group,) = sections(tmp_path, rows)[0].groups
     for row, text in zip(rows, command(group).split(" && "), strict=True):
-        words = shlex.split(text)
-        assert words[:6] == ["torchrun", "--nproc-per-node", "2", "-m", "bench", "train"]
-        _, options = parse(COMMANDS, words[5:])
-        config = resolve(options["method"], None, options | {"processes": 2})
-        assert json.loads(json.dumps(asdict(config))) == row["config"]
+        assert json.loads(json.dumps(asdict(torchrun(text)[0]))) == row["config"]
 
 
-def test_attacks_that_a_comparison_does_not_have_are_a_command_of_their_own(tmp_path):
-    row = made(evaluated={"attacks": ("apgd-t-20",), "samples": 9})
+def torchrun(text):
+    """Return the config that a command line of several processes means, and its options."""
+    words = shlex.split(text)
+    assert words[:6] == ["torchrun", "--nproc-per-node", "2", "-m", "bench", "train"]
+    _, options = parse(COMMANDS, words[5:])
+    return resolve(options["method"], None, options | {"processes": 2}), options
+
+
+def judged(text):
+    """Return the evaluation that the second command of a line means."""
+    words = shlex.split(text.removesuffix("; done"))
+    assert words[:5] == ["python", "-m", "bench", "evaluate", "$run/last.pt"]
+    _, options = parse(COMMANDS, words[3:])
+    return evaluation_of("digits", options)
+
+
+@pytest.mark.parametrize("evaluated", [
+    {"attacks": ("apgd-t-20",), "samples": 9}, {"l2": ()}, {"linf": ()}, {"linf": (), "l2": (1.7,)},
+    {"linf": (0.0301,), "l2": (), "attacks": ("fgsm", "pgd"), "steps": 20},
+])  # fmt: skip
+def test_an_evaluation_that_a_comparison_does_not_have_is_a_command_of_its_own(
+    tmp_path, evaluated
+):
+    row = made(evaluated=evaluated)
     (group,) = sections(tmp_path, [row])[0].groups
     training, loop, judging = re.split(" && | do ", command(group))
     (config,), evaluation = repeated(training)
     assert json.loads(json.dumps(asdict(config))) == row["config"]
     assert evaluation == resolve_evaluation("digits", {})
-    assert loop == "for run in runs/again/sam-*;"
-    words = shlex.split(judging.removesuffix("; done"))
-    assert words[:5] == ["python", "-m", "bench", "evaluate", "$run/last.pt"]
-    _, options = parse(COMMANDS, words[3:])
-    assert json.dumps(asdict(evaluation_of("digits", options))) == json.dumps(row["evaluation"])
+    assert loop == "for run in runs/again/sam-seed*;", "not sam-late's"
+    assert json.dumps(asdict(judged(judging))) == json.dumps(row["evaluation"])
     assert "--force" not in training + judging
+
+
+def test_an_evaluation_without_any_radius_is_of_clean_images(tmp_path):
+    (group,) = sections(tmp_path, [made(evaluated={"linf": (), "l2": ()})])[0].groups
+    assert judged(command(group).split(" do ")[1]).attacks == ("clean",)
+
+
+def test_so_it_is_of_several_processes(tmp_path):
+    """The attacks were among the words of `train`, which refuses them."""
+    rows = [made(seed=seed, processes=2, evaluated={"attacks": ("fgsm",)}) for seed in (0, 3)]
+    (group,) = sections(tmp_path, rows)[0].groups
+    *trainings, loop, judging = re.split(" && | do ", command(group))
+    for row, text in zip(rows, trainings, strict=True):
+        config, options = torchrun(text)
+        assert json.loads(json.dumps(asdict(config))) == row["config"]
+        assert options["out"] == Path(f"runs/again/sam-seed{config.seed}")
+    assert loop == "for run in runs/again/sam-seed*;"
+    assert json.dumps(asdict(judged(judging))) == json.dumps(row["evaluation"])
 
 
 def test_a_radius_that_has_to_be_forced_is_so_where_it_is_given(tmp_path):
