@@ -18,7 +18,7 @@ COMMANDS = {
     for family in (training, experiments, evaluation, catalogue, options, speed, reports)
     for command in family.COMMANDS
 }
-SPELT = {"\N{PLUS-MINUS SIGN}": "+-"}
+SPELT = {"\N{PLUS-MINUS SIGN} ": "+-"}  # as wide, so that columns stay even
 PIPE_CLOSED, INTERRUPTED = 128 + signal.SIGPIPE, 128 + signal.SIGINT  # as shells have it
 
 
@@ -38,8 +38,10 @@ def spelt(error: UnicodeError) -> tuple[str | bytes, int]:
     sign = error.object[error.start]
     if "\udc80" <= sign <= "\udcff":
         return sign.encode("latin-1", "surrogateescape"), error.start + 1
-    said = SPELT.get(sign) or sign.encode("ascii", "backslashreplace").decode()
-    return said, error.start + 1
+    pair = error.object[error.start : error.start + 2]
+    if pair in SPELT:
+        return SPELT[pair], error.start + 2
+    return sign.encode("ascii", "backslashreplace").decode(), error.start + 1
 
 
 def print_in_any_encoding() -> None:
