@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from importlib import import_module
-from numbers import Real
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor, nn
@@ -47,13 +47,13 @@ def attempt(
 ) -> Attempt:
     """Return the attack that a name stands for; that of "clean" moves no image.
 
-    norm: "linf" or "l2". eps: for images in [0, 1]. steps: of a plain "pgd". classes: the model's.
-    precision: of the passes for gradients, which AutoAttack always makes in fp32. Raises ValueError
-    for an unknown name or norm, for numbers that are out of range, for too few classes, and for
-    AutoAttack that is not installed.
+    norm: "linf" or "l2". eps: for images in [0, 1]. steps: of a plain "pgd" alone. classes: the
+    model's. precision: of the passes for gradients, which AutoAttack always makes in fp32. Raises
+    ValueError for an unknown name or norm, for numbers that are out of range, for too few classes,
+    and for AutoAttack that is not installed.
     """
     kind, own_steps, restarts = split_name(name)
-    refuse_another(norm, eps, steps)
+    refuse_another(norm, eps)
     if kind == "clean":
         return Attempt(name, "no attack", lambda forward, x, y, rng, model: x)
     passes = IN_BF16 if precision == "bf16" else ""
@@ -64,7 +64,7 @@ def attempt(
         attack = Attack(norm, eps, eps, 1)
         return Attempt(name, text, lambda forward, x, y, rng, model: fgsm(forward, x, y, attack))
     if kind == "pgd":
-        attack = evaluation_attack(norm, eps, own_steps or steps)
+        attack = evaluation_attack(norm, eps, own_steps or checked(steps))
         text = (f"PGD-{attack.steps}, {ball}, alpha {both_forms(attack.alpha)}, random start, "
                 f"{tries}, {in_words(FIRST, LAST)}{passes}")  # fmt: skip
         return Attempt(name, text, by_pgd(attack), restarts, attack.steps)
@@ -95,7 +95,7 @@ def attempt(
     )  # fmt: skip
 
 
-def refuse_another(norm: str, eps: float, steps: int) -> None:
+def refuse_another(norm: str, eps: float) -> None:
     """Raise ValueError for what would be another attack than the one that was meant."""
     if norm not in ("linf", "l2"):
         raise ValueError(f"norm={norm!r} is unknown: use 'linf' or 'l2'")
@@ -105,8 +105,12 @@ def refuse_another(norm: str, eps: float, steps: int) -> None:
     if not (0 <= eps <= 1 or norm == "l2" and 1 < eps < float("inf")):
         raise ValueError(f"eps={eps} is out of range in {norm}: give it for images in [0, 1], such "
                          "as 8 / 255")  # fmt: skip
-    if steps < 1:
-        raise ValueError(f"steps={steps} is out of range: make at least 1")
+
+
+def checked(steps: int) -> int:
+    if not isinstance(steps, Integral) or steps < 1:
+        raise ValueError(f"steps={steps!r} is no number of steps: make at least 1")
+    return int(steps)
 
 
 def exact(model: nn.Module, forward: Forward) -> nn.Module | None:

@@ -208,12 +208,27 @@ def test_clean_by_its_name_moves_no_image(split):
     (dict(norm="Linf"), "norm='Linf' is unknown: use 'linf' or 'l2'"), (dict(norm="l1"), "norm="),
     (dict(eps=8), r"eps=8 is out of range .* such as 8 / 255"), (dict(eps=-0.1), "eps=-0.1 is out"),
     (dict(eps=math.nan), "eps=nan is out"), (dict(eps="8/255"), "eps='8/255' is not a number"),
-    (dict(norm="l2", eps=math.inf), "eps=inf is out"), (dict(steps=0), "steps=0 is out of range"),
+    (dict(norm="l2", eps=math.inf), "eps=inf is out"),
 ])  # fmt: skip
 def test_what_would_be_another_attack_is_refused(name, change, said):
     """An unknown norm was taken for l2, and attacked within 8/255 of it."""
     with pytest.raises(ValueError, match=said):
         attempt(name, **{"norm": "linf", "eps": EPS, "steps": 10, "classes": 10, **change})
+
+
+@pytest.mark.parametrize("steps", [0, -1, 2.5, None, "10"])
+def test_steps_are_those_of_a_plain_pgd_alone(split, steps):
+    """FGSM, which makes one, was refused where its user said that it makes no steps."""
+    with pytest.raises(ValueError, match=f"steps={steps!r} is .*at least 1"):
+        attempt("pgd", "linf", EPS, steps, 10)
+    x, y = split.batch(slice(0, 20))
+    for name in ("clean", "fgsm", "pgd-2", "apgd-ce-2", "apgd-t-2"):
+        asked, usual = (attempt(name, "linf", EPS, n, 10) for n in (steps, 10))
+        assert asked.text == usual.text
+        rng = [[generator_of(0, i) for i in range(20)] for _ in range(2)]
+        found = [a.perturb(model(), x, y, own, model())
+                 for a, own in zip((asked, usual), rng, strict=True)]  # fmt: skip
+        assert torch.equal(*found)
 
 
 def test_floats_are_not_divided_by_the_levels_of_bytes(split):
