@@ -8,7 +8,7 @@ from typing import Any
 
 from bench.experiments.compare import append_rows
 from bench.experiments.pool import run_all
-from bench.experiments.sweep import by_setting, runs_of, with_warnings
+from bench.experiments.sweep import by_setting, runs_of, shown, with_warnings
 from bench.files import write_text
 from bench.reports.claims import Claim, cost, judged
 from bench.reports.groups import read_runs, sections_of
@@ -25,6 +25,7 @@ Rows = list[dict[str, Any]]
 def load_study(name: str) -> dict[str, Any]:
     """Return question, preset, methods, seeds, grid, options and evaluations of a study, its claims
     and hours if it has some, and its figure where that is not one of accuracies against the grid.
+    Raises ValueError for an unknown name, and for claims about several settings of a method.
     """
     path = STUDIES / f"{name}.json"
     known = names_in(STUDIES)
@@ -32,7 +33,24 @@ def load_study(name: str) -> dict[str, Any]:
         raise ValueError(
             f"unknown study {name!r}{meant(name, known)}; choose from {', '.join(known)}"
         )
-    return json.loads(path.read_text("utf-8"))
+    study = json.loads(path.read_text("utf-8"))
+    if study.get("claims"):
+        refuse_several_settings(name, study)
+    return study
+
+
+def refuse_several_settings(name: str, study: dict[str, Any]) -> None:
+    """Raise ValueError where the grid gives a method several settings: a claim about the method
+    would be of one of them."""
+    found: dict[tuple[str, int], str] = {}
+    for config in study_runs(study).values():
+        values = ", ".join(f"{k} {shown(k, getattr(config, k))}" for k in study["grid"])
+        text = f"{config.method} {values}"
+        if (other := found.setdefault((config.method, config.seed), text)) != text:
+            raise ValueError(
+                f"the study {name!r} has claims, which are of methods, and a grid that makes "
+                f"{other} and {text}; leave one value in it, or leave out the claims"
+            )
 
 
 def study_runs(study: dict[str, Any]) -> dict[str, Config]:
@@ -147,7 +165,8 @@ def texts_of(
 
 
 def costs_of(study: dict[str, Any]) -> str:
-    """Return what each method's training costs, in passes, relative to the first method's."""
+    """Return what each method's training costs, in passes, relative to the first method's. study:
+    one with claims, in which a method has one setting."""
     by_method = {config.method: cost(config) for config in study_runs(study).values()}
     first = next(iter(by_method.values()))
     shares = {method: passes / first for method, passes in by_method.items()}

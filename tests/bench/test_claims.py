@@ -195,6 +195,27 @@ def test_a_study_trains_then_evaluates_and_makes_only_what_its_rows_do_not_hold(
     assert not list((tiny / "nothing left").rglob("*.pt"))
 
 
+@pytest.mark.parametrize("methods, grid, refused", [
+    (["sgd", "sam"], {"rho": [0.05, 0.1]}, "sam rho 0.05 and sam rho 0.1"),
+    (["sgd", "sam-interval"], {"interval": [1, 4], "lr": [0.1]}, "sam-interval interval 1, lr 0.1"),
+    (["sgd", "sam"], {"rho": [0.1]}, ""),
+])  # fmt: skip
+def test_claims_are_of_one_setting_a_method(tiny, capsys, methods, grid, refused):
+    """They, and the costs below them, were of a grid's last values, without a word."""
+    (tiny / "tiny.json").write_text(json.dumps(TINY | {"methods": methods, "grid": grid}))
+    if not refused:
+        assert load_study("tiny")["grid"] == grid
+        return
+    (tiny / "rows.jsonl").touch()
+    for words in (["--out", str(tiny / "out")], ["--show", str(tiny / "rows.jsonl")]):
+        assert main(["study", "tiny", *words]) == 2
+        assert refused in (said := capsys.readouterr().err) and "claims" in said
+    assert not (tiny / "out").exists()
+    (tiny / "tiny.json").write_text(json.dumps(TINY | {"methods": methods, "grid": grid,
+                                                       "claims": []}))  # fmt: skip
+    assert load_study("tiny")["methods"] == methods
+
+
 def refuse_rows_of_another_setting(path, capsys):
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     path = path.with_name("changed.jsonl")
