@@ -259,9 +259,8 @@ def measured(
                 own[a.name] = kept.sum().item() / len(split)
                 stands &= kept
                 result["warnings"] += masked_gradients.of_attack(where, lost, len(right))
-                result["warnings"] += masked_gradients.of_survivors(where, model, survivors)
-                if split_name(a.name)[0] in masked_gradients.UNTARGETED:
-                    result["warnings"] += masked_gradients.of_ascent(where, model, survivors)
+                kind, _, _ = split_name(a.name)
+                result["warnings"] += masked_gradients.of_way(where, kind, model, survivors)
                 with progress.bar.external_write_mode(file=sys.stderr):
                     say(f"{where}: {own[a.name]:.2%}")
             result["robust"][norm][eps] = stands.sum().item() / len(split)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.attacks.objectives import SPREAD, log_odds, spread
-from bench.attacks.pgd import ascent, largest
+from bench.attacks.pgd import ascent, l2_norm, largest, unit
 
 SHARE = 0.01  # of the images; fewer vanishing gradients are no sign
 SLACK = 0.005  # of the images, and at least one: differences that chance can make
@@ -19,6 +19,7 @@ FEW = 20  # images, of which some may fall because a step leads too far
 CLOSE = 1e-3  # of the outputs' range
 COARSE = 1e-2  # of the outputs: more than what bf16 rounds away
 UNTARGETED = ("fgsm", "pgd", "apgd-ce")  # attacks that climb the log-odds against the label
+BY_GRADIENTS = (*UNTARGETED, "apgd-t")  # attacks that have nothing else
 LEAST = 1e-4  # a narrower range of log-probabilities is not told from rounding
 
 
@@ -78,6 +79,15 @@ def vanishing(g: Tensor) -> tuple[int, str]:
 Survivors = list[tuple[Tensor, Tensor, Tensor]]  # attacked images, labels, images as they were
 
 
+def of_way(where: str, kind: str, model: nn.Module, survivors: Survivors) -> list[str]:
+    """Return a sentence for every sign in where an attack has led images that it did not fool.
+    kind: the attack's name without steps and restarts."""
+    misled = of_ascent(where, model, survivors) if kind in UNTARGETED else []
+    if kind in BY_GRADIENTS:
+        misled = misled or of_direction(where, model, survivors)
+    return of_survivors(where, model, survivors) + misled
+
+
 def of_survivors(where: str, model: nn.Module, survivors: Survivors) -> list[str]:
     """Say where the gradient has vanished on an attack's way, at images that it did not fool."""
     if not survivors:
@@ -108,6 +118,31 @@ def of_ascent(where: str, model: nn.Module, survivors: Survivors) -> list[str]:
     return [
         f"{where}: where it ended, the model is surer of the label than it was for {fallen} of {n} "
         "images that it did not fool: the gradient does not lead where the outputs rise"
+    ]
+
+
+def of_direction(where: str, model: nn.Module, survivors: Survivors) -> list[str]:
+    """Say where the gradient leads down at images that an attack did not fool, as one that is noise
+    does for half of them: a step along it, as long as the attack's way, ends below one against it.
+    """
+    fallen, n = 0, 0
+    for x_adv, y, x in survivors:
+        g = ascent(lambda x, y=y: log_odds(model(x), y), x)
+        step = l2_norm(x_adv - x) * unit(g)
+        with torch.no_grad():
+            ends = (x + step).clamp(0, 1), (x - step).clamp(0, 1)
+            outputs = [model(images) for images in (x, x, *ends)]
+        scale = spread(outputs[0])  # as the gradient has it
+        before, same, along, against = (log_odds(z, y, scale) for z in outputs)
+        chance = (same - before).abs().max()  # of a random model
+        fallen += (along - against < -COARSE * SPREAD - chance).sum().item()
+        n += len(y)
+    if n < FEW or fallen <= PILE * n:
+        return []
+    return [
+        f"{where}: a step along the gradient leaves the model surer of the label than one against "
+        f"it for {fallen} of {n} images that the attack did not fool: the gradient does not lead "
+        "where the outputs rise"
     ]
 
 

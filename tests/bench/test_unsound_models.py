@@ -89,17 +89,34 @@ class Misled(torch.autograd.Function):
 @pytest.mark.parametrize("name, change", [
     ("fgsm", torch.neg), ("pgd-4", torch.neg), ("apgd-ce-4", torch.neg),
     ("fgsm", lambda g: g.flip(0, 2, 3)), ("pgd-4", lambda g: g.flip(0, 2, 3)),
-    ("fgsm", torch.randn_like), ("pgd-4", torch.randn_like),  # Auto-PGD returns to its best point
+    ("fgsm", torch.randn_like), ("pgd-4", torch.randn_like),
 ])  # fmt: skip
 def test_a_gradient_that_is_not_the_outputs_is_noticed(split, name, change):
+    (text,) = evaluate(misled(change), split, evaluation(attacks=(name,)))["warnings"]
+    assert text.startswith(f"l_inf 16/255 {name}: where it ended, the model is surer of the label")
+
+
+@pytest.mark.parametrize("name, change", [
+    ("apgd-ce-4", torch.randn_like), ("apgd-ce-4", lambda g: g.flip(0, 2, 3)),
+    ("apgd-ce-20", torch.randn_like), ("apgd-t-4", torch.randn_like), ("apgd-t-4", torch.neg),
+])  # fmt: skip
+@pytest.mark.parametrize("norm, eps, at", [
+    ("linf", 8 / 255, "l_inf 8/255"), ("l2", 1.0, "l2 255/255"),
+])  # fmt: skip
+def test_it_is_where_an_attack_returns_to_its_best_point(split, name, change, norm, eps, at):
+    """Auto-PGD ends above where it began by noise, too."""
+    given = {"linf": (), norm: (eps,), "attacks": (name,)}
+    (text,) = evaluate(misled(change), split, evaluation(**given))["warnings"]
+    assert text.startswith(f"{at} {name}: a step along the gradient leaves the model surer of the")
+
+
+def misled(change):
     class Other(nn.Module):
         def forward(self, x):
             return model()(Misled.apply(x, change))
 
     torch.manual_seed(0)
-    found = evaluate(Other(), split, evaluation(attacks=(name,)))
-    (text,) = found["warnings"]
-    assert text.startswith(f"l_inf 16/255 {name}: where it ended, the model is surer of the label")
+    return Other()
 
 
 @pytest.mark.parametrize("eps", [1e-8, 1e-4, 16 / 255, 0.25])
@@ -110,8 +127,8 @@ def test_a_gradient_that_is_about_the_outputs_is_not_warned_of(split, eps):
             return model()(x + ((x * 64).round() / 64 - x).detach())
 
     split, attacks = split.take(torch.arange(60)), ("fgsm", "pgd-10", "apgd-ce-4", "apgd-t-2")
-    for net in (model(), Through(), Behind(lambda z: z.bfloat16())):
-        found = evaluate(net, split, evaluation(linf=(eps,), l2=(eps,), attacks=attacks))
+    for net in (model(), Through(), Behind(lambda z: z.bfloat16()), Behind(lambda z: 20 * z)):
+        found = evaluate(net, split, evaluation(linf=(eps,), l2=(4 * eps,), attacks=attacks))
         assert not any("surer" in text for text in found["warnings"]), net
 
 
@@ -226,7 +243,8 @@ def test_a_random_model_is_not_said_to_mislead(split):
             return model()(x + 0.05 * torch.randn_like(x))
 
     torch.manual_seed(0)
-    found = evaluate(Noisy(), split, evaluation(linf=(1 / 255,), attacks=("fgsm", "pgd-4")))
+    attacks = ("fgsm", "pgd-4", "apgd-ce-4", "apgd-t-2")
+    found = evaluate(Noisy(), split, evaluation(linf=(1 / 255,), l2=(0.2,), attacks=attacks))
     assert any("random" in text for text in found["warnings"])
     assert not any("surer" in text for text in found["warnings"])
 
