@@ -20,6 +20,7 @@ CLOSE = 1e-3  # of the outputs' range
 COARSE = 1e-2  # of the outputs: more than what bf16 rounds away
 UNTARGETED = ("fgsm", "pgd", "apgd-ce")  # attacks that climb the log-odds against the label
 BY_GRADIENTS = (*UNTARGETED, "apgd-t")  # attacks that have nothing else
+FAR = 1e2  # median distances from the highest logit to the third
 LEAST = 1e-4  # a narrower range of log-probabilities is not told from rounding
 
 
@@ -57,9 +58,19 @@ def of_model(
             return torch.cat([model(part) for part in x.split(size)])
 
     z, again, others = outputs(size), outputs(size), outputs(size // 2 or 2)
+    z, again, others = (out[:, switched_on(z)] for out in (z, again, others))
     parts = list(zip(x.split(size), y.split(size), strict=True))
     said = of_gradients(model, parts) if attacked else []
     return said + (of_randomness(z, again) or of_company(z, others)) + of_outputs(z)
+
+
+def switched_on(z: Tensor) -> Tensor:
+    """Return which classes, (classes,), are not far below the others at every image, as those are
+    that a logit of -1e9 switches off: beside it no difference of others has a size."""
+    z = z[z.isfinite().all(1)]
+    if not len(z):
+        return z.new_ones(z.shape[1], dtype=torch.bool)
+    return z.amax(0) > z.max() - FAR * spread(z).median()
 
 
 Parts = list[tuple[Tensor, Tensor]]  # images and labels

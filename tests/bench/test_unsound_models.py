@@ -158,6 +158,23 @@ def test_logits_that_are_small_or_coarse_are_still_logits(split, fine):
     assert not any("look like" in text or "batch" in text for text in said), said
 
 
+@pytest.mark.parametrize("off", [-1e9, -1e4, torch.finfo(torch.float32).min])
+@pytest.mark.parametrize("classes", [1, 90])
+def test_classes_that_are_switched_off_are_not_looked_at(split, off, classes):
+    """By them the outputs seemed to have a bound, and none of their differences any size."""
+    x, y = split.batch(slice(0, 128))
+
+    def beside(change):
+        return Behind(lambda z: torch.cat([change(z), z.new_full((len(z), classes), off)], 1))
+
+    assert masked_gradients.of_model(beside(lambda z: z), x, y) == []
+    torch.manual_seed(0)
+    for change, said in ((lambda z: z + 0.01 * torch.randn_like(z), "random"),
+                         (lambda z: z.softmax(1), "look like probabilities"),
+                         (lambda z: z.clamp(max=2), "as if it had a bound")):  # fmt: skip
+        assert said in masked_gradients.of_model(beside(change), x, y)[-1]
+
+
 @pytest.mark.parametrize("number", [1, 2, 3])
 def test_a_few_images_are_no_sign(split, number):
     for start in range(10):
