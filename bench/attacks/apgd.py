@@ -21,6 +21,7 @@ from bench.attacks.pgd import (
     into_l2_ball,
     largest,
     lost_where,
+    per_image,
     random_start,
     unit,
 )
@@ -83,7 +84,7 @@ class Course:
         self.rises = self.rises + (f > self.f)
         self.f, self.g = f, g
         better = f > self.f_best
-        wide = better.view(-1, 1, 1, 1)
+        wide = per_image(better, self.now)
         self.best = torch.where(wide, self.now, self.best)
         self.g_best = torch.where(wide, g, self.g_best)
         self.f_best = torch.where(better, f, self.f_best)
@@ -93,7 +94,7 @@ class Course:
         rose in too few of the steps, or where f_best stayed although eta did."""
         stuck = ~self.halved & (self.f_best == self.f_checked)
         self.halved = (self.rises < RHO * length) | stuck
-        wide = self.halved.view(-1, 1, 1, 1)
+        wide = per_image(self.halved, self.now)
         self.eta = torch.where(wide, self.eta / 2, self.eta)
         self.now = torch.where(wide, self.best, self.now)
         self.g = torch.where(wide, self.g_best, self.g)
@@ -117,7 +118,7 @@ def start(x: Tensor, y: Tensor, t: Tensor | None, x0: Tensor, eps: float) -> Cou
     return Course(
         index=index, x=x, y=y, t=y if t is None else t, scale=low[:, None],
         now=x0, before=x0, g=nothing, f=-low, best=x0, g_best=nothing, f_best=low,
-        eta=x.new_full((n, 1, 1, 1), 2 * eps), rises=torch.zeros_like(index), f_checked=low,
+        eta=per_image(x.new_full((n,), 2 * eps), x), rises=torch.zeros_like(index), f_checked=low,
         halved=torch.ones_like(index).bool(),
     )  # fmt: skip
 

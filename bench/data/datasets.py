@@ -33,7 +33,8 @@ CONSTANTS = {
 class Split:
     """images: (N, C, H, W) uint8 from 0 to `levels`, or floats with `levels` 1; labels: (N,) int64.
 
-    Raises ValueError for floats with other levels, which would divide them once more.
+    Raises ValueError for floats with other levels, which would divide them once more, and for
+    images that have not one label each.
     """
 
     images: Tensor
@@ -45,6 +46,10 @@ class Split:
             raise ValueError(
                 f"images are {self.images.dtype}, and levels={self.levels}: give uint8 from 0 to "
                 "levels, or floats in [0, 1] with levels=1"
+            )
+        if len(self.images) != len(self.labels):
+            raise ValueError(
+                f"there are {len(self.images)} images and {len(self.labels)} labels; give one each"
             )
 
     def __len__(self) -> int:

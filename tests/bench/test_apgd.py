@@ -277,6 +277,21 @@ def test_an_image_depends_on_no_other():
         torch.testing.assert_close(alone[0], together[i])
 
 
+@pytest.mark.parametrize("shape", [(64,), (8, 8), (2, 2, 2, 8), (1, 1, 64)], ids=str)
+@pytest.mark.parametrize("norm, eps", [("linf", 16 / 255), ("l2", 0.5)])
+def test_images_have_any_shape(shape, norm, eps):
+    """A row of numbers or a film was blown up to the batch's size, where PGD attacks it."""
+    x, y = held_out(24)
+
+    def attacked(shape):
+        x_own, net = x.reshape(24, *shape), lambda x: model()(x.reshape(-1, 1, 8, 8))
+        return [*apgd(net, x_own, y, norm, eps, 6, generator=rng()),
+                *apgd_targeted(net, x_own, y, norm, eps, 3, generator=rng())]  # fmt: skip
+
+    for own, usual in zip(attacked(shape), attacked((1, 8, 8)), strict=True):
+        assert torch.equal(own.reshape(usual.shape), usual)
+
+
 def test_it_touches_no_gradients():
     x, y = held_out(5)
     apgd(model(), x, y, "l2", 0.3, 3, generator=rng())

@@ -281,6 +281,13 @@ def test_labels_that_are_no_classes_of_the_model_are_refused(split, change, said
         correct(model(), part, 20)
 
 
+@pytest.mark.parametrize("images, labels", [(60, 50), (50, 60), (60, 0)])
+def test_as_many_labels_as_images_are_asked_for(split, images, labels):
+    """Images without a label were left out where a batch ended there."""
+    with pytest.raises(ValueError, match=f"{images} images and {labels} labels"):
+        Split(split.images[:images], split.labels[:labels], 16)
+
+
 def test_a_model_that_drops_the_batch_of_one_image_is_refused(split):
     for attacks in (("clean",), ("pgd",)):
         with pytest.raises(ValueError, match=r"of 1 images the model returns \(10,\)"):
