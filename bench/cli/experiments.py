@@ -5,7 +5,16 @@ from pathlib import Path
 from typing import Any
 
 from bench.cli.parse import Command, options_of
-from bench.cli.shared import CONFIG, EVALUATION, FILLED, METHODS, OfRuns, evaluation_of, say_alpha
+from bench.cli.shared import (
+    CONFIG,
+    EVALUATION,
+    FILLED,
+    METHODS,
+    OfRuns,
+    evaluation_of,
+    refuse_beside,
+    say_alpha,
+)
 from bench.settings.pool import Pool
 from bench.settings.recipes import STUDIES, names_in
 from bench.settings.setting import MISSING, setting
@@ -171,6 +180,8 @@ def run_study_command(options: dict[str, Any]) -> None:
 
     name = options["name"]
     if options["show"]:
+        training = ("rows", "out", "train_only", *(of.key for of in POOL))
+        refuse_beside("show", training, options)
         show(name, options["show"], options["figure"])
     elif options["figure"]:
         raise ValueError("--figure is drawn from rows; add --show ROWS")

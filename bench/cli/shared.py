@@ -1,6 +1,7 @@
 """Options and words that several commands share."""
 
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,6 +70,15 @@ def evaluation_of(data: str, options: dict[str, Any]):
                 f"write pgd-{given['steps']}"
             )
     return resolve_evaluation(data, given)
+
+
+def refuse_beside(option: str, names: Iterable[str], options: dict[str, Any]) -> None:
+    """Raise ValueError for those options that are given and have no effect beside `option`."""
+    for name in names:
+        value = options.get(name)
+        if value is not None and value is not False:
+            raise ValueError(f"--{name.replace('_', '-')} has no effect with --{option}; leave one "
+                             "of the two out")  # fmt: skip
 
 
 def say_alpha(configs: list[Any], options: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.cli.parse import Command, options_of
+from bench.cli.shared import refuse_beside
 from bench.settings.config import Config
 from bench.settings.setting import setting, settings_of
 from bench.settings.speed import Options, StepConfig
@@ -41,12 +42,14 @@ class OfGpu:
     )
     list: bool = setting(False, "show the pieces and how they ended; run none")
     only: tuple[str, ...] | None = setting(None, "these pieces, done or not", metavar="NAME...")
-    out: Path = setting(Path("runs/gpu"), "for state.json, log.txt and the rows", metavar="DIR")
+    out: Path | None = setting(
+        None, "for state.json, log.txt and the rows", default="runs/gpu", metavar="DIR"
+    )
     predict: bool = setting(
         False, "print what a model of the compiled kernels says of GPUs that are not here"
     )
-    gpu: tuple[str, ...] = setting(
-        ("H200",), "for --predict: A100, H100, H200, B200 or RTX4090", metavar="GPU..."
+    gpu: tuple[str, ...] | None = setting(
+        None, "for --predict: A100, H100, H200, B200 or RTX4090", default="H200", metavar="GPU..."
     )
     rows: Path | None = setting(
         None, "for --predict: append a row per step to this JSONL file", metavar="FILE"
@@ -91,12 +94,16 @@ def run_gpu(options: dict[str, Any]) -> int:
     if options["predict"]:
         from bench.speed.predict import predict
 
-        return predict(options["gpu"], options["rows"])
+        refuse_beside("predict", ("minutes", "list", "only", "out"), options)
+        return predict(options["gpu"] or ["H200"], options["rows"])
     if options["rows"]:
         raise ValueError("--rows belongs to --predict; what is measured goes to --out")
+    if options["gpu"]:
+        raise ValueError("--gpu belongs to --predict; what is measured is of the GPU that is here")
     from bench.speed.gpu_session import gpu
 
-    return gpu(options["out"], options["minutes"], options["only"], options["list"])
+    out = options["out"] or Path("runs/gpu")
+    return gpu(out, options["minutes"], options["only"], options["list"])
 
 
 COMMANDS = (

@@ -5,7 +5,7 @@ from itertools import product
 import pytest
 
 from bench.__main__ import main
-from bench.speed import predict
+from bench.speed import gpu_session, predict
 
 LISTING = """
         /*0000*/                   LDG.E R2, desc[UR4][R8.64] ;
@@ -65,6 +65,17 @@ def test_an_unknown_gpu_and_rows_without_prediction_are_refused(tmp_path, capsys
     assert "unknown GPU 'abacus'" in capsys.readouterr().err
     assert main(["gpu", "--rows", str(tmp_path / "rows")]) == 2
     assert "--predict" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words, said", [
+    (["--predict", "--minutes", "3"], "--minutes has no effect with --predict"),
+    (["--predict", "--list"], "--list has no"), (["--predict", "--out", "x"], "--out has no"),
+    (["--predict", "--only", "memcheck"], "--only has no"), (["--gpu", "A100"], "--predict"),
+])  # fmt: skip
+def test_options_without_effect_are_refused(words, said, capsys, monkeypatch):
+    monkeypatch.setattr(predict, "predict", lambda *given: 0)
+    monkeypatch.setattr(gpu_session, "gpu", lambda *given: 0)
+    assert main(["gpu", *words]) == 2 and said in capsys.readouterr().err
 
 
 def test_what_was_measured_stands_beside_the_prediction(monkeypatch):

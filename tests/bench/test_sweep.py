@@ -156,6 +156,16 @@ def test_committed_rows_are_the_studys(name, tmp_path, capsys):
     assert {tuple(c[k] for k in keys) for c in held.values()} == wanted
 
 
+@pytest.mark.parametrize("words, option", [
+    (["--rows", "x"], "rows"), (["--out", "x"], "out"), (["--train-only"], "train-only"),
+    (["--jobs", "2"], "jobs"), (["--retries", "0"], "retries"), (["--no-wait"], "no-wait"),
+])  # fmt: skip
+def test_what_trains_has_no_effect_where_rows_are_shown(words, option, capsys):
+    """It was ignored, and the rows that were to be made were not."""
+    said = error(capsys, "study", "rho", "--show", "bench/results/study-rho.jsonl", *words)
+    assert f"--{option} has no effect with --show" in said
+
+
 def test_unknown_studies_and_rows_that_are_not_the_studys_are_refused(tmp_path, capsys):
     known = "choose from batch, cifar, noise, parts, relatives, rho, trade-off"
     assert known in error(capsys, "study", "sharpness")
