@@ -11,7 +11,7 @@ from bench.experiments.pool import run_all
 from bench.experiments.sweep import by_setting, runs_of, shown, with_warnings
 from bench.files import write_text
 from bench.reports.claims import Claim, cost, judged
-from bench.reports.groups import read_runs, sections_of
+from bench.reports.groups import other_images, read_runs, sections_of
 from bench.settings.config import MACHINE, Config, differences
 from bench.settings.evaluation import Evaluation, resolve_evaluation
 from bench.settings.names import method_name
@@ -155,6 +155,7 @@ def texts_of(
     for name, rows in by_name.items():
         if rows:
             parts += [f"{name}\n"] * (len(by_name) > 1) + [with_warnings(by_setting(rows, grid))]
+            parts += [text for section in sections_of(rows) for text in other_images(section)]
     for name, rows in by_name.items():
         if rows and claims:
             parts += [f"The claims under {name}\n", judged(rows, claims)]

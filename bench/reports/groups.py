@@ -287,6 +287,27 @@ def shown(key: str, value: Any) -> str:
     return in_both_forms(eps_key(value)) if key in ("eps", "alpha") and value else str(value)
 
 
+def other_images(section: Section) -> list[str]:
+    """Return a sentence for the training and one for the test images whose fingerprints differ
+    among the runs although they were read alike. What was made before there were fingerprints is
+    not compared, nor are noisy labels, which are of the fingerprint and other ones for every seed.
+    """
+    found: dict[tuple[str, Any], set[str]] = {}
+    for run in (run for group in section.groups for run in group.runs):
+        config, evaluation = run["config"], run["evaluation"]
+        own = None if evaluation.get("data") else run.get("test_fingerprint")
+        prints = {
+            "training": None if config["label_noise"] else run.get("fingerprint"),
+            "test": run.get("judged_fingerprint", own) if evaluation.get("on") == "test" else None,
+        }
+        how = config["image_size"], config["augment"] == "resized-crop"
+        for part, value in prints.items():
+            found.setdefault((part, how), set()).add(value)
+    parts = dict.fromkeys(part for (part, _), values in found.items() if len(values - {None}) > 1)
+    return [f"By their fingerprints, not all of these runs have the same {part} images: do not "
+            "compare them." for part in parts]  # fmt: skip
+
+
 # ---- the papers
 
 

@@ -17,6 +17,7 @@ from bench.reports.groups import (
     deviations,
     identity,
     known_recipe,
+    other_images,
     published,
     read_runs,
     recipe_of,
@@ -84,8 +85,7 @@ def notes(section: Section) -> list[str]:
     devices = dict.fromkeys(run["device"] for group in section.groups for run in group.runs)
     if len(devices) > 1:
         lines.append(f"Times come from several devices: {'; '.join(devices)}.")
-    lines += [f"By their fingerprints, not all of these runs have the same {part} images: do not "
-              "compare them." for part in parts_that_differ(section)]
+    lines += other_images(section)
     lines += [f"All with {common}."] * bool(common)
     if any(g.config["eps"] is not None and g.histories for g in section.groups):
         lines.append("Validation accuracy of adversarial training is under its own attack.")
@@ -104,25 +104,6 @@ def best_epoch(section: Section) -> str:
         return "the same, for no image was held out to choose by"
     chosen = "after the epoch of the highest validation accuracy"
     return chosen if all(held_out) else f"{chosen}, or the last where no image was held out"
-
-
-def parts_that_differ(section: Section) -> list[str]:
-    """Return "training" and "test" where the runs' fingerprints differ although the images were
-    read alike. What was made before there were fingerprints is not compared, nor are noisy labels,
-    which are of the fingerprint and other ones for every seed."""
-    found: dict[tuple[str, Any], set[str]] = {}
-    for run in (run for group in section.groups for run in group.runs):
-        config, evaluation = run["config"], run["evaluation"]
-        own = None if evaluation.get("data") else run.get("test_fingerprint")
-        prints = {
-            "training": None if config["label_noise"] else run.get("fingerprint"),
-            "test": run.get("judged_fingerprint", own) if evaluation.get("on") == "test" else None,
-        }
-        how = config["image_size"], config["augment"] == "resized-crop"
-        for part, value in prints.items():
-            found.setdefault((part, how), set()).add(value)
-    return list(dict.fromkeys(part for (part, _), values in found.items()
-                              if len(values - {None}) > 1))
 
 
 def warnings_of(group: Group) -> list[str]:

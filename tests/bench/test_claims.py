@@ -14,6 +14,7 @@ from bench.__main__ import main
 from bench.experiments import study as studies
 from bench.experiments.study import costs_of, evaluations_of, load_study, show, study_runs
 from bench.models import build_model
+from bench.provenance import ROOT
 from bench.reports.claims import CANNOT, NOT, SHOWS, Claim, cost, differences_of, judged, verdict_of
 from bench.settings.config import resolve
 from bench.training import train as training
@@ -225,6 +226,19 @@ def refuse_rows_of_another_setting(path, capsys):
         assert main(["study", "tiny", "--show", str(path)]) == 2
         assert "a row of another" in (message := capsys.readouterr().err)
         assert ("lr 0.3 -> 0.05" in message) == ("config" in change)
+
+
+def test_claims_about_rows_of_other_images_say_so(tmp_path, capsys):
+    """A pair's difference was that of two sets of images, without a word."""
+    path = ROOT / "bench" / "results" / "study-cifar.jsonl"
+    assert show("cifar", path, None) and "fingerprints" not in capsys.readouterr().out
+    first, *others = path.read_text().splitlines()
+    first = json.dumps(json.loads(first) | {"fingerprint": "x", "test_fingerprint": "y"})
+    (changed := tmp_path / "rows.jsonl").write_text("\n".join([first, *others]))
+    assert show("cifar", changed, None)
+    said = [line for line in capsys.readouterr().out.splitlines() if "fingerprints" in line]
+    assert len(said) == 2, "of the one evaluation that the row is of"
+    assert "the same training images" in said[0] and "the same test images" in said[1]
 
 
 def test_the_study_of_cifar_is_what_the_claims_are_about():
