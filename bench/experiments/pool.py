@@ -23,6 +23,7 @@ from typing import Any
 from tqdm import tqdm
 
 from bench.attacks.notation import labelled
+from bench.evaluation.evaluate import NORM_NAMES
 from bench.experiments.places import Cluster, Evaluations, Here, Outcome, Processes
 from bench.experiments.train_and_evaluate import finished, refuse_changed_data, track_found
 from bench.files import Busy, refuse_unwritable
@@ -328,9 +329,8 @@ def stopping(stop: Callable[[], None]) -> Iterator[None]:
 
 
 def one_line(summary: dict[str, Any]) -> str:
-    robust = summary["robust"]["linf"]
-    at = ", ".join(f"{accuracy:.1%} at l_inf {labelled(eps)}" for eps, accuracy in robust.items())
-    return (
-        f"natural {summary['natural']:.1%}, {at}, "
-        f"{summary['images_per_second']:.0f} images/s in training"
-    )
+    norm, by_eps = next(iter(summary["robust"].items()), ("", {}))
+    at = [f"{accuracy:.1%} at {NORM_NAMES[norm]} {labelled(eps)}"
+          for eps, accuracy in by_eps.items()]  # fmt: skip
+    speed = f"{summary['images_per_second']:.0f} images/s in training"
+    return ", ".join([f"natural {summary['natural']:.1%}", *at, speed])

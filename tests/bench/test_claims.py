@@ -217,6 +217,17 @@ def test_claims_are_of_one_setting_a_method(tiny, capsys, methods, grid, refused
     assert load_study("tiny")["methods"] == methods
 
 
+@pytest.mark.parametrize("norm, name", [("linf", "l_inf"), ("l2", "l2")])
+def test_a_study_has_one_norm_alone(tiny, capsys, norm, name):
+    """Without l_inf it ended with a KeyError when its first run was finished."""
+    first = {"linf": [], "l2": [], "samples": 20, "steps": 1} | {norm: [8]}
+    study = TINY | {"seeds": [0], "evaluations": {"first": first}}
+    (tiny / "tiny.json").write_text(json.dumps(study))
+    assert main(["study", "tiny", "--out", str(tiny / "out"), "--jobs", "1"]) == 0
+    assert f"% at {name} 8/255 (0.0314), " in capsys.readouterr().out
+    assert (tiny / "out" / "figure.png").exists()
+
+
 def refuse_rows_of_another_setting(path, capsys):
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     path = path.with_name("changed.jsonl")
