@@ -415,6 +415,8 @@ def evaluation_words(usual: dict[str, Any], evaluation: dict[str, Any]) -> list[
     words = ["--norms", *norms] if len(norms) == 1 else []
     if not norms:
         evaluation = evaluation | {"attacks": ("clean",)}
+    if "pgd" not in evaluation.get("attacks", usual["attacks"]):
+        evaluation = evaluation | {"steps": usual["steps"]}
     for name, of in settings_of(Evaluation).items():
         value = evaluation.get(name, of.value)
         value = tuple(value) if isinstance(value, list) else value

@@ -465,9 +465,13 @@ def test_an_evaluation_that_a_comparison_does_not_have_is_a_command_of_its_own(
     assert "--force" not in training + judging
 
 
-def test_an_evaluation_without_any_radius_is_of_clean_images(tmp_path):
-    (group,) = sections(tmp_path, [made(evaluated={"linf": (), "l2": ()})])[0].groups
-    assert judged(command(group).split(" do ")[1]).attacks == ("clean",)
+@pytest.mark.parametrize("evaluated, attacks", [
+    ({"linf": (), "l2": ()}, ("clean",)), ({"attacks": ("fgsm",)}, ("fgsm",)),
+])  # fmt: skip
+def test_pgds_steps_are_not_asked_for_without_pgd(tmp_path, evaluated, attacks):
+    """As of a study's rows; an evaluation without a radius is of clean images."""
+    (group,) = sections(tmp_path, [made(evaluated={"steps": 7, **evaluated})])[0].groups
+    assert judged(command(group).split(" do ")[1]).attacks == attacks
 
 
 def test_so_it_is_of_several_processes(tmp_path):
