@@ -10,6 +10,7 @@ from typing import Any
 
 from bench.cli import catalogue, evaluation, experiments, options, reports, speed, training
 from bench.cli.parse import Command, parse
+from bench.files import refuse_unwritable
 from bench.training.diverged import DIVERGED, Diverged
 from bench.training.stopped import TERMINATED, Stopped, Terminated
 
@@ -19,6 +20,7 @@ COMMANDS = {
     for command in family.COMMANDS
 }
 SPELT = {"\N{PLUS-MINUS SIGN} ": "+-"}  # as wide, so that columns stay even
+WRITTEN = ("rows", "robustbench", "figure")  # files at the end of long work
 PIPE_CLOSED, INTERRUPTED = 128 + signal.SIGPIPE, 128 + signal.SIGINT  # as shells have it
 
 
@@ -69,6 +71,8 @@ def main(argv: list[str] | None = None) -> int:
         command, given = parsed(sys.argv[1:] if argv is None else argv)
         if "TORCHELASTIC_RUN_ID" in os.environ and command.name != "train":
             raise ValueError(f"torchrun is for train alone; start {command.name} without it")
+        for name in WRITTEN:
+            refuse_unwritable(given.get(name))
         code = command.run(given) or 0
         sys.stdout.flush()
         return code

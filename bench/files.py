@@ -30,6 +30,7 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises OSError with the path where the disk is full, read-only or gone; the old file stays.
     """
     path = Path(os.path.realpath(path))  # a link stays one
+    refuse_no_file(path)
     try:
         with beside(path) as tmp:
             yield tmp
@@ -118,12 +119,20 @@ def remove_unfinished(folder: Path, name: str = "*") -> None:
                 tmp.unlink()
 
 
+def refuse_no_file(path: Path) -> None:
+    """Raise OSError for a directory, and for a device or a pipe, in whose place a file would be."""
+    if path.is_dir():
+        raise IsADirectoryError(f"{str(path)!r} is a directory; give the name of a file")
+    if path.exists() and not path.is_file():
+        raise FileExistsError(f"{str(path)!r} is no file, but a device or a pipe; give the name of "
+                              "a file")  # fmt: skip
+
+
 def refuse_unwritable(path: Path | None) -> None:
     """Raise OSError where a file could not be written at the end of long work."""
     if path is None:
         return
-    if path.is_dir():
-        raise IsADirectoryError(f"{str(path)!r} is a directory; give the name of a file")
+    refuse_no_file(path)
     there = next(p for p in (path, *path.absolute().parents) if p.exists())
     if not os.access(there, os.W_OK) or (there != path and not there.is_dir()):
         raise PermissionError(f"{str(path)!r} cannot be written; choose another place")
@@ -189,6 +198,7 @@ def append_jsonl(path: Path, rows: list[dict]) -> None:
     yet; a crash leaves the old file, and processes that append at once wait for each other. Raises
     ValueError for a file of no text."""
     path = Path(os.path.realpath(path))
+    refuse_no_file(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with kept(path):
         remove_unfinished(path.parent, f"{glob.escape(path.name)}.*")

@@ -72,13 +72,11 @@ def run_evaluate(options: dict[str, Any]) -> None:
     from bench.devices import usable_device
     from bench.evaluation.evaluate import evaluate, report
     from bench.evaluation.robustbench import leaderboard, model_info
-    from bench.files import append_jsonl, refuse_unwritable, write_json
+    from bench.files import append_jsonl, write_json
     from bench.provenance import git_hash, stamp
     from bench.settings.evaluation import check_judges
     from bench.training.checkpoint import load_checkpoint, rebuild
 
-    for written in (options.get("rows"), options.get("robustbench")):
-        refuse_unwritable(written)
     device = usable_device(options.get("device", "cpu"))
     path, file = options["checkpoint"], options.get("robustbench")
     checkpoint = load_checkpoint(path, str(device))

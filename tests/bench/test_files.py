@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from PIL import Image
 from bench.__main__ import main
 from bench.experiments.compare import caption
 from bench.experiments.train_and_evaluate import train_and_evaluate
-from bench.files import append_jsonl, refuse_unwritable, remove_unfinished, replacing
+from bench.files import append_jsonl, refuse_unwritable, remove_unfinished, replacing, write_text
 from bench.provenance import ROOT
 from bench.settings.config import resolve
 from bench.settings.evaluation import Evaluation
@@ -274,10 +275,44 @@ def test_every_write_that_fails_names_its_file(tmp_path, monkeypatch):
 def test_rows_that_cannot_be_written_are_refused_before_the_work(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     for rows in (tmp_path, tmp_path / "file" / "rows.jsonl"):
-        for arguments in (("compare", *TINY, "--methods", "sgd"), ("sweep", "--methods", "sgd")):
+        for arguments in (("compare", *TINY, "--methods", "sgd"), ("sweep", "--methods", "sgd"),
+                          ("study", "rho")):  # fmt: skip
             text = error(capsys, *arguments, "--rows", rows, "--out", tmp_path / "out")
             assert str(rows) in text
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("module, words", [
+    ("step", ["step"]), ("host", ["step", "--host"]), ("throughput", ["throughput"]),
+    ("predict", ["gpu", "--predict"]),
+], ids=lambda of: of if isinstance(of, str) else "")  # fmt: skip
+def test_so_they_are_before_a_measurement(tmp_path, monkeypatch, capsys, module, words):
+    """Its numbers were lost: neither the rows nor the table was left of them."""
+    measuring = import_module(f"bench.speed.{module}")
+    monkeypatch.setattr(measuring, module, lambda *given: pytest.fail("measured"))
+    assert str(tmp_path) in error(capsys, *words, "--rows", tmp_path)
+
+
+def test_so_a_figure_is_before_the_tables(tmp_path, capsys):
+    rows = ROOT / "bench" / "results" / "study-rho.jsonl"
+    assert main(["study", "rho", "--show", str(rows), "--figure", str(tmp_path)]) == 2
+    said = capsys.readouterr()
+    assert str(tmp_path) in said.err and not said.out
+
+
+def test_a_device_or_a_pipe_is_not_replaced_by_a_file(tmp_path, capsys):
+    """What reads forever was read to the end of memory, and /dev/null became a file."""
+    os.mkfifo(pipe := tmp_path / "pipe")
+    (link := tmp_path / "link").symlink_to(pipe)
+    for path in (pipe, link):
+        for write, *what in ((refuse_unwritable,), (append_jsonl, []), (write_text, "")):
+            with pytest.raises(OSError, match="no file"):
+                write(path, *what)
+    assert "no file" in error(capsys, "compare", *TINY, "--rows", pipe, "--out", tmp_path / "out")
+    assert pipe.is_fifo() and link.is_symlink() and sorted(os.listdir(tmp_path)) == ["link", "pipe"]
+
+
+def test_a_file_that_is_not_there_can_be_written(tmp_path):
     refuse_unwritable(None)
     refuse_unwritable(tmp_path / "new" / "folder" / "rows.jsonl")
 
