@@ -152,6 +152,9 @@ def ascent(loss_at: Callable[..., Tensor], x: Tensor, *how: float) -> Tensor:
 def gradient(f: Tensor, x: Tensor) -> Tensor:
     """Return every image's gradient of its own f, (B,). Raises ValueError where f has none."""
     g = torch.autograd.grad(f.sum(), x, allow_unused=True)[0] if f.requires_grad else None
+    if g is None and not torch.is_grad_enabled():
+        raise ValueError("gradients are off here, as in torch.no_grad() or torch.inference_mode(); "
+                         "attack outside of it")  # fmt: skip
     if g is None:
         raise ValueError(
             "the model's outputs have no gradient with respect to the images: something in it cuts "

@@ -213,8 +213,9 @@ def evaluate(
     this model or this machine cannot have.
     """
     model.eval()
-    cudnn = torch.backends.cudnn
-    with cudnn.flags(cudnn.enabled, deterministic=cudnn.deterministic, allow_tf32=False):
+    cudnn, device = torch.backends.cudnn, split.images.device.type
+    exact = cudnn.flags(cudnn.enabled, deterministic=cudnn.deterministic, allow_tf32=False)
+    with exact, torch.autocast(device, enabled=False):
         return measured(model, split, evaluation, say, bar)
 
 

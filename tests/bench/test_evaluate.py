@@ -48,6 +48,26 @@ def test_default_is_pgd_on_what_is_right_clean(split):
     assert 0.1 < kept / len(x) < 0.9
 
 
+def test_it_is_in_float32_inside_an_autocast_region_too(split):
+    """A model was attacked and judged in bf16 there."""
+    part, seen = split.take(torch.arange(40)), set()
+
+    class Looking(nn.Module):
+        def forward(self, x):
+            logits = model()(x)
+            seen.add((torch.is_autocast_enabled("cpu"), logits.dtype))
+            return logits
+
+    for precision in ("fp32", "bf16"):
+        options = evaluation(attacks=("fgsm", "apgd-ce-2"), precision=precision)
+        expected = evaluate(model(), part, options)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert evaluate(Looking(), part, options) == expected
+            assert torch.is_autocast_enabled("cpu")
+        if precision == "fp32":
+            assert seen == {(False, torch.float32)}
+
+
 def test_worst_case_is_image_by_image_and_each_attack_its_own(split):
     names = ("fgsm", "pgd-5-2", "apgd-ce-20", "apgd-t-10")
     options = {"linf": (20 / 255,), "attacks": ("clean", *names), "batch_size": 100}

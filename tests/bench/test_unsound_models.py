@@ -281,6 +281,15 @@ def test_labels_that_are_no_classes_of_the_model_are_refused(split, change, said
         correct(model(), part, 20)
 
 
+@pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
+def test_an_attack_where_gradients_are_off_is_refused_without_blaming_the_model(split, off):
+    a, part = attempt("pgd-2", "linf", EPS, 10, 10), split.take(torch.arange(20))
+    for ask in (lambda: withstand(model(), part, a.perturb, 1, 20),
+                lambda: evaluate(model(), part, evaluation())):  # fmt: skip
+        with off(), pytest.raises(ValueError, match="^gradients are off .*no_grad.*outside of it"):
+            ask()
+
+
 @pytest.mark.parametrize("images, labels", [(60, 50), (50, 60), (60, 0)])
 def test_as_many_labels_as_images_are_asked_for(split, images, labels):
     """Images without a label were left out where a batch ended there."""
