@@ -101,10 +101,18 @@ def refuse_training(model: nn.Module) -> None:
         )
 
 
+def refuse_nothing(**numbers: int) -> None:
+    """Raise ValueError for numbers by which no image would be tried."""
+    for name, number in numbers.items():
+        if number < 1:
+            raise ValueError(f"{name}={number} tries no image: give at least 1")
+
+
 def correct(model: nn.Module, split: Split, batch_size: int) -> Tensor:
     """Return an (N,) bool tensor: which images a model in eval mode gets right. Raises ValueError
     as `answered`, and in training mode."""
     refuse_training(model)
+    refuse_nothing(batch_size=batch_size)
     return answered(model, split, batch_size) == split.labels
 
 
@@ -129,6 +137,7 @@ def withstand(
     training mode.
     """
     refuse_training(model)
+    refuse_nothing(restarts=restarts, batch_size=batch_size)
     stands = torch.ones(len(split), dtype=torch.bool, device=split.images.device)
     lost = 0
     for i in range(0, len(split), batch_size):

@@ -281,6 +281,20 @@ def test_labels_that_are_no_classes_of_the_model_are_refused(split, change, said
         correct(model(), part, 20)
 
 
+@pytest.mark.parametrize("restarts, batch_size, said", [
+    (0, 20, "restarts=0"), (-1, 20, "restarts=-1"), (1, 0, "batch_size=0"),
+    (1, -20, "batch_size=-20"),
+])  # fmt: skip
+def test_an_attack_that_would_try_nothing_is_refused(split, restarts, batch_size, said):
+    """All images withstood it."""
+    a = attempt("pgd-2", "linf", EPS, 10, 10)
+    with pytest.raises(ValueError, match=f"{said} .*at least 1"):
+        withstand(model(), split, a.perturb, restarts, batch_size)
+    if batch_size < 1:
+        with pytest.raises(ValueError, match=f"{said} .*at least 1"):
+            correct(model(), split, batch_size)
+
+
 @pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
 def test_an_attack_where_gradients_are_off_is_refused_without_blaming_the_model(split, off):
     a, part = attempt("pgd-2", "linf", EPS, 10, 10), split.take(torch.arange(20))
