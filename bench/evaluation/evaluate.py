@@ -97,7 +97,8 @@ def refuse_training(model: nn.Module) -> None:
     if getattr(model, "training", False):
         raise ValueError(
             "the model is in training mode, in which dropout is on and BatchNorm takes its "
-            "statistics from the images that are judged; call model.eval() before"
+            "statistics from the images that are judged; call model.eval() before, which has to "
+            "set its `training` to False"
         )
 
 

@@ -348,6 +348,16 @@ def test_a_model_in_training_mode_is_refused(split, ask):
     ask(net.eval(), part)
 
 
+def test_a_model_that_stays_in_training_mode_is_not_attacked(split):
+    """Its clean accuracy is told, with a warning; attacks would move its statistics."""
+    net, part = OfBatches(nn.BatchNorm2d(1)), split.take(torch.arange(60))
+    with pytest.raises(ValueError, match="model.eval.* set its `training` to False"):
+        evaluate(net, part, evaluation(attacks=("fgsm",)))
+    net.training = False
+    said = evaluate(net, part, evaluation(attacks=("fgsm",)))["warnings"]
+    assert any("batch that it comes in" in text for text in said)
+
+
 def test_a_function_has_no_mode(split):
     """As an exported program's, which cannot be put into eval mode."""
     part, attack = split.take(torch.arange(60)), attempt("pgd-2", "linf", EPS, 1, 10)
