@@ -79,9 +79,10 @@ def run_host(given: dict[str, Any], rows: Path | None) -> int:
 
 
 def run_throughput(options: dict[str, Any]) -> int:
-    from bench.settings.config import resolve
+    from bench.settings.config import check_used, resolve
     from bench.speed.throughput import throughput
 
+    check_used(options["methods"], options)
     given = {k: options[k] for k in settings_of(Options) if k in options}
     if "beside" in given:
         given["beside"] = tuple(given["beside"])

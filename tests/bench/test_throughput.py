@@ -13,8 +13,7 @@ from bench.speed import throughput, training_loops
 from ..helpers.loops import OPTIONS, RELATIVES, tiny_config
 
 TINY = ["--model", "smallconv", "--width", "4", "--batch-size", "8", "--images", "40",
-        "--image-size", "8", "--threads", "1", "--workers", "0", "--attack-steps", "2",
-        "--turns", "2"]  # fmt: skip
+        "--image-size", "8", "--threads", "1", "--workers", "0", "--turns", "2"]  # fmt: skip
 
 
 def clocks(now, processor=lambda: 0.0):
@@ -110,7 +109,8 @@ def test_the_relatives_beside_sgd(tmp_path, capsys):
 def test_command_leaves_rows_of_every_loop(tmp_path, capsys):
     path = tmp_path / "new" / "rows.jsonl"
     command = ["throughput", *TINY, "--methods", "sgd", "fsam", "at-linf", "--cutout", "4",
-               "--beside", "eager", "fp32", "fp32-nchw", "plain", "--rows", str(path)]  # fmt: skip
+               "--attack-steps", "2", "--beside", "eager", "fp32", "fp32-nchw", "plain",
+               "--rows", str(path)]  # fmt: skip
     assert main(command) == 0
     printed = capsys.readouterr().out
     rows = [json.loads(line) for line in path.read_text().splitlines()]
@@ -161,6 +161,7 @@ def test_red_parity_prints_no_speed(tmp_path, capsys, monkeypatch):
         (["--image-size", "4"], "pad 4"),
         (["--device", "abacus"], "abacus"),
         (["--amp", "fp8"], "fp8"),
+        (["--methods", "sgd", "sam", "--attack-steps", "3"], "attack_steps 3 has no effect"),
     ],
     ids=" ".join,
 )
