@@ -2,12 +2,14 @@
 compared, and what the papers report for them."""
 
 import json
+import math
 import shlex
 from collections.abc import Callable, Iterable
 from dataclasses import MISSING, asdict, dataclass, fields
 from functools import cache
 from pathlib import Path
 from statistics import fmean
+from types import NoneType
 from typing import Any
 
 from bench.attacks.notation import LARGEST_LINF, eps_key, in_both_forms, parse_eps
@@ -21,13 +23,13 @@ from bench.settings.evaluation import Evaluation, resolve_evaluation
 from bench.settings.methods import ADVERSARIES, OPTIMIZERS, split_method
 from bench.settings.names import method_name
 from bench.settings.recipes import load_recipe, recipe_names
-from bench.settings.setting import settings_of
+from bench.settings.setting import check_settings, settings_of
 
 NUMBER, OBJECT = (int, float), dict
 KINDS: dict[str, Any] = {
     "natural": NUMBER, "images_per_second": NUMBER, "train_seconds": NUMBER, "test_images": int,
     "robust": OBJECT, "best": OBJECT, "attacks": OBJECT, "config": OBJECT, "evaluation": OBJECT,
-    "method": str, "versions": OBJECT,
+    "method": str, "versions": OBJECT, "device": str, "git": (str, NoneType),
 }  # fmt: skip
 DEFAULTS = {f.name: f.default for f in fields(Config) if f.default is not MISSING}
 
@@ -43,8 +45,11 @@ def checked(text: str, where: str) -> dict[str, Any]:
 def completed(row: dict[str, Any], where: str) -> dict[str, Any]:
     """Return a row with its config's later fields. Raises ValueError for values of other kinds, and
     for accuracies that are none or that it does not have."""
-    odd = [f"{k} is {row[k]!r}" for k, kind in KINDS.items() if not isinstance(row[k], kind)]
-    if odd := odd or odd_accuracies(row):
+    odd = [f"{k} is {row[k]!r}" for k, kind in KINDS.items()
+           if not isinstance(row[k], kind) or kind is NUMBER and not math.isfinite(row[k])]
+    if not isinstance(said := row.get("warnings", []), list):
+        odd.append(f"warnings is {said!r}")
+    if odd := odd or odd_accuracies(row) or odd_settings(row):
         raise ValueError(f"{where} is no row of a run: {odd[0]}; remove it, and repeat the run's "
                          "command")  # fmt: skip
     return row | {"config": DEFAULTS | row["config"], "history": []}
@@ -61,6 +66,24 @@ def odd_accuracies(row: dict[str, Any]) -> list[str]:
         if found.keys() - {("natural", "")} != wanted.keys():
             odd.append(f"{at}its accuracies are not at its attacks' radii")
     return odd
+
+
+def odd_settings(row: dict[str, Any]) -> list[str]:
+    """Return in words what of a row's config or evaluation cannot be."""
+    config, evaluation = DEFAULTS | row["config"], row["evaluation"]
+    if row["method"] != (own := config.get("method")):
+        return [f"method is {row['method']!r}, and its config's is {own!r}"]
+    for norm in NORM_NAMES:
+        if not isinstance(radii := evaluation.get(norm), list | tuple):
+            return [f"its evaluation's {norm} is {radii!r}"]
+    try:
+        split_method(row["method"])
+        for owner, values in ((Config, config), (Evaluation, evaluation)):
+            known = {f.name for f in fields(owner)}
+            check_settings(owner(**{k: v for k, v in values.items() if k in known}))
+    except ValueError as e:
+        return [str(e)]
+    return []
 
 
 def radii_of(by_norm: Any) -> dict[tuple[str, str], Any]:

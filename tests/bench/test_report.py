@@ -642,6 +642,27 @@ def test_refuses_rows_whose_accuracies_are_none(change, said, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("part, change, said", [
+    ("config", {"seed": None}, "seed must be a whole number"), ("config", {"eps": "8/255"}, "eps"),
+    ("config", {"method": "nosuch"}, "'nosuch'"), ("config", {"method": None}, "None"),
+    ("config", {"rho": float("nan")}, "rho"), ("config", {"method": "sgd"}, "'sgd'"),
+    ("evaluation", {"linf": None}, "linf"), ("evaluation", {"steps": 0}, "steps"),
+    (None, {"evaluation": {}}, "linf"), (None, {"warnings": None}, "warnings is None"),
+    (None, {"device": None}, "device is None"), (None, {"train_seconds": float("nan")}, "nan"),
+    (None, {"images_per_second": float("inf")}, "inf"), (None, {"git": 3}, "git is 3"),
+])  # fmt: skip
+def test_refuses_rows_of_damaged_settings(part, change, said, tmp_path, capsys):
+    """They ended in tracebacks, or in a table under another method's name."""
+    row = made()
+    row |= {part: row[part] | change} if part else change
+    (path := tmp_path / "rows.jsonl").write_text(
+        "".join(json.dumps(r) + "\n" for r in (made(seed=1), row))
+    )
+    assert main(["report", str(path), "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and f"{str(path)!r}, line 2, is no row" in error and said in error
+
+
 @pytest.mark.parametrize(
     "arguments, said",
     [(["nowhere"], "nowhere"), (["."], "no finished run"), ([], "--step"),
