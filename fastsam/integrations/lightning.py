@@ -18,14 +18,16 @@ class SAMModule(lightning.LightningModule):
     pass is no second one.
 
     Raises:
-        ValueError: at the start of fit, what would train something else without a word:
-            `accumulate_grad_batches` above 1, and float16 with a GradScaler.
+        ValueError: at the start of fit, and at a step, what would train something else without a
+            word: `accumulate_grad_batches` above 1 (which Lightning's GradientAccumulationScheduler
+            sets in mid-training), and float16 with a GradScaler.
     """
 
     second_pass = False
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any,
                        optimizer_closure: Callable[[], Any] | None = None) -> None:
+        self._refuse_other_training()
         sam = getattr(optimizer, "optimizer", optimizer)
 
         def closure() -> Any:
@@ -59,8 +61,11 @@ class SAMModule(lightning.LightningModule):
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
-        if not self.automatic_optimization:
-            return
+        if self.automatic_optimization:
+            self._refuse_other_training()
+
+    def _refuse_other_training(self) -> None:
+        """Refuse, in automatic optimisation, what would train something else without a word."""
         if self.trainer.accumulate_grad_batches > 1:
             raise ValueError(
                 f"accumulate_grad_batches={self.trainer.accumulate_grad_batches} would update with "

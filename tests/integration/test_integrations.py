@@ -234,6 +234,40 @@ def test_where_lightning_still_refuses_to_clip():
             module.clip_gradients(sam, 0.5, "norm")
 
 
+def test_accumulation_that_a_callback_begins_in_mid_training_is_refused():
+    """GradientAccumulationScheduler sets it at an epoch of its own, after the start of fit."""
+    lightning = pytest.importorskip("lightning", reason="needs Lightning: pip install .[recipes]")
+    from lightning.pytorch.callbacks import GradientAccumulationScheduler
+
+    from fastsam.integrations import SAMModule
+
+    class Net(SAMModule):
+        def __init__(self):
+            super().__init__()
+            self.net = linear()
+            self.after_an_epoch = []
+
+        def training_step(self, batch, batch_idx):
+            return self.net(batch).square().mean()
+
+        def on_train_epoch_end(self):
+            self.after_an_epoch = [p.detach().clone() for p in self.parameters()]
+
+        def configure_optimizers(self):
+            return SAM(self.parameters(), torch.optim.SGD, rho=0.05, lr=0.1)
+
+    model = Net()
+    trainer = lightning.Trainer(max_epochs=3, accelerator="cpu", logger=False,
+                                enable_checkpointing=False, enable_progress_bar=False,
+                                enable_model_summary=False,
+                                callbacks=GradientAccumulationScheduler({0: 1, 1: 2}))
+    with pytest.raises(ValueError, match="accumulate_grad_batches=2 would update with the last"):
+        trainer.fit(model, torch.utils.data.DataLoader(torch.ones(8, 3), batch_size=4))
+    assert trainer.current_epoch == 1
+    for p, was in zip(model.parameters(), model.after_an_epoch, strict=True):
+        assert torch.equal(p, was)
+
+
 # ---- a pass that raises
 
 

@@ -447,7 +447,7 @@ def test_lightning_traps(run):
     page = run("lightning")
 
     class Unguarded(page.Automatic):
-        def on_fit_start(self):
+        def _refuse_other_training(self):
             pass
 
     class NoClosure(page.Manual):
