@@ -344,7 +344,7 @@ def test_both_passes_before_the_last_step_is_done_are_refused_before_a_pass(acce
     assert opt.optimizer.is_perturbed
 
 
-def sam_trainer(folder, model, cls=SAM, callbacks=(), **args):
+def sam_trainer(folder, model, cls=SAM, callbacks=(), trainer=None, **args):
     transformers = pytest.importorskip(
         "transformers", reason="needs transformers: pip install .[recipes]")
     from fastsam.integrations import SAMTrainer
@@ -353,7 +353,7 @@ def sam_trainer(folder, model, cls=SAM, callbacks=(), **args):
     data = [{"x": torch.randn(3, generator=generator), "labels": torch.tensor(i % 2)}
             for i in range(32)]
     base = dict(base_optimizer=torch.optim.SGD, lr=0.1, momentum=0.9, rho=0.3)
-    return SAMTrainer(
+    return (trainer or SAMTrainer)(
         model=model, train_dataset=data, optimizer_cls_and_kwargs=(cls, base),
         callbacks=list(callbacks), args=transformers.TrainingArguments(
             output_dir=folder, max_steps=3, save_strategy="no", report_to="none", use_cpu=True,
@@ -368,6 +368,36 @@ class Classifier(nn.Module):
     def forward(self, x, labels):
         logits = self.net(x)
         return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+@pytest.mark.parametrize("last", [True, False], ids=["last", "first"])
+def test_both_passes_are_on_the_batch_that_another_trainer_has_made(last, tmp_path):
+    """As TRL's GRPOTrainer makes one in `_prepare_inputs`, where the model writes; beside it
+    SAMTrainer stands last or first. A loss may take the labels out of what it is given."""
+    transformers = pytest.importorskip(
+        "transformers", reason="needs transformers: pip install .[recipes]")
+    from fastsam.integrations import SAMTrainer
+
+    class Making(transformers.Trainer):
+        def _prepare_inputs(self, inputs):
+            made.append(torch.randn(8, 3, generator=generator))
+            return {**super()._prepare_inputs(inputs), "x": made[-1]}
+
+        def training_step(self, *args, **kwargs):
+            steps.append(1)
+            return super().training_step(*args, **kwargs)
+
+        def compute_loss(self, model, inputs, **kwargs):
+            seen.append(inputs["x"])
+            return model(x=inputs["x"], labels=inputs.pop("labels"))["loss"]
+
+    made, seen, steps, generator = [], [], [], torch.Generator().manual_seed(0)
+    both = (Making, SAMTrainer) if last else (SAMTrainer, Making)
+    trainer = sam_trainer(tmp_path, Classifier(), trainer=type("Both", both, {}))
+    trainer.train()
+    assert len(made) == 3 and len(steps) == (3 if last else 6)
+    assert [id(x) for x in seen] == [id(x) for x in made for _ in range(2)]
+    assert "_prepare_inputs" not in vars(trainer)
 
 
 @pytest.mark.parametrize("accumulate, failing", [(1, 2), (2, 3), (2, 4)])
