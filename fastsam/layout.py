@@ -33,6 +33,15 @@ COLUMN_OF = {True: "g1", False: "g2"}  # a first pass's gradients, and a second'
 CONSTANTS = (int, float, bool, str, type(None))
 
 
+class Method(NamedTuple):
+    """What a class climbs along, under the names of `Traits`: no arguments of its users'."""
+
+    mode: str | None = None
+    projection: str | None = None
+    scales_with: str = "weights"
+    along_v: bool = False
+
+
 class Traits(NamedTuple):
     """What an optimizer is, from its construction on.
 

@@ -28,7 +28,7 @@ from .checks import (
 )
 from .entries import kept_names
 from .interrupts import surely
-from .layout import Layout, Traits
+from .layout import Layout, Method, Traits
 from .passes import Pass
 from .phase import Phase, PhaseError, restoring
 from .space import Space, Tables
@@ -86,12 +86,12 @@ class SAM(Optimizer):
     def __init__(self, params: Iterable[Any], base_optimizer: type[Optimizer], rho: float = 0.05,
                  adaptive: bool = False, *, backend: str | None = None, interval: int = 1,
                  start: int = 0, master_weights: bool = False, **kwargs: Any):
-        self._build(params, base_optimizer, dict(rho=rho, adaptive=adaptive), backend=backend,
-                    interval=interval, start=start, master_weights=master_weights, **kwargs)
+        self._build(params, base_optimizer, dict(rho=rho, adaptive=adaptive), Method(),
+                    backend=backend, interval=interval, start=start,
+                    master_weights=master_weights, **kwargs)
 
-    def _build(self, params: Any, base_optimizer: Any, own: dict[str, Any], *,
-               mode: str | None = None, projection: str | None = None,
-               scales_with: str = "weights", along_v: bool = False, backend: str | None = None,
+    def _build(self, params: Any, base_optimizer: Any, own: dict[str, Any],
+               method: Method, /, *, backend: str | None = None,
                interval: int = 1, start: int = 0, master_weights: bool = False,
                **kwargs: Any) -> None:
         wrapped = isinstance(base_optimizer, Optimizer)
@@ -104,8 +104,8 @@ class SAM(Optimizer):
         check_group(own, own)
         fused = FUSED.get(kind)
         check_options(interval, start, master_weights, fused, kind)
-        self._traits = Traits(mode, projection, fused, master_weights, scales_with, backend,
-                              tuple(own), along_v)
+        self._traits = Traits(method.mode, method.projection, fused, master_weights,
+                              method.scales_with, backend, tuple(own), method.along_v)
         own["sam_steps"] = 0
         self._interval, self._start = interval, start
         self._phase, self._built = Phase(), False
@@ -113,7 +113,8 @@ class SAM(Optimizer):
             params = foreign.given(params, own)
         with foreign.lent(self, params):
             if wrapped:
-                foreign.forget_another(base_optimizer, own, kept_names(mode) if fused else None)
+                names = kept_names(method.mode) if fused else None
+                foreign.forget_another(base_optimizer, own, names)
             super().__init__(foreign.own_part(base_optimizer, own) if wrapped else params, own)
             mine = [dict(group) for group in self.param_groups]
             self.base_optimizer = (base_optimizer if wrapped else

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from .checks import params_of
 from .distributed import placed_like
 from .gradients import refuse_freed
+from .layout import Method
 from .optimizer import FUSED, SAM, Loss
 from .phase import PhaseError
 from .space import local
@@ -48,7 +49,7 @@ class ASAM(SAM):
         if "adaptive" in kwargs:
             raise TypeError("ASAM is adaptive: leave adaptive= out, or use SAM for adaptive=False")
         own = dict(rho=rho, adaptive=True, scale=scale, eta=eta)
-        self._build(params, base_optimizer, own, **kwargs)
+        self._build(params, base_optimizer, own, Method(), **kwargs)
 
 
 class FisherSAM(SAM):
@@ -72,7 +73,7 @@ class FisherSAM(SAM):
     def __init__(self, params: Iterable[Any], base_optimizer: type[Optimizer], rho: float = 0.1,
                  eta: float = 1.0, **kwargs: Any):
         self._build(params, base_optimizer, dict(rho=rho, adaptive=True, eta=eta),
-                    scales_with="gradient", **kwargs)
+                    Method(scales_with="gradient"), **kwargs)
 
 
 class FriendlySAM(SAM):
@@ -114,8 +115,8 @@ class FriendlySAM(SAM):
             raise ValueError(f"projection={projection!r} is unknown: "
                              "use 'constant', 'cosine' or 'orthogonal'")
         own = dict(rho=rho, sigma=sigma, lmbda=lmbda, adaptive=adaptive)
-        self._build(params, base_optimizer, own, mode=convention,
-                    projection=None if projection == "constant" else projection, **kwargs)
+        method = Method(convention, None if projection == "constant" else projection)
+        self._build(params, base_optimizer, own, method, **kwargs)
 
 
 class MomentumSAM(SAM):
@@ -159,7 +160,8 @@ class MomentumSAM(SAM):
         if "adaptive" in kwargs:
             raise TypeError("Momentum-SAM has no adaptive form: leave adaptive= out")
         refuse_other_bases(base_optimizer, type(self))
-        self._build(params, base_optimizer, dict(rho=rho, adaptive=False), along_v=True, **kwargs)
+        self._build(params, base_optimizer, dict(rho=rho, adaptive=False),
+                    Method(along_v=True), **kwargs)
 
     def first_step(self, zero_grad: bool = False, scaler: Any = None) -> None:
         """Climb from w to w - rho v / ||v||, before the forward pass, and save w.
@@ -222,7 +224,7 @@ class GSAM(SAM):
                  alpha: float = 0.4, adaptive: bool = False, **kwargs: Any):
         refuse_other_bases(base_optimizer, type(self))
         own = dict(rho=rho, alpha=alpha, adaptive=adaptive)
-        self._build(params, base_optimizer, own, mode="gsam", **kwargs)
+        self._build(params, base_optimizer, own, Method("gsam"), **kwargs)
 
     def stash_grad(self) -> NoReturn:
         """Not for GSAM, which needs both gradients of a step. Raises PhaseError."""
@@ -276,7 +278,7 @@ class LookSAM(SAM):
                              "the next, such as 5")
         refuse_other_bases(base_optimizer, type(self))
         own = dict(rho=rho, alpha=alpha, adaptive=False)
-        self._build(params, base_optimizer, own, mode="looksam", interval=k, **kwargs)
+        self._build(params, base_optimizer, own, Method("looksam"), interval=k, **kwargs)
 
     def stash_grad(self) -> NoReturn:
         """Not for LookSAM, which needs both gradients of a step. Raises PhaseError."""
@@ -329,8 +331,8 @@ class FullGradientSAM(SAM):
             raise ValueError(f"part={part!r} is unknown: use 'full' or 'noise'")
         if projection not in ("cosine", "orthogonal"):
             raise ValueError(f"projection={projection!r} is unknown: use 'cosine' or 'orthogonal'")
-        self._build(params, base_optimizer, dict(rho=rho, adaptive=False), mode=part,
-                    projection=projection, **kwargs)
+        self._build(params, base_optimizer, dict(rho=rho, adaptive=False),
+                    Method(part, projection), **kwargs)
 
     def first_step(self, zero_grad: bool = False, scaler: Any = None) -> None:
         """As `SAM.first_step`. Raises PhaseError without a full gradient."""

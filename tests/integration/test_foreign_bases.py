@@ -234,6 +234,19 @@ def test_what_a_base_leaves_out_of_its_saved_groups_stays_out(cls):
     assert [(g["rho"], g["base_rho"]) for g in opt.param_groups] == [(0.5, 0.9)] * 2
 
 
+class Moded(torch.optim.SGD):
+    """A base with an argument that a class of ours is built with."""
+
+    def __init__(self, params, lr=0.1, mode="min", projection=None):
+        super().__init__(params, lr=lr)
+        self.given = mode, projection
+
+
+def test_a_base_gets_arguments_that_only_the_inside_has_too():
+    opt = SAM([torch.ones(2, requires_grad=True)], Moded, mode="max", projection="all")
+    assert opt.base_optimizer.given == ("max", "all")
+
+
 # ---- states of the base alone, and bases around bases
 
 
