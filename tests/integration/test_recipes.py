@@ -505,6 +505,15 @@ def test_lightning_traps(run):
     with pytest.raises(ValueError, match="calls the closure once.*use 'bf16-mixed'"):
         fit(page.Automatic(), plugins=fp16)
 
+    from lightning.pytorch.cli import instantiate_class
+
+    named = dict(class_path="fastsam.SAM", init_args=dict(base_optimizer=SGD, rho=0.2),
+                 dict_kwargs=dict(lr=0.5, momentum=0.9))
+    made = instantiate_class(page.network().parameters(), named)     # as LightningCLI does
+    default = SGD(plain.parameters())
+    assert made.defaults["rho"] == 0.2
+    assert all(made.defaults[key] == default.defaults[key] for key in ("lr", "momentum"))
+
 
 def test_accelerate(run):
     pytest.importorskip("accelerate", reason="needs Accelerate: pip install .[recipes]")
