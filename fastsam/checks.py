@@ -317,9 +317,13 @@ def refuse_unfused(groups: Sequence[dict[str, Any]]) -> None:
             refuse_no_betas(group["betas"])
 
 
-def refuse_changed_step(base: Optimizer) -> None:
-    """Refuse step hooks of a base optimizer whose step the kernels take, and a step that someone
-    has put in place of its own, as torch's schedulers do, too: nobody would call them."""
+def refuse_changed_step(base: Optimizer, fused: Collection[type[Optimizer]]) -> None:
+    """Refuse step hooks of a base optimizer whose step the kernels take, another class than these,
+    and a step that someone has put in place of its own, as torch's schedulers do, too: nobody would
+    call them."""
+    if type(base) not in fused:
+        raise ValueError(f"the base became a {type(base).__name__}, whose step() a fused step does "
+                         "not call: change its class before the optimizer around it is built")
     step = vars(base).get("step")
     counted = getattr(step, "_wrapped_by_lr_sched", False)
     own = getattr(step, "__wrapped__" if counted else "__func__", None)

@@ -243,7 +243,7 @@ class SAM(Optimizer):
     def _follow_untraced(self) -> Layout:
         """`_follow`, where nothing is traced already: in a step, whose host time counts."""
         if self._traits.base:
-            refuse_changed_step(self.base_optimizer)
+            refuse_changed_step(self.base_optimizer, FUSED)
         return following.follow(self._phase, self._traits, self._join_containers(), self.state)
 
     @untraced

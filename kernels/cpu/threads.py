@@ -30,13 +30,15 @@ SMALLEST, HALF = sys.float_info.min, 0.5  # of which the product is denormal
 
 
 def openmp_of_torch() -> tuple[Callable, Callable] | None:
-    """GOMP_parallel of the library that torch calls, and fegetenv; None where one is not found."""
+    """GOMP_parallel of the library that torch calls, and C's fegetenv; None where something that
+    `call_in` needs is not found."""
     if sys.platform != "linux":
         return None
     try:
         # a library's own symbols are looked up before those that it depends on, such as OpenMP's
         library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
-        parallel, environment = library.GOMP_parallel, ctypes.CDLL(None).fegetenv
+        parallel, process = library.GOMP_parallel, ctypes.CDLL(None)
+        environment, _ = process.fegetenv, process.fesetenv
     except (OSError, AttributeError):
         return None
     parallel.argtypes = ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint

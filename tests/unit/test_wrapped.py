@@ -261,6 +261,27 @@ def test_a_step_that_is_wrapped_is_another_and_its_own_put_back_is_not():
     SAM.wrap(base)
 
 
+class Clipping(torch.optim.SGD):
+    def step(self, closure=None):
+        torch.nn.utils.clip_grad_norm_(self.param_groups[0]["params"], 1.0)
+        super().step(closure)
+
+
+def test_a_fused_base_that_gets_another_class_is_refused_by_name():
+    """As detectron2 gives one to an optimizer that is to clip."""
+    p = parameter()
+    base = torch.optim.SGD([p], lr=0.1)
+    opt = SAM.wrap(base, rho=0.1)
+    p.grad = G.clone()
+    before = p.detach().clone()
+    base.__class__ = Clipping
+    with pytest.raises(ValueError, match="became a Clipping"):
+        opt.step()
+    assert torch.equal(p, before)
+    two_passes(p, SAM.wrap(base, rho=0.1))
+    torch.testing.assert_close(p.detach(), before - 0.1 * G / G.norm())
+
+
 def test_a_base_that_is_not_fused_takes_the_step_that_it_was_given():
     p = parameter()
     base = TwoModes([p], lr=1.0)
