@@ -42,9 +42,12 @@ def unseen(func: Callable[P, Result]) -> Callable[P, Result]:
     def call(*args: P.args, **kwargs: P.kwargs) -> Result:
         was = torch.is_grad_enabled()
         try:
-            torch._C._set_grad_enabled(False)
-            return func(*args, **kwargs)
-        finally:
+            try:
+                torch._C._set_grad_enabled(False)
+                return func(*args, **kwargs)
+            finally:
+                torch._C._set_grad_enabled(was)
+        finally:  # also where a Ctrl-C comes before that
             torch._C._set_grad_enabled(was)
 
     return call

@@ -179,13 +179,13 @@ MUTANTS = [Mutant(*fields) for fields in [
      "tests/unit/test_batchnorm.py"),
     ("fastsam/interrupts.py", "    finally:\n        then()\n", "    finally:\n        pass\n",
      "tests/unit/test_invariants.py -k own_value"),
-    ("fastsam/memory.py", "        with ONLY_THEMSELVES:\n", "        if True:\n",
-     "tests/unit/test_state_edits.py -k one_element"),
+    ("fastsam/memory.py", "_push_on_torch_function_stack(ONLY_THEMSELVES)",
+     "_len_torch_function_stack()", "tests/unit/test_state_edits.py -k one_element"),
     ("fastsam/calls.py", "profiler._is_profiler_enabled or ", "",
      "tests/unit/test_optimizer.py -k profiler_sees"),
     ("fastsam/calls.py", "or torchs._global_optimizer_pre_hooks", "",
      "tests/unit/test_optimizer.py -k global_hooks"),
-    ("fastsam/calls.py", "            torch._C._set_grad_enabled(was)\n", "            pass\n",
+    ("fastsam/calls.py", "was = torch.is_grad_enabled()", "was = True",
      "tests/unit/test_optimizer.py -k grad_mode"),
 ]]  # fmt: skip
 

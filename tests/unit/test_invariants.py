@@ -140,6 +140,7 @@ def interrupted_at(line: int, call) -> bool:
             return True
         finally:
             sys.settrace(tracer)
+            assert torch._C._len_torch_function_stack() == 0, f"a mode is left behind at {line}"
     return False
 
 
