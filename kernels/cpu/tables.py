@@ -70,11 +70,18 @@ class Loop(NamedTuple):
     code: Any
 
 
+def held(function: Callable) -> list[Any]:
+    """What a function inside another has of it: strings, numbers and types."""
+    return [cell.cell_contents for cell in function.__closure__ or ()]
+
+
 def compiled(function: Callable) -> Loop:
     """A function of an int64* compiled, or found in numba's cache where it can keep one, made from
     the same sources."""
-    # a part of the names of the cache's files
-    function.__qualname__ = f"{function.__name__}.{MADE_FROM}"
+    # A part of the names of the cache's files, which each kind of loop has of its own: where two
+    # processes write one index at once, one's code can come to stand under the other's key.
+    kind_of_loop = sha256(repr(held(function)).encode()).hexdigest()[:16]
+    function.__qualname__ = f"{function.__name__}.{MADE_FROM}.{kind_of_loop}"
     kind, how = void(types.CPointer(int64)), dict(error_model="numpy")
     try:
         code = cfunc(kind, cache=True, **how)(function)

@@ -18,6 +18,7 @@ numba = pytest.importorskip("numba", reason="the CPU kernels need numba")
 from fastsam import SAM, reference  # noqa: E402
 from fastsam.kernels import cpu  # noqa: E402
 from fastsam.kernels.cpu import memory, passes, tables  # noqa: E402
+from fastsam.kernels.cpu.norm import norm_loop  # noqa: E402
 
 from ..helpers.hand import Hand  # noqa: E402
 from ..helpers.processes import in_a_process  # noqa: E402
@@ -294,6 +295,16 @@ def test_code_made_from_other_sources_is_not_taken_from_the_cache(tmp_path, monk
     monkeypatch.setattr(tables, "MADE_FROM", "others")
     tables.compiled(copy_of(add_to_column)).call(x.ctypes.data)
     assert x.tolist() == [1, 1]
+
+
+def test_each_kind_of_loop_has_names_of_its_own(tmp_path, monkeypatch):
+    """Where two processes compile at once, one's index may be written over the other's, and then
+    the other's code over its own."""
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
+    loops = [norm_loop.__wrapped__(None, None, False, kind, kind) for kind in ("f4", "bf16", "f4")]
+    first, other, again = (
+        (loop.code._cache._cache_file._index_path, loop.code.__qualname__) for loop in loops)
+    assert first == again and not {*first} & {*other}
 
 
 @pytest.mark.parametrize("name", ["memory.py", "tables.py", "climb.py", "hyper.py", "space.py"])
