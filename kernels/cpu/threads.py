@@ -35,9 +35,11 @@ def openmp_of_torch() -> tuple[Callable, Callable] | None:
     if sys.platform != "linux":
         return None
     try:
-        # a library's own symbols are looked up before those that it depends on, such as OpenMP's
-        library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
-        parallel, process = library.GOMP_parallel, ctypes.CDLL(None)
+        # as the loader does for torch: what is there for the whole process comes first, such as an
+        # OpenMP in LD_PRELOAD, then torch's own symbols and those of what it depends on
+        process, torchs = (ctypes.CDLL(path) for path in (
+            None, str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")))
+        parallel = getattr(process, "GOMP_parallel", None) or torchs.GOMP_parallel
         environment, _ = process.fegetenv, process.fesetenv
     except (OSError, AttributeError):
         return None

@@ -7,6 +7,7 @@ import time
 from concurrent.futures import Future
 from contextlib import nullcontext
 from functools import partial
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -69,6 +70,16 @@ def test_torchs_own_threads_are_found_on_linux():
     if torch.__config__.parallel_info().count("ATen parallel backend: OpenMP") == 0:
         pytest.skip("this torch has no OpenMP")
     assert threads.sys.platform != "linux" or threads.openmp is not None
+
+
+@pytest.mark.skipif(threads.sys.platform != "linux", reason="its pool is for Linux")
+def test_an_openmp_that_the_whole_process_was_given_is_torchs_too(monkeypatch):
+    """As LD_PRELOAD=libiomp5.so gives it, which torch.backends.xeon.run_cpu sets."""
+    process, torchs = Mock(), Mock()
+    monkeypatch.setattr(threads.ctypes, "CDLL", lambda path: torchs if path else process)
+    assert threads.openmp_of_torch() == (process.GOMP_parallel, process.fegetenv)
+    del process.GOMP_parallel
+    assert threads.openmp_of_torch() == (torchs.GOMP_parallel, process.fegetenv)
 
 
 def test_any_number_of_threads_gives_the_same_bits(either, set_threads):
