@@ -1,5 +1,6 @@
 """Which backend does the arithmetic, and why."""
 
+import os
 from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
@@ -17,6 +18,17 @@ BACKENDS = tuple(MODULES)
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WORTH_COMPILING = 2**14  # parameters on a CPU: the first step loads code for half a second
 GAPS = "a parameter's elements do not fill one stretch of memory, or have the negative bit"
+
+is_forked = False  # from another process, since this was imported
+
+
+def note_fork() -> None:
+    global is_forked
+    is_forked = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=note_fork)
 
 
 def why_not_triton(device: torch.device, dtype: torch.dtype = torch.float32) -> str | None:

@@ -21,6 +21,7 @@ from numba import carray, int64
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from fastsam import choose
 from fastsam.interrupts import surely
 
 from .tables import Loop, compiled
@@ -31,8 +32,8 @@ SMALLEST, HALF = sys.float_info.min, 0.5  # of which the product is denormal
 
 def openmp_of_torch() -> tuple[Callable, Callable] | None:
     """GOMP_parallel of the library that torch calls, and C's fegetenv; None where something that
-    `call_in` needs is not found."""
-    if sys.platform != "linux":
+    `call_in` needs is not found, or the threads are a parent's."""
+    if sys.platform != "linux" or choose.is_forked:
         return None
     try:
         # as the loader does for torch: what is there for the whole process comes first, such as an

@@ -326,3 +326,26 @@ if child == 0:
 print(same, os.waitpid(child, 0)[1])
 """)
     assert out.split() == ["True", "0"]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_so_has_a_forked_child_that_is_the_first_to_load_the_loops():
+    out = in_a_process("""
+import os, signal, warnings
+import torch
+import fastsam
+warnings.filterwarnings("ignore", category=DeprecationWarning)  # of forking with threads
+torch.set_num_threads(3)
+torch.ones(2**22).mul_(2)  # torch's threads begin
+child = os.fork()
+if child == 0:
+    signal.alarm(20)
+    from fastsam.kernels.cpu import threads
+    from tests.backends.test_threads import large, played
+    torch.set_num_threads(1)
+    torch.get_num_threads = lambda: 3
+    played(large())
+    os._exit(not threads.pool._threads)
+print(os.waitpid(child, 0)[1])
+""")
+    assert out.split() == ["0"]
