@@ -3,6 +3,7 @@ torch's optimizers follow it, or refused by name before a weight changes."""
 
 import copy
 import pickle
+import sys
 from collections import defaultdict
 
 import pytest
@@ -11,6 +12,7 @@ from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
 
 from fastsam import SAM, FriendlySAM, PhaseError
+from fastsam.memory import same
 
 from ..helpers.beside import BASES, Beside, close
 
@@ -677,3 +679,24 @@ def test_what_cannot_be_compared_may_lie_in_the_state():
         p.grad = torch.ones(3)
         opt.second_step()
         assert isinstance(opt.state[p]["mine"], Incomparable)
+
+
+@pytest.mark.parametrize("call", ["_push_on_torch_function_stack", "_pop_torch_function_stack"])
+def test_a_ctrl_c_while_things_are_compared_leaves_torch_as_it_was(call):
+    """Python looks for one after each call of a function in C."""
+    def interrupt(frame, event, called):
+        if event == "c_return" and called.__name__ == call:
+            sys.setprofile(None)
+            raise KeyboardInterrupt
+
+    before = sys.getprofile()
+    sys.setprofile(interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            same([1], [1])
+    finally:
+        sys.setprofile(before)
+    left = torch._C._len_torch_function_stack()
+    for _ in range(left):
+        torch._C._pop_torch_function_stack()
+    assert left == 0
