@@ -23,7 +23,14 @@ def seen(step: Callable[P, Result]) -> Callable[P, Result]:
 
     @wraps(recorded)
     def call(*args: P.args, **kwargs: P.kwargs) -> Result:
-        return (recorded if has_onlookers(args[0]) else step)(*args, **kwargs)
+        optimizer: Any = args[0]
+        if has_onlookers(optimizer):
+            return recorded(*args, **kwargs)
+        result = step(*args, **kwargs)
+        for hook in (*optimizer._optimizer_step_post_hooks.values(),  # that came while it ran
+                     *torchs._global_optimizer_post_hooks.values()):
+            hook(optimizer, args, kwargs)
+        return result
 
     return call
 

@@ -204,6 +204,36 @@ def test_global_hooks_see_a_step(variant, backend, device, register):
     assert [x for x in seen if x is not base] == [opt] and len(seen) <= 2
 
 
+@pytest.mark.parametrize("everyones", [False, True])
+def test_a_hook_that_a_closure_registers_sees_its_step_as_in_torch(everyones):
+    def seen_by(build) -> list:
+        p = torch.nn.Parameter(torch.ones(3))
+        opt, seen, handles = build([p]), [], []
+        registers = [register_optimizer_step_pre_hook, register_optimizer_step_post_hook] if (
+            everyones) else [opt.register_step_pre_hook, opt.register_step_post_hook]
+
+        def closure():
+            if not handles:
+                handles.extend(register(lambda one, *_, name=name: one is opt and seen.append(name))
+                               for register, name in zip(registers, ("pre", "post"), strict=True))
+            opt.zero_grad()
+            loss = p.square().sum()
+            loss.backward()
+            return loss
+
+        try:
+            opt.step(closure)
+            opt.step(closure)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return seen
+
+    expected = seen_by(lambda params: torch.optim.SGD(params, lr=0.1))
+    assert expected == ["post", "pre", "post"]
+    assert seen_by(lambda params: SAM(params, torch.optim.SGD, lr=0.1)) == expected
+
+
 def test_the_profiler_sees_a_step(variant, backend, device):
     net = network(device)
     opt = build(net, variant, backend)
