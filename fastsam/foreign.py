@@ -189,8 +189,11 @@ def zero_grad(base: Optimizer, set_to_none: bool) -> None:
     gradients of all samples beside `.grad`, and adds those of the next pass up."""
     own = base.zero_grad
     if getattr(own, "__func__", None) is not Optimizer.zero_grad:
-        flags = {"set_to_none": set_to_none}
-        own(**{k: x for k, x in flags.items() if k in inspect.signature(own).parameters})
+        taken = inspect.signature(own).parameters.values()
+        if any(p.name == "set_to_none" or p.kind is p.VAR_KEYWORD for p in taken):
+            own(set_to_none=set_to_none)
+        else:
+            own()
 
 
 def put_values(values: Iterable[tuple[Group, Group]]) -> None:

@@ -164,7 +164,12 @@ class WithoutAFlag(OfSamples):
         self.collected.clear()
 
 
-@pytest.mark.parametrize("kind", [OfSamples, WithoutAFlag])
+class ThatPassesOn(OfSamples):
+    def zero_grad(self, *args, **kwargs):
+        super().zero_grad(*args, **kwargs)
+
+
+@pytest.mark.parametrize("kind", [OfSamples, WithoutAFlag, ThatPassesOn])
 @pytest.mark.parametrize("closed", [True, False])
 def test_what_a_bases_own_zero_grad_clears_is_cleared(kind, closed):
     p = parameter()
