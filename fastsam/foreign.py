@@ -291,7 +291,8 @@ def save(base: Optimizer, groups: Sequence[Group], own: dict[int, dict[str, Tens
         keys: SAM's own keys of the groups.
     """
     state = as_base_sees(base, shared, base.state_dict)
-    if "state" not in state or "param_groups" not in state:
+    # it may have a form of its own, or other groups
+    if "state" not in state or len(state.get("param_groups", ())) != len(groups):
         return {"state": {i: x for i, x in own.items() if x}, "param_groups": groups, BASE: state}
     theirs, ours = state["state"], {"params", *keys, *("base_" + key for key in shared)}
     groups = [{**group, **{k: x for k, x in mine.items() if k in ours}}

@@ -648,3 +648,27 @@ def test_a_state_in_another_processes_memory_is_not_silently_ones_own(base, shar
     two_passes(q, there)
     assert torch.equal(p, q)
     assert (float(opt.state[p]["step"]) == 2) == shared
+
+
+class SavesOtherGroups(torch.optim.SGD):
+    def state_dict(self):
+        return {"state": {}, "param_groups": [], "inner": super().state_dict()}
+
+    def load_state_dict(self, state_dict):
+        super().load_state_dict(state_dict["inner"])
+
+
+def test_a_base_that_saves_another_number_of_groups_is_saved_whole():
+    def stepped(opt, p):
+        p.grad = G.clone()
+        opt.step()
+
+    p, q = parameter(), parameter()
+    opt, other = (SAM([w], SavesOtherGroups, lr=0.1, momentum=0.9) for w in (p, q))
+    stepped(opt, p)
+    other.load_state_dict(copy.deepcopy(opt.state_dict()))
+    with torch.no_grad():
+        q.copy_(p)
+    for one, w in ((opt, p), (other, q)):
+        stepped(one, w)
+    assert torch.equal(p, q)
