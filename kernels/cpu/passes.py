@@ -131,7 +131,7 @@ def climb(p: Pass, sums: Tensor) -> Climb:
     moves = bool(kind.mode not in WITH_M or of_d > noise_share(sums.dtype) * of_g)
     loop = climb_loop(kind.mode, p.scaling, kind.masters, *dtypes(p))
     steps, m = s.steps.data_ptr(), s.m if s.kept is None else s.kept
-    f.arguments[TICKET] = 0
+    f.arguments[TICKET] = 0  # also where a Ctrl-C comes before `run`
     try:
         surely(lambda: run(loop, p, f, steps, address(s.saved), address(m), moves,
                            s.size >= PAST_CACHES),
@@ -180,7 +180,7 @@ def step(p: Pass, climb: Climb | None) -> None:
     go_back(p, [one and g is None for one, g in zip(moved, p.g, strict=True)])
     loop = step_loop(kind.base, p.mix, p.along_v, kind.masters, *dtypes(p))
     steps = s.steps.data_ptr() + 4 * len(s.slots)  # those of v
-    f.arguments[TICKET] = 0
+    f.arguments[TICKET] = 0  # also where a Ctrl-C comes before `run`
     surely(lambda: run(loop, p, f, steps, 0 if climb is None else climb.table.data_ptr(),
                        *map(address, (s.saved, s.v, s.u, s.m, s.kept)), s.size >= PAST_CACHES),
            lambda: count(p, f, kind.base != "adam"))

@@ -117,8 +117,8 @@ def adam(w, g, i, v, u, hyper, dtype):
 def step_loop(base: str, mix: str | None, along_v: bool, masters: bool, dtype: str, g_dtype: str,
          ) -> Loop:
     """The base optimizer's update from the saved w, where `moved`, or from w; `moved` is the
-    address of `Climb.table`, or 0. With along_v,
-    sums[0, b] = ||v||^2 of block b, where `moved`, as `norm` adds it up."""
+    address of `Climb.table`, or 0. With along_v, sums[0, b] = ||v||^2 of block b, where `moved`, as
+    `norm` adds it up."""
     W, G, A = dtype, g_dtype, accumulates_in(dtype)
     S = A if masters else W
     size, w_size, g_size, s_size = SIZES[A], SIZES[W], SIZES[G], SIZES[S]

@@ -32,8 +32,8 @@ SMALLEST, HALF = sys.float_info.min, 0.5  # of which the product is denormal
 
 def openmp_of_torch() -> tuple[Callable, Callable] | None:
     """GOMP_parallel of the library that torch calls, and C's fegetenv; None where something that
-    `call_in` needs is not found, or the threads are a parent's."""
-    if sys.platform != "linux" or choose.is_forked:
+    `call_in` needs is not found."""
+    if sys.platform != "linux":
         return None
     try:
         # as the loader does for torch: what is there for the whole process comes first, such as an
@@ -55,16 +55,10 @@ def begin_anew() -> None:
     pool = ThreadPoolExecutor(max_workers=1024, thread_name_prefix="fastsam")
 
 
-def in_a_forked_child() -> None:
-    global openmp
-    openmp = None
-    begin_anew()
-
-
 openmp = openmp_of_torch()
 begin_anew()
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=in_a_forked_child)
+    os.register_at_fork(after_in_child=begin_anew)
 
 
 def run_in(threads: int, loop: Loop, arguments: int) -> None:
@@ -72,7 +66,7 @@ def run_in(threads: int, loop: Loop, arguments: int) -> None:
     KeyboardInterrupt, leaves before the first begins, or when all are done."""
     if threads < 2:
         loop.call(arguments)
-    elif openmp is None:
+    elif openmp is None or choose.is_forked:
         run_in_pool(threads, loop, arguments)
     else:
         parallel, environment = openmp

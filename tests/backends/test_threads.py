@@ -57,6 +57,14 @@ def in_pool(monkeypatch):
     monkeypatch.setattr(threads, "openmp", None)
 
 
+@pytest.fixture
+def ctrl_c():
+    """Raises, also where the tests run in the background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture(params=["openmp", "pool"])
 def either(request, monkeypatch):
     if request.param == "pool":
@@ -198,7 +206,7 @@ def test_an_interrupted_climb_leaves_the_weights(in_pool, set_threads, monkeypat
         assert torch.equal(w, before[f"w{i}"])
 
 
-def test_an_interrupt_within_the_loops_comes_after_them(either, set_threads, monkeypatch):
+def test_an_interrupt_within_the_loops_comes_after_them(either, set_threads, ctrl_c, monkeypatch):
     """The weights are back, and m and its count have gone on together."""
     set_threads(2)
     hand = large()
@@ -214,12 +222,8 @@ def test_an_interrupt_within_the_loops_comes_after_them(either, set_threads, mon
         return loop._replace(call=lambda at: (loop.call(at), interrupt()))
 
     monkeypatch.setattr(passes, "climb_loop", interrupted)
-    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            hand.first_step(cpu, draw_large(1))
-    finally:
-        signal.signal(signal.SIGINT, handler)
+    with pytest.raises(KeyboardInterrupt):
+        hand.first_step(cpu, draw_large(1))
     after = hand.state()
     for i in range(len(hand.weights)):
         assert torch.equal(after[f"w{i}"], before[f"w{i}"])
@@ -249,16 +253,12 @@ class Helpers:
 
 
 @pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="this system sends no signals")
-def test_an_interrupted_climb_waits_for_its_helpers(in_pool, set_threads, monkeypatch):
+def test_an_interrupted_climb_waits_for_its_helpers(in_pool, set_threads, ctrl_c, monkeypatch):
     """They would move weights that are back."""
     set_threads(2)
     hand, helpers = large(), Helpers(monkeypatch, interrupts=True)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            hand.first_step(cpu, draw_large(1))
-    finally:
-        signal.signal(signal.SIGINT, before)
+    with pytest.raises(KeyboardInterrupt):
+        hand.first_step(cpu, draw_large(1))
     assert helpers.ended
 
 
